@@ -1,0 +1,148 @@
+"""Modules that stand in the deploy form where the eager model has others. Each computes what the one it replaces does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualtoken_deploy.models.dualtoken_vit import merge_heads, split_heads
+from dualtoken_deploy.models.layers import Grid, to_map, to_tokens
+
+
+class ImageInput(nn.Module):
+    """uint8 NHWC RGB -> normalised NCHW: (x - 255 mean) / (255 std)."""
+
+    shift: Tensor
+    gain: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("shift", 255.0 * torch.tensor(mean, dtype=dtype).reshape(1, 3, 1, 1))
+        self.register_buffer("gain", 1.0 / (255.0 * torch.tensor(std, dtype=dtype).reshape(1, 3, 1, 1)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.permute(0, 3, 1, 2).to(self.shift.dtype)  # (B, 3, H, W)
+        return (x - self.shift) * self.gain
+
+
+class SplitBiDim(nn.Module):
+    """BiDimAttention without its concatenation. (B, N, C)."""
+
+    def __init__(self, norm: nn.Module, global_reduce: nn.Linear, local_reduce: nn.Linear, channel_select: nn.Linear,
+                 spatial_local: nn.Linear, spatial_global: nn.Linear) -> None:  # fmt: skip
+        super().__init__()
+        self.norm = norm
+        self.global_reduce, self.local_reduce = global_reduce, local_reduce
+        self.channel_select = channel_select
+        self.spatial_local, self.spatial_global = spatial_local, spatial_global
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x)
+        x_global = F.gelu(self.global_reduce(z.mean(1, keepdim=True)))  # (B, 1, C/r)
+        x_local = F.gelu(self.local_reduce(z))  # (B, N, C/r)
+        c_attn = torch.sigmoid(self.channel_select(x_global))  # (B, 1, C)
+        s_attn = torch.sigmoid(self.spatial_local(x_local) + self.spatial_global(x_global))  # (B, N, 1)
+        return x * c_attn * s_attn
+
+
+class ReshapeMerge(nn.Module):
+    """PatchMerge with space-to-depth as one reshape, one transpose and one reshape. (B, H*W, C) -> (B, H/2 * W/2, C')."""
+
+    def __init__(self, norm: nn.LayerNorm, reduce: nn.Linear, residual: nn.Linear) -> None:
+        super().__init__()
+        self.norm, self.reduce, self.residual = norm, reduce, residual
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        (b, n, c), (h, w) = x.shape, grid
+        patches = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(b, n // 4, 4 * c)
+        # a MaxPool, and no maximum over a reshaped axis: that took OpenVINO's reference kernel and 1.6 ms
+        pooled = to_tokens(F.max_pool2d(to_map(x, grid), kernel_size=2, stride=2))
+        out: Tensor = self.reduce(self.norm(patches)) + self.residual(pooled)
+        return out
+
+
+class FoldedFuse(nn.Module):
+    """Fuse whose weights alpha and 1 - alpha lie in the layers before it. Both (B, n*n, C)."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, g: Tensor, x_ga: Tensor) -> Tensor:
+        out: Tensor = self.mlp(g) + x_ga
+        return out
+
+
+class ConstantTokens(nn.Module):
+    """Stands for the MLP over G where G is the learned parameter: its value. (1, n*n, C)."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.value
+
+
+class MatrixResize(nn.Module):
+    """TokenResize at one grid: X_ga' = R X_ga. (B, h*w, C) -> (B, n*n, C)."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x_ga: Tensor, grid: Grid) -> Tensor:
+        return self.matrix @ x_ga
+
+
+class NoResize(nn.Module):
+    """TokenResize where the grid is that of G already."""
+
+    def forward(self, x_ga: Tensor, grid: Grid) -> Tensor:
+        return x_ga
+
+
+class JoinedTokenModule(nn.Module):
+    """PositionAwareTokenModule without downsampling: one product gives q, k, v of the aggregation and q of the broadcast."""
+
+    def __init__(self, norm: nn.Module, qkvq: nn.Linear, heads: int, scales: tuple[float, float], resize: nn.Module,
+                 fuse: nn.Module | None, kv: nn.Linear, proj: nn.Linear) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.scales = heads, scales
+        self.norm, self.qkvq, self.resize, self.fuse, self.kv, self.proj = norm, qkvq, resize, fuse, kv, proj
+
+    def forward(self, x_local: Tensor, g: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+        joined = self.qkvq(self.norm(x_local)).chunk(4, dim=-1)
+        q, k, v, q_image = (split_heads(t, self.heads) for t in joined)  # (B, heads, N, d)
+        x_ga = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scales[0]))
+        x_ga = self.resize(x_ga, grid)  # (B, n*n, C)
+        g_new = x_ga if self.fuse is None else self.fuse(g, x_ga)
+        k, v = (split_heads(t, self.heads) for t in self.kv(g_new).chunk(2, dim=-1))  # (B, heads, n*n, d)
+        z = merge_heads(F.scaled_dot_product_attention(q_image, k, v, scale=self.scales[1]))
+        return self.proj(z), g_new
+
+
+class ProjectedBroadcast(nn.Module):
+    """GlobalBroadcast whose output projection lies in its values. (B, N, C), (B, n, C) -> (B, N, C)."""
+
+    bias: Tensor
+
+    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear, bias: Tensor, heads: int, scale: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, scale
+        self.q, self.k, self.v = q, k, v
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, g_new: Tensor) -> Tensor:
+        b, n, c = g_new.shape
+        q = split_heads(self.q(x), self.heads)  # (B, heads, N, d)
+        k = split_heads(self.k(g_new), self.heads)  # (B, heads, n, d)
+        attention = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (B, heads, N, n)
+        attention = attention.transpose(1, 2).flatten(2)  # (B, N, heads*n)
+        v = self.v(g_new).reshape(b, n, self.heads, c).transpose(1, 2).flatten(1, 2)  # (B, heads*n, C)
+        return attention @ v + self.bias

@@ -1,0 +1,67 @@
+"""Every error a user can meet. Each says what, where and how to mend it; the command line exits with its code.
+
+DualTokenError
+├── UsageError        2  an unknown variant, target, precision or option; an output folder that exists
+├── MissingError      3  an extra, a runtime, a provider or a device that is not here
+├── InputError        4
+│   ├── WeightsError     weights that are unreadable or do not fit the model
+│   ├── ImageError       an image that cannot be decoded, or should not be
+│   ├── DatasetError     a data folder without what was asked of it
+│   ├── BundleError      a bundle that is incomplete, changed, or newer than this program
+│   └── OutputError      a place that cannot be written to
+├── ToleranceError    5  measured error, accuracy or precision outside of what was promised
+└── ConversionError   6  the vendor's exporter, simplifier or converter failed
+"""
+
+from __future__ import annotations
+
+
+class DualTokenError(Exception):
+    """Base of every error that is part of the product."""
+
+    exit_code = 1
+
+
+class UsageError(DualTokenError):
+    exit_code = 2
+
+
+class MissingError(DualTokenError):
+    exit_code = 3
+
+
+class InputError(DualTokenError):
+    exit_code = 4
+
+
+class WeightsError(InputError):
+    pass
+
+
+class ImageError(InputError):
+    pass
+
+
+class DatasetError(InputError):
+    pass
+
+
+class BundleError(InputError):
+    pass
+
+
+class OutputError(InputError):
+    pass
+
+
+class ToleranceError(DualTokenError):
+    exit_code = 5
+
+
+class ConversionError(DualTokenError):
+    exit_code = 6
+
+
+def missing_extra(extra: str, why: str) -> MissingError:
+    """The one sentence for a missing optional dependency: names the `pip install` to run."""
+    return MissingError(f"{why} needs the extra [{extra}]; run: pip install 'dualtoken-deploy[{extra}]'")

@@ -1,0 +1,90 @@
+"""Parameters, MACs and matrix products of a model, counted by running it once.
+
+What the papers call FLOPs are multiply-accumulates of convolutions, linear layers and matrix products, plus the
+normalisations (five operations an element for LayerNorm, two for BatchNorm, as fvcore counts them); softmax,
+activations and element-wise sums are not counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+
+Product = tuple[int, int, int, int, int]  # batch, m, k, n, how often
+
+
+def _layer_norm(shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * 5 * int(torch.Size(shape).numel())  # FlopCounterMode counts two for each MAC
+
+
+def _batch_norm(shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * 2 * int(torch.Size(shape).numel())
+
+
+_NORMS: dict[Any, Any] = {
+    aten.native_layer_norm: _layer_norm,
+    aten.native_batch_norm: _batch_norm,
+    aten._native_batch_norm_legit_no_training: _batch_norm,
+}
+
+
+def count_params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
+    """Multiply-accumulates for one image of (H, W)."""
+    with FlopCounterMode(display=False, custom_mapping=_NORMS) as counter:
+        _run(model, image_size)
+    return int(counter.get_total_flops()) // 2
+
+
+def matrix_products(model: nn.Module, image_size: tuple[int, int]) -> tuple[Product, ...]:
+    """The matrix products of one image, convolutions with groups = 1 as the product they unroll to.
+
+    Depth-wise convolutions are no matrix products and are left out. Sorted by shape.
+    """
+    with _ProductRecorder() as recorder:
+        _run(model, image_size)
+    return tuple((*shape, count) for shape, count in sorted(recorder.products.items()))
+
+
+def _run(model: nn.Module, image_size: tuple[int, int]) -> None:
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
+    detached = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    # The math back-end writes attention as its two products, so that both counters see them. Parameters are detached
+    # because FlopCounterMode's module tracker trips over one that wants a gradient while gradients are off.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        torch.func.functional_call(model, detached, image)
+
+
+class _ProductRecorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[tuple[int, int, int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet is aten.mm:
+            self._add(1, args[0], args[1])
+        elif packet is aten.addmm:
+            self._add(1, args[1], args[2])
+        elif packet in (aten.bmm, aten.matmul):
+            self._add(args[0].shape[0], args[0][0], args[1][0])
+        elif packet is aten.convolution and args[8] == 1:
+            weight: Tensor = args[1]
+            self.products[(1, out.shape[0] * out.shape[2] * out.shape[3], weight[0].numel(), weight.shape[0])] += 1
+        return out
+
+    def _add(self, batch: int, a: Tensor, b: Tensor) -> None:
+        self.products[(batch, a.shape[0], a.shape[1], b.shape[1])] += 1

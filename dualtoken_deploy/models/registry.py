@@ -1,0 +1,220 @@
+"""Variants by name, with the paper's figures beside them, and the way from a name and a weights file to a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualtoken_deploy.bundle import Manifest
+from dualtoken_deploy.errors import UsageError, WeightsError
+from dualtoken_deploy.models import dualtoken_vit
+from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
+
+MIN_IMAGE_SIZE = 64
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named model and what the paper prints for it (Table 2; T and S (mix) there, None where it has no row)."""
+
+    name: str
+    title: str
+    config: DualTokenConfig
+    paper_params_m: float | None = None
+    paper_macs_g: float | None = None
+
+
+def _table(*variants: Variant) -> Mapping[str, Variant]:
+    table = {v.name: v for v in variants}
+    if len(table) != len(variants):
+        raise ValueError("two variants share a name")
+    return MappingProxyType(table)
+
+
+VARIANTS = _table(
+    Variant("t", "DualToken-ViT-T", dualtoken_vit.T),
+    Variant("t-mix", "DualToken-ViT-T (mix)", replace(dualtoken_vit.T, token_mlp="mix"), 5.8, 0.5),
+    Variant("s", "DualToken-ViT-S", dualtoken_vit.S, 11.9, 1.05),
+    Variant("s-mix", "DualToken-ViT-S (mix)", replace(dualtoken_vit.S, token_mlp="mix"), 11.4, 1.04),
+)
+
+CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "global_tokens": (0, 3, 4, 5, 6, 7, 8),
+        "downsampling": ("stepwise", "onestep"),
+        "local_attention": ("conv", "window"),
+        "token_mlp": ("mlp", "mix"),
+    }
+)
+_SIZES = ("channels", "blocks", "heads", "ffn_ratio", "conv_kernel", "window")  # a variant's own; not options
+OPTIONS = tuple(f.name for f in fields(DualTokenConfig) if f.name not in _SIZES)
+
+
+def get_variant(name: str) -> Variant:
+    """The variant of that name. Raises UsageError that lists the valid ones."""
+    if name not in VARIANTS:
+        raise UsageError(f"unknown variant {name!r}; valid variants: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def parse_image_size(size: int | tuple[int, int] | str) -> tuple[int, int]:
+    """(H, W) of 224, (256, 320), "224" or "256x320". Raises UsageError below 64 or on anything else."""
+    try:
+        sides = [int(s) for s in size.lower().split("x")] if isinstance(size, str) else size
+        height, width = (sides, sides) if isinstance(sides, int) else (sides[0], sides[-1])
+        if not isinstance(sides, int) and len(sides) not in (1, 2):
+            raise ValueError
+    except (ValueError, IndexError, TypeError) as error:
+        raise UsageError(f"image size {size!r} is not a side or HxW, such as 224 or 256x320") from error
+    if min(height, width) < MIN_IMAGE_SIZE:
+        raise UsageError(f"image size {height}x{width} is too small; each side must be at least {MIN_IMAGE_SIZE}")
+    return height, width
+
+
+def make_config(variant: str, **options: Any) -> DualTokenConfig:
+    """The variant's configuration with options changed. Raises UsageError on an unknown option or value."""
+    config = get_variant(variant).config
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise UsageError(f"unknown option {name!r}; valid options: {', '.join(OPTIONS)}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UsageError(f"{name} {value!r} is not one of {', '.join(map(str, CHOICES[name]))}")
+    if "image_size" in options:
+        options["image_size"] = parse_image_size(options["image_size"])
+    config = replace(config, **options)
+    if not 0.0 <= config.alpha <= 1.0 or not 0.0 <= config.drop_path < 1.0:
+        raise UsageError(f"alpha ({config.alpha}) must lie in [0, 1] and drop_path ({config.drop_path}) in [0, 1)")
+    if config.num_classes < 1:
+        raise UsageError(f"num_classes must be at least 1, not {config.num_classes}")
+    return config
+
+
+def create_model(
+    variant: str,
+    num_classes: int = 1000,
+    image_size: int | tuple[int, int] | str = 224,
+    weights: str | Path | None = None,
+    replace_head: bool = False,
+    seed: int = DEFAULT_SEED,
+    **options: Any,
+) -> DualTokenViT:
+    """A DualToken-ViT in evaluation mode, float32, on the CPU.
+
+    `weights`: a safetensors file, or a torch checkpoint (read with weights_only=True; a dict under "model" or
+    "state_dict" is looked into); None initialises at random from `seed`. `replace_head`: take weights of another
+    class count and leave the last layer as initialised. `options`: global_tokens, downsampling, local_attention,
+    token_mlp, alpha, drop_path. Raises UsageError on names and values, WeightsError on the file.
+    """
+    config = make_config(variant, num_classes=num_classes, image_size=image_size, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DualTokenViT(config)
+    if weights is not None:
+        load_weights(model, Path(weights), replace_head, variant)
+    return model.eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a torch checkpoint. Never runs code from the file; else WeightsError."""
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_checkpoint(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, and loading it could run code; save model.state_dict() instead"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} is not a whole torch checkpoint ({first}); copy or save it again") from error
+    for key in ("model", "state_dict"):
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
+    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
+    return {str(k): v for k, v in data.items()}
+
+
+def load_weights(model: DualTokenViT, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
+    """Loads every tensor or none. Raises WeightsError that names all keys which are missing, unexpected or mis-shaped."""
+    given, wanted = read_tensors(path), model.state_dict()
+    if replace_head:
+        for key in ("head.fc.weight", "head.fc.bias"):
+            if key in given and given[key].shape != wanted[key].shape:
+                given[key] = wanted[key]
+    problems = {
+        "missing": [k for k in wanted if k not in given],
+        "unexpected": [k for k in given if k not in wanted],
+        "mis-shaped": [
+            f"{k} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}"
+            for k in wanted
+            if k in given and given[k].shape != wanted[k].shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        hint = "; another class count needs replace_head=True" if _only_head(problems) else ""
+        raise WeightsError(f"{path} does not fit variant {variant} with these options: {listed}{hint}")
+    if not all(torch.isfinite(t).all() for t in given.values() if t.is_floating_point()):
+        bad = [k for k, t in given.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        raise WeightsError(f"{path} holds NaN or infinity in {', '.join(bad)}; train or save it again")
+    model.load_state_dict(given)
+
+
+def _only_head(problems: Mapping[str, list[str]]) -> bool:
+    shaped = problems["mis-shaped"]
+    return bool(shaped) and not problems["missing"] and all(k.startswith("head.fc.") for k in shaped)
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Hash over the names, dtypes, shapes and bytes of a model's state, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rebuild(manifest: Manifest) -> DualTokenViT:
+    """The eager model that a bundle was made from: from its weights file, or from the seed of random weights.
+
+    Raises WeightsError where the file is gone or the tensors are not those of the export (sha256).
+    """
+    weights = manifest.weights
+    if weights["source"] == "random":
+        model = create_model(manifest.variant, seed=weights["seed"], **manifest.options)
+    else:
+        path = Path(weights["source"])
+        model = create_model(manifest.variant, weights=path, **manifest.options)
+    if weights_sha256(model) != weights["sha256"]:
+        raise WeightsError(
+            f"the eager weights of {manifest.variant} from {weights['source']!r} are not those that the bundle was "
+            "made from (sha256 differs); export it again"
+        )
+    return model

@@ -1,0 +1,70 @@
+"""What a runner is: numpy in, numpy out, and it can say what it executes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+from numpy.typing import NDArray
+
+from dualtoken_deploy.spec import TensorSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How to run: `device` in the runtime's own words (None: its CPU), CPU threads (None: the runtime's choice),
+    and a folder where the runtime may keep compiled models (None: no cache)."""
+
+    device: str | None = None
+    threads: int | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a loaded model really executes, read from the runtime and not from the file.
+
+    `operators` counts executed operators by kind; `precision` maps a kind to the dtypes it runs in, most frequent first.
+    """
+
+    operators: Mapping[str, int] = field(default_factory=dict)
+    precision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A loaded model. Use it as a context manager; `run` may be called any number of times inside."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs the model once: {input name: array} -> {output name: array}."""
+        ...
+
+    def execution(self) -> Execution:
+        """Operators and dtypes that this runtime executes for the loaded model."""
+        ...
+
+
+@runtime_checkable
+class AsyncRunner(Runner, Protocol):
+    """A runner whose runtime can keep several requests in flight."""
+
+    def run_async(self, feeds: Mapping[str, Array], count: int) -> None:
+        """Runs the same feeds `count` times, overlapped as the runtime likes; returns when all are done."""
+        ...

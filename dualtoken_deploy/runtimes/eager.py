@@ -1,0 +1,89 @@
+"""Runs the eager PyTorch model behind the input contract of a bundle: the reference that everything is held against."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.errors import MissingError, missing_extra
+from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.spec import InputContract, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load(bundle: Bundle, options: RunnerOptions) -> EagerRunner:
+    """The eager model that the bundle was made from. Raises MissingError without torch, WeightsError without weights."""
+    try:
+        from dualtoken_deploy.models.registry import rebuild
+    except ImportError as error:
+        raise missing_extra("export", "the eager model") from error
+    manifest = bundle.manifest
+    return EagerRunner(rebuild(manifest), manifest.input, manifest.outputs, options)
+
+
+class EagerRunner:
+    """The model in eager mode, its preprocessing in numpy, so that a fault baked into a graph cannot hide here."""
+
+    def __init__(
+        self, model: nn.Module, contract: InputContract, outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    ) -> None:
+        import torch
+
+        self._device = options.device or "cpu"
+        if self._device != "cpu" and not (self._device.startswith("cuda") and torch.cuda.is_available()):
+            raise MissingError(f"PyTorch {torch.__version__} has no device {self._device!r} here; use cpu")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self._model = model.eval().to(self._device)
+        self._contract, self._outputs = contract, outputs
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (self._contract.tensor,)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        (name,) = (s.name for s in self.inputs)
+        image = torch.from_numpy(np.ascontiguousarray(self._normalised(feeds[name])))
+        with torch.inference_mode():
+            logits = self._model(image.to(self._device))
+        return {self._outputs[0].name: logits.float().cpu().numpy()}
+
+    def execution(self) -> Execution:
+        """Kinds of leaf modules, with the dtype of their parameters."""
+        leaves = [m for m in self._model.modules() if not list(m.children())]
+        dtypes: dict[str, Counter[str]] = {}
+        for leaf in leaves:
+            parameter: Any = next(leaf.parameters(), None)
+            dtype = "none" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+            dtypes.setdefault(type(leaf).__name__, Counter())[dtype] += 1
+        operators = {kind: sum(counts.values()) for kind, counts in sorted(dtypes.items())}
+        return Execution(operators, {kind: tuple(c) for kind, c in sorted(dtypes.items())})
+
+    def _normalised(self, batch: Array) -> Array:
+        """float32 NCHW, (x / 255 - mean) / std of an image batch; a tensor batch as it is."""
+        if self._contract.kind == "tensor":
+            return batch
+        mean, std = np.array(self._contract.mean), np.array(self._contract.std)
+        out: Array = ((batch / 255.0 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+        return out

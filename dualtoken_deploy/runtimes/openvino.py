@@ -1,0 +1,111 @@
+"""Runs an OpenVINO bundle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
+from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.spec import TensorSpec
+
+_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "i8": "int8", "i32": "int32"}
+
+
+def load(bundle: Bundle, options: RunnerOptions) -> OpenVinoRunner:
+    """A runner for `model.xml` of the bundle. Raises MissingError where the extra or the device is not here."""
+    specs = (bundle.manifest.input.tensor,), bundle.manifest.outputs
+    return OpenVinoRunner(bundle.path / "model.xml", *specs, options)
+
+
+class OpenVinoRunner:
+    """One compiled model and one infer request, in float32 (IR precision is not execution precision)."""
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        options: RunnerOptions,
+    ) -> None:
+        self._inputs, self._outputs = inputs, outputs
+        self._compiled = _compile(path, options)
+        self._request: Any = self._compiled.create_infer_request()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._request = self._compiled = None
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        # share_inputs spares a copy; outputs are copied, since the request's memory is used again by the next run
+        results = self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+        return {spec.name: results[spec.name] for spec in self._outputs}
+
+    def run_async(self, feeds: Mapping[str, Array], count: int) -> None:
+        import openvino as ov
+
+        queue = ov.AsyncInferQueue(self._compiled)
+        for _ in range(count):
+            queue.start_async(dict(feeds), share_inputs=True)
+        queue.wait_all()
+
+    def execution(self) -> Execution:
+        """Layer kinds and execution dtypes of the compiled model's runtime graph."""
+        operators: Counter[str] = Counter()
+        dtypes: dict[str, Counter[str]] = {}
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            kind = _text(info, "layerType")
+            if kind in ("Input", "Output", "Const"):
+                continue
+            operators[kind] += 1
+            found = _text(info, "runtimePrecision")
+            dtypes.setdefault(kind, Counter())[_DTYPES.get(found, found)] += 1
+        precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
+        return Execution(dict(sorted(operators.items())), precision)
+
+
+def _text(info: Any, key: str) -> str:
+    value = info[key]
+    return str(getattr(value, "value", value))
+
+
+def _compile(path: Path, options: RunnerOptions) -> Any:
+    try:
+        import openvino as ov
+    except ImportError as error:
+        raise missing_extra("openvino", "running an OpenVINO bundle") from error
+    core = ov.Core()
+    device = (options.device or "CPU").upper()
+    if device.split(".")[0] not in {d.split(".")[0] for d in core.available_devices}:
+        raise MissingError(
+            f"OpenVINO {ov.__version__.split('-')[0]} finds no device {device!r} here; it finds "
+            f"{', '.join(core.available_devices)}; choose one of these or install the driver"
+        )
+    # Without the hint a CPU with AMX or AVX512-FP16 would run a float32 model in a smaller type, and not say so.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if options.threads and device == "CPU":
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    if options.cache_dir is not None:
+        settings["CACHE_DIR"] = str(options.cache_dir)
+    try:
+        return core.compile_model(str(path), device, settings)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1]
+        raise BundleError(f"OpenVINO cannot load {path}: {first}") from error
