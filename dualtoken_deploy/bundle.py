@@ -1,10 +1,10 @@
 """A bundle: the folder that an app developer takes away. Reads, writes and verifies it; knows no target.
 
-    <bundle>/
-      model.onnx | model.xml + model.bin | ...   the raw artifact, loadable by the vendor's own tools
-      manifest.json                              what it is, how it was made and how well it does
-      golden.npz                                 an input and the eager logits for it: a self-test for any device
-      labels.txt                                 one class name a line
+<bundle>/
+  model.onnx | model.xml + model.bin | ...   the raw artifact, loadable by the vendor's own tools
+  manifest.json                              what it is, how it was made and how well it does
+  golden.npz                                 an input and the eager logits for it: a self-test for any device
+  labels.txt                                 one class name a line
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def _check_free(output: Path, force: bool) -> None:
     if not force:
         raise UsageError(f"{output} exists; give --force to replace it, or another --output")
     if not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not a bundle, so --force does not replace it; choose another --output")
+        raise UsageError(
+            f"{output} exists and is not a bundle, so --force does not replace it; choose another --output"
+        )
 
 
 def _swap(new: Path, output: Path) -> None:

@@ -61,9 +61,9 @@ def split_columns(weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return weight[:, :first], weight[:, first:]
 
 
-def row_major_patches(vector: Tensor, channels: int) -> Tensor:
-    """Reorders the last axis, four patches of `channels`, from (0,0) (1,0) (0,1) (1,1) to (0,0) (0,1) (1,0) (1,1)."""
-    a, b, c, d = vector.split(channels, dim=-1)
+def row_major_patches(vector: Tensor) -> Tensor:
+    """Reorders the last axis, four patches of C, from (0,0) (1,0) (0,1) (1,1) to (0,0) (0,1) (1,0) (1,1)."""
+    a, b, c, d = vector.chunk(4, dim=-1)
     return torch.cat((a, c, b, d), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Modules that stand in the deploy form where the eager model has others. Each computes what the one it replaces does."""
+"""Modules that stand in the deploy form where the eager model has others; each computes what that one does."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SplitBiDim(nn.Module):
 
 
 class ReshapeMerge(nn.Module):
-    """PatchMerge with space-to-depth as one reshape, one transpose and one reshape. (B, H*W, C) -> (B, H/2 * W/2, C')."""
+    """PatchMerge with space-to-depth as one reshape, a transpose and a reshape. (B, H*W, C) -> (B, H/2 * W/2, C')."""
 
     def __init__(self, norm: nn.LayerNorm, reduce: nn.Linear, residual: nn.Linear) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class NoResize(nn.Module):
 
 
 class JoinedTokenModule(nn.Module):
-    """PositionAwareTokenModule without downsampling: one product gives q, k, v of the aggregation and q of the broadcast."""
+    """PositionAwareTokenModule without downsampling: one product for both attentions' q and for k, v."""
 
     def __init__(self, norm: nn.Module, qkvq: nn.Linear, heads: int, scales: tuple[float, float], resize: nn.Module,
                  fuse: nn.Module | None, kv: nn.Linear, proj: nn.Linear) -> None:  # fmt: skip
@@ -145,4 +145,5 @@ class ProjectedBroadcast(nn.Module):
         attention = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (B, heads, N, n)
         attention = attention.transpose(1, 2).flatten(2)  # (B, N, heads*n)
         v = self.v(g_new).reshape(b, n, self.heads, c).transpose(1, 2).flatten(1, 2)  # (B, heads*n, C)
-        return attention @ v + self.bias
+        out: Tensor = attention @ v + self.bias
+        return out

@@ -55,7 +55,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class DeployForm:
-    """`module` computes what the eager model does; `rules` maps each rule that was asked for to how often it applied."""
+    """`module` computes what the eager model does; `rules` maps each rule asked for to how often it applied."""
 
     module: nn.Module
     rules: Mapping[str, int]
@@ -242,18 +242,18 @@ def split_bidim(model: DualTokenViT, size: Size) -> int:
 
 
 def reshape_merge(model: DualTokenViT, size: Size) -> int:
-    """reduce(norm(P z)) with P a permutation of the patches: columns of the weights (and the norm's affine) in P's order.
+    """reduce(norm(P z)) with P a permutation of the patches: the weights' columns (and the norm's affine) in P's order.
 
     Row-major patches are one reshape and transpose of the map; LayerNorm's statistics do not depend on the order.
     """
 
     def make(module: nn.Module) -> nn.Module | None:
         assert isinstance(module, PatchMerge)  # noqa: S101
-        norm, channels = module.norm, module.residual.in_features
+        norm = module.norm
         if norm.elementwise_affine:
             for parameter in (norm.weight, norm.bias):
-                parameter.copy_(algebra.row_major_patches(parameter, channels))
-        weight = algebra.row_major_patches(module.reduce.weight, channels)
+                parameter.copy_(algebra.row_major_patches(parameter))
+        weight = algebra.row_major_patches(module.reduce.weight)
         return forms.ReshapeMerge(norm, _linear(weight, module.reduce.bias), module.residual)
 
     return _replace(model, PatchMerge, make)

@@ -67,9 +67,9 @@ def _run(model: nn.Module, image_size: tuple[int, int]) -> None:
         torch.func.functional_call(model, detached, image)
 
 
-class _ProductRecorder(TorchDispatchMode):
+class _ProductRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products: Counter[tuple[int, int, int, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -78,7 +78,8 @@ class ConvEncoder(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         z = to_tokens(self.dw(to_map(x, grid)))  # (B, N, C)
         z = self.pw2(F.gelu(self.pw1(self.norm(z))))
-        return x + self.drop_path(self.scale(z))
+        out: Tensor = x + self.drop_path(self.scale(z))
+        return out
 
 
 class WindowAttention(nn.Module):
@@ -113,11 +114,12 @@ class WindowAttention(nn.Module):
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(z).chunk(3, dim=-1))
         z = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(), scale=self.scale))
         z = z.reshape(b, rows, cols, s, s, c).transpose(2, 3).reshape(b, rows * s, cols * s, c)
-        return x + self.drop_path(z[:, :h, :w].flatten(1, 2))
+        out: Tensor = x + self.drop_path(z[:, :h, :w].flatten(1, 2))
+        return out
 
 
 class Downsample(nn.Module):
-    """Step-wise downsampling (eq. 3.2): halves both sides of the map steps + 1 times. (B, N, C) -> (B, N/4^(steps+1), C)."""
+    """Step-wise downsampling (eq. 3.2), steps + 1 halvings of both sides: (B, N, C) -> (B, N/4^(steps+1), C)."""
 
     def __init__(self, channels: int, steps: int) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 Grid = tuple[int, int]  # (H, W) of a token map
 
 

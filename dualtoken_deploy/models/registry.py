@@ -162,7 +162,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: DualTokenViT, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
-    """Loads every tensor or none. Raises WeightsError that names all keys which are missing, unexpected or mis-shaped."""
+    """Loads every tensor or none. Raises WeightsError with all missing, unexpected and mis-shaped keys."""
     given, wanted = read_tensors(path), model.state_dict()
     if replace_head:
         for key in ("head.fc.weight", "head.fc.bias"):
@@ -218,3 +218,24 @@ def rebuild(manifest: Manifest) -> DualTokenViT:
             "made from (sha256 differs); export it again"
         )
     return model
+
+
+def describe_variants() -> list[dict[str, Any]]:
+    """Every variant with its options, counted parameters and MACs at 224x224, and the paper's figures (or None)."""
+    from dualtoken_deploy.models.count import count_macs, count_params
+
+    rows = []
+    for name, variant in VARIANTS.items():
+        model = create_model(name)
+        rows.append(
+            {
+                "variant": name,
+                "title": variant.title,
+                "options": {option: getattr(variant.config, option) for option in OPTIONS},
+                "params": count_params(model),
+                "macs": count_macs(model, variant.config.image_size),
+                "paper_params_m": variant.paper_params_m,
+                "paper_macs_g": variant.paper_macs_g,
+            }
+        )
+    return rows

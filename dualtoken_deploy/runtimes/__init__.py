@@ -21,8 +21,8 @@ def load_runner(
 ) -> Runner:
     """The runner of the bundle's target, loaded and ready; a context manager.
 
-    `device`: in the runtime's own words ("cpu", "cuda", "GPU", ...). Raises MissingError where the runtime or the device
-    is not here, BundleError where the bundle is not whole.
+    `device`: in the runtime's own words ("cpu", "cuda", "GPU", ...). Raises MissingError where the runtime or the
+    device is not here, BundleError where the bundle is not whole.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     target = get_target(opened.manifest.target)

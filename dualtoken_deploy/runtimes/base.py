@@ -29,7 +29,8 @@ class RunnerOptions:
 class Execution:
     """What a loaded model really executes, read from the runtime and not from the file.
 
-    `operators` counts executed operators by kind; `precision` maps a kind to the dtypes it runs in, most frequent first.
+    `operators` counts executed operators by kind, `precision` maps a kind to the dtypes it runs in, the most frequent
+    first.
     """
 
     operators: Mapping[str, int] = field(default_factory=dict)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> EagerRunner:
-    """The eager model that the bundle was made from. Raises MissingError without torch, WeightsError without weights."""
+    """The eager model that the bundle was made from. Raises MissingError (no torch), WeightsError (no file)."""
     try:
         from dualtoken_deploy.models.registry import rebuild
     except ImportError as error:

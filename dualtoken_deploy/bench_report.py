@@ -1,0 +1,199 @@
+"""What a bench found, as data, as JSON and as one table. Pure arithmetic: nothing is timed here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+NOISY_SPREAD = 1.2  # highest over lowest per-round ratio; a quiet machine stays below 1.05
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio taken round by round: median, lowest and highest. Above 1 means faster than the baseline."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        return self.high / self.low
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a call, over all runs of all rounds."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    runs: int
+
+
+def latency(laps_ns: Sequence[int]) -> Latency:
+    """Percentiles (linear between neighbours) and mean of call times in nanoseconds. Raises ValueError on none."""
+    if not laps_ns:
+        raise ValueError("no call was timed")
+    laps_ms = np.asarray(laps_ns, np.float64) / 1e6
+    p50, p90, p99 = (float(p) for p in np.percentile(laps_ms, (50, 90, 99)))
+    return Latency(p50, p90, p99, float(laps_ms.mean()), len(laps_ns))
+
+
+def ratio_of(reference_ms: Sequence[float], rounds_ms: Sequence[float]) -> Ratio:
+    """reference / own p50 of each round, then median, lowest and highest. Raises ValueError on unequal lengths."""
+    ratios = [reference / own for reference, own in zip(reference_ms, rounds_ms, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row. `kind`: "bundle", "eager" or "limit" (the model's matrix products alone). None where there is no figure.
+
+    `ratio` is the baseline's p50 over this p50, `gemm_limit_ratio` the median of the limit's p50 over this p50 (1.0: at
+    the limit, 0.5: twice as slow as its matrix products alone). `cold_start_ms`: importing the runtime and loading the
+    artifact (in the page cache by then), without Python's own start; `first_inference_ms`: the first call after it.
+    """
+
+    name: str
+    kind: str
+    target: str
+    precision: str
+    bundle: str | None
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    runs: int
+    rounds_p50_ms: tuple[float, ...]
+    images_per_s: float
+    async_images_per_s: float | None
+    ratio: Ratio
+    gemm_limit_ratio: float | None
+    cold_start_ms: float | None
+    first_inference_ms: float | None
+    peak_rss_mib: float
+    size_mib: float | None
+    threads: int
+    batch: int
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; units are in the names."""
+        return asdict(self)
+
+
+def _number(value: float | None) -> str:
+    """Four significant digits at most, none after the point from 100 on; "-" for None."""
+    if value is None:
+        return "-"
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{decimals}f}" if value >= 0.01 or value == 0 else f"{value:.{1 - math.floor(math.log10(value))}f}"
+
+
+# Title and cell of each column, in order: the terminal's table and the Markdown one are both made of these.
+_COLUMNS: Mapping[str, Any] = {
+    "contestant": lambda c: c.name,
+    "p50 ms": lambda c: _number(c.p50_ms),
+    "p90 ms": lambda c: _number(c.p90_ms),
+    "p99 ms": lambda c: _number(c.p99_ms),
+    "mean ms": lambda c: _number(c.mean_ms),
+    "images/s": lambda c: _number(c.images_per_s),
+    "async images/s": lambda c: _number(c.async_images_per_s),
+    "vs baseline": lambda c: str(c.ratio),
+    "of limit": lambda c: _number(c.gemm_limit_ratio),
+    "cold start ms": lambda c: _number(c.cold_start_ms),
+    "first ms": lambda c: _number(c.first_inference_ms),
+    "peak MiB": lambda c: _number(c.peak_rss_mib),
+    "size MiB": lambda c: _number(c.size_mib),
+}
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All rows of one bench, with the machine and what the reader should know before believing them.
+
+    `command` is the command line that repeats it, `notes` the reasons for doubt.
+    """
+
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    command: str
+    baseline: str
+    threads: int
+    batch: int
+    rounds: int
+    seconds: float
+    contestants: tuple[Contestant, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `ratio` is baseline p50 over this p50, round by round."""
+        data = {f: getattr(self, f) for f in self.__dataclass_fields__}
+        lists = {"contestants": [c.to_json() for c in self.contestants], "notes": list(self.notes)}
+        return data | {"machine": dict(self.machine), "versions": dict(self.versions)} | lists
+
+    def columns(self) -> tuple[str, ...]:
+        """Titles of the table."""
+        return tuple(_COLUMNS)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table, one tuple a contestant, as long as `columns()`."""
+        return [tuple(cell(c) for cell in _COLUMNS.values()) for c in self.contestants]
+
+    def machine_line(self) -> str:
+        """The machine in one line."""
+        m = self.machine
+        memory = f"{m['memory_mib'] / 1024:.0f} GiB" if m.get("memory_mib") else "memory unknown"
+        isa = " ".join(m["isa"]) or "no known instruction sets"
+        governor = m.get("governor") or "unknown"
+        return (
+            f"{m['cpu']} ({m['architecture']}: {isa}), {m['cores']} cores, {memory}, governor {governor}, "
+            f"{m['os']}, {m['kernel']}, Python {m['python']}"
+        )
+
+    def setting_line(self) -> str:
+        """How it was measured, in one line."""
+        libraries = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"{self.threads} threads, batch {self.batch}, {self.rounds} interleaved rounds of {self.seconds:g} s each; "
+            f"baseline {self.baseline}; {libraries}"
+        )
+
+    def to_markdown(self) -> str:
+        """Machine, command, settings, table and notes as Markdown."""
+        lines = [
+            f"Machine: {self.machine_line()}.",
+            "",
+            f"`{self.command}`: {self.setting_line()}.",
+            "",
+            _line(self.columns()),
+            _line(["---", *["---:"] * (len(_COLUMNS) - 1)]),
+            *(_line(row) for row in self.rows()),
+        ]
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def noise_notes(contestants: Sequence[Contestant]) -> list[str]:
+    """A line for each contestant whose ratio moved by more than NOISY_SPREAD between rounds."""
+    return [
+        f"{c.name} is noisy: its ratio went from {c.ratio.low:.2f} to {c.ratio.high:.2f} between rounds; "
+        "give more rounds on a quieter machine"
+        for c in contestants
+        if c.ratio.spread > NOISY_SPREAD
+    ]

@@ -1,0 +1,325 @@
+"""The command line: parse, one call, print. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from dualtoken_deploy.errors import DualTokenError, UsageError, missing_extra
+
+app = typer.Typer(
+    name="dualtoken",
+    help="DualToken-ViT from PyTorch to a verified bundle for every target.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Bundles = Annotated[list[Path] | None, typer.Argument(help="Bundle folders; without any, all under ./bundles.")]
+OneBundle = Annotated[Path, typer.Argument(help="Bundle folder.")]
+Device = Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+
+
+@app.command()
+def models(json_output: Json = False) -> None:
+    """Lists the variants, with counted parameters and MACs beside the paper's."""
+    rows = _with_torch("counting models", _count_models)
+    _print(json_output, rows, lambda r: r.models_table(rows))
+
+
+@app.command()
+def targets(json_output: Json = False) -> None:
+    """Lists the targets, and what can be exported and run here."""
+    from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS
+
+    rows = []
+    for row in TARGETS.values():
+        can_run, can_export = not row.missing(), not row.missing((*EXPORT_MODULES, *row.modules))
+        extras = [e for e, here in ((row.extra, can_run), ("export", not row.missing(EXPORT_MODULES))) if not here]
+        install = f"pip install 'dualtoken-deploy[{','.join(extras)}]'" if extras else None
+        rows.append(
+            {
+                "target": row.name,
+                "title": row.title,
+                "precisions": list(row.precisions),
+                "can_export": can_export,
+                "can_run": can_run,
+                "install": install,
+            }
+        )
+    _print(json_output, rows, lambda r: r.targets_table(rows))
+
+
+@app.command()
+def export(
+    variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
+    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: every one that can be exported.")],
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
+    image_size: Annotated[str, typer.Option(help="Side or HxW, each at least 64.")] = "224",
+    batch: Annotated[str, typer.Option(help="Batch size, or `dynamic`.")] = "1",
+    input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's own choice unless given.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
+    from dualtoken_deploy.targets import get_target
+
+    options = _options(option or [])
+    if classes is not None:
+        options["num_classes"] = classes
+    pipeline = _with_torch("exporting", _pipeline)
+    names = pipeline.exportable_targets() if "all" in target else [get_target(t).name for t in dict.fromkeys(target)]
+    if not names:
+        raise missing_extra("all", "exporting to any target")
+    if output is not None and len(names) > 1:
+        raise UsageError("--output names one bundle's folder; give one --target with it")
+    results = []
+    with _progress() as tell:
+        for name in names:
+            results.append(
+                pipeline.export(
+                    variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
+                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force, command=_command(),
+                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
+                )
+            )  # fmt: skip
+    for warning in dict.fromkeys(w for r in results for w in r.warnings):
+        _say(f"warning: {warning}")
+    data: Any = [r.to_json() for r in results]
+    _print(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
+
+
+@app.command()
+def validate(
+    bundles: Bundles = None,
+    data: Annotated[
+        str | None, typer.Option(help="Image folder, or `photographs`; the golden input unless given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    reference: Annotated[str | None, typer.Option(help="eager or golden; eager where torch is installed.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal top-1, in 0..1.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Least top-1 accuracy, in 0..1.")] = None,
+    min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
+    from dualtoken_deploy.validate import gate
+    from dualtoken_deploy.validate import validate as run
+
+    with _progress() as tell:
+        results = run(_bundles(bundles), data, limit, reference, device, threads, progress=tell)
+    _print(json_output, {"results": [r.to_json() for r in results]}, lambda r: r.validation_table(results))
+    gate(results, min_agreement, min_top1, min_sqnr)
+
+
+@app.command()
+def bench(
+    bundles: Bundles = None,
+    against: Annotated[
+        str | None, typer.Option(help="Baseline: eager, gemm, or a bundle; the first one unless given.")
+    ] = None,
+    threads: Threads = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size, where the bundles leave it open.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 2.0,
+    device: Device = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Times bundles side by side: one process each, interleaved rounds, ratios with their spread."""
+    from dualtoken_deploy.bench import bench as run
+
+    with _progress() as tell:
+        report = run(_bundles(bundles), against, threads, batch, rounds, seconds, device, progress=tell)
+    if markdown is not None:
+        _write(markdown, report.to_markdown())
+    _print(json_output, report.to_json(), lambda r: r.bench_table(report))
+    for note in report.notes:
+        _say(f"note: {note}")
+
+
+@app.command()
+def inspect(bundle: OneBundle, device: Device = None, json_output: Json = False) -> None:
+    """Verifies a bundle and reads from the runtime what executes; a broken promise exits with 5."""
+    from dualtoken_deploy.inspection import check_promise, inspect_bundle
+
+    inspection = inspect_bundle(bundle, device)
+    _print(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
+    if not json_output:
+        contract = inspection.manifest.input
+        shape = "x".join(map(str, contract.tensor.shape))
+        print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
+        print(f"weights: {inspection.manifest.weights['source']}")
+    check_promise(inspection)
+
+
+@app.command()
+def predict(
+    bundle: OneBundle,
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
+    device: Device = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Shows the most likely classes of pictures."""
+    from dualtoken_deploy.predict import predict as run
+
+    predictions = run(bundle, images, top, device, threads)
+    _print(json_output, [p.to_json() for p in predictions], lambda r: r.prediction_table(predictions))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: maps errors to one line and the documented exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped export clears up as an interrupted one does
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except DualTokenError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left", 130)
+    except BrokenPipeError:  # the reader of stdout, head for one, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        _usage(error)
+
+
+def _usage(error: Exception) -> None:
+    """Click's own errors (a missing argument, an unknown option) and exits, as click would end them."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+    elif type(error).__name__ == "Abort":
+        _fail("interrupted; nothing half-written was left", 130)
+    sys.exit(error.exit_code)  # type: ignore[attr-defined]
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    _say(f"error: {message}")
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Tells what happens now: a live line with its time on a terminal, plain lines elsewhere; always on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _say
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def _print(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
+    """JSON, or the table that `draw` makes of the report module."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from dualtoken_deploy import report
+
+    console = Console()
+    # a pipe or a file has no width; a table cut to 80 columns would lose its figures
+    Console(width=None if console.is_terminal else 200).print(draw(report))
+
+
+def _bundles(given: list[Path] | None) -> list[Path]:
+    """The bundles named, or every one under ./bundles. Raises UsageError where there is none."""
+    found = given or sorted(p.parent for p in Path("bundles").glob("*/manifest.json") if p.parent.name[0] != ".")
+    if not found:
+        raise UsageError("no bundle was named and there is none under ./bundles; make one with: dualtoken export")
+    return list(found)
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as keyword arguments: numbers where they read as such."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name or name in ("image_size", "num_classes"):
+            raise UsageError(f"option {pair!r} is not NAME=VALUE of a model option, e.g. global_tokens=3")
+        options[name] = _number(text)
+    return options
+
+
+def _number(text: str) -> int | float | str:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _write(path: Path, text: str) -> None:
+    from dualtoken_deploy.errors import OutputError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _command() -> str:
+    return shlex.join(["dualtoken", *sys.argv[1:]])
+
+
+def _with_torch(what: str, call: Callable[[], Any]) -> Any:
+    """Runs what imports torch; a device install without it gets the name of the extra."""
+    try:
+        return call()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("dualtoken_deploy"):
+            raise
+        raise missing_extra("export", what) from error
+
+
+def _pipeline() -> Any:
+    from dualtoken_deploy import pipeline
+
+    return pipeline
+
+
+def _count_models() -> list[dict[str, Any]]:
+    from dualtoken_deploy.models.registry import describe_variants
+
+    return describe_variants()

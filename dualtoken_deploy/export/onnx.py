@@ -1,0 +1,195 @@
+"""torch -> ONNX, simplified and checked: the source of every target that takes ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from dualtoken_deploy import numerics
+from dualtoken_deploy.deploy import deploy_form
+from dualtoken_deploy.deploy.forms import ImageInput
+from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.export.base import Request, Tell
+from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+
+ATTENTION_OPSET = 23  # the first with the Attention operator
+DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
+OPSETS = range(DECOMPOSED_OPSET, 24)
+
+# A simplifier only reorders float32 arithmetic; measured on S: 130 dB and more.
+SIMPLIFIED_SQNR_DB = 110.0
+
+# onnxsim would turn each linear layer over (B, N, C) into Reshape, Gemm, Reshape: 184 more nodes for S, and no gain.
+SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm"]
+
+# Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
+FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
+
+KEPT_NODE_METADATA = ("pkg.torch.onnx.name_scopes",)  # leads a node back to the module it came from
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The graph, the rules that made its source, and its operator counts before and after each step."""
+
+    model: onnx.ModelProto
+    rules: tuple[str, ...]
+    operators: Mapping[str, Mapping[str, int]]
+
+
+def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
+    """The deploy form of `model` as a checked ONNX model in the precision asked for.
+
+    Raises UsageError on an opset outside of OPSETS, ConversionError where an exporter, the simplifier or the checker
+    fails, or where simplifying changed the result.
+    """
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not offered; choose one of {OPSETS.start} to {OPSETS.stop - 1}")
+    tell("rewriting to the deploy form")
+    form = deploy_form(model, rules, request.contract.size)
+    module = with_input(form.module, request)
+    tell(f"tracing to ONNX opset {opset}")
+    exported = trace(module, request, opset)
+    tell("simplifying")
+    simplified = simplify(exported, request)
+    operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
+    if request.precision == "fp16":
+        tell("converting to float16")
+        simplified = to_float16(simplified)
+        operators["float16"] = operator_counts(simplified)
+    _finish(simplified, request)
+    applied = tuple(name for name, count in form.rules.items() if count)
+    return OnnxExport(simplified, applied, operators)
+
+
+def with_input(module: nn.Module, request: Request) -> nn.Module:
+    """The module behind its input contract: an image contract gets cast, mean and std in front."""
+    contract = request.contract
+    if contract.kind == "tensor":
+        return module
+    return nn.Sequential(ImageInput(contract.mean, contract.std, torch.float32), module)
+
+
+def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
+    """ONNX through torch.export. A dynamic batch becomes a named dimension; every other size is fixed."""
+    spec = request.contract.tensor
+    fixed = request.contract.batch
+    # two, because torch.export takes a batch of one for a constant
+    shape = [2 if fixed is None and axis == 0 else int(size) for axis, size in enumerate(spec.shape)]
+    example = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},) if fixed is None else None
+    arguments: dict[str, Any] = {
+        "dynamo": True,
+        "opset_version": opset,
+        "input_names": [spec.name],
+        "output_names": [o.name for o in request.outputs],
+        "dynamic_shapes": dynamic,
+        "verbose": False,
+        "optimize": True,
+    }
+    try:
+        with _quiet():
+            program = torch.onnx.export(module, (example,), **arguments)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ConversionError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
+    if program is None:
+        raise ConversionError("torch.onnx returned no program")
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
+    """onnxsim's form of the graph, held against the original on a fixed random input."""
+    import onnxsim
+
+    try:
+        with _quiet():
+            simplified, ok = onnxsim.simplify(model, skipped_optimizers=SKIPPED_OPTIMIZERS)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ConversionError(f"onnxsim cannot simplify the model: {_first_line(error)}") from error
+    if not ok:
+        raise ConversionError("onnxsim reports that its result does not check against the original")
+    difference = numerics.compare(_run(model, request), _run(simplified, request))
+    if difference.sqnr_db < SIMPLIFIED_SQNR_DB:
+        raise ConversionError(f"onnxsim changed the result: {difference}; at least {SIMPLIFIED_SQNR_DB} dB are needed")
+    out: onnx.ModelProto = simplified
+    return out
+
+
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """float16 tensors and weights; float32 inputs, outputs and FLOAT32_OPERATORS."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    try:
+        with _quiet():
+            converted: onnx.ModelProto = convert_float_to_float16(
+                model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
+            )
+    except (ValueError, RuntimeError) as error:
+        raise ConversionError(f"the float16 converter failed: {_first_line(error)}") from error
+    return converted
+
+
+def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """Nodes by operator, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def _finish(model: onnx.ModelProto, request: Request) -> None:
+    """Metadata in, stack traces of this machine out, and a last check."""
+    for node in model.graph.node:
+        kept = [m for m in node.metadata_props if m.key in KEPT_NODE_METADATA]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+        node.doc_string = ""
+    del model.metadata_props[:]
+    for key, value in request.metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    model.graph.name = request.metadata.get("variant", "model")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ConversionError(f"the exported ONNX does not check: {_first_line(error)}") from error
+
+
+def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    spec = request.contract.tensor
+    shape = [size if isinstance(size, int) else 2 for size in spec.shape]
+    values = np.random.default_rng(0).random(shape)
+    feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
+    logits: numerics.Array = session.run(None, {spec.name: feed})[0]
+    return logits
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,41 @@
+"""OpenVINO: IR from the simplified ONNX. fp32 keeps float32 weights, fp16 stores them in half the bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.errors import ConversionError, missing_extra
+from dualtoken_deploy.export.base import Artifact, Request, Tell
+from dualtoken_deploy.export.onnx import ATTENTION_OPSET, export_onnx
+from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+
+RULES = DEFAULT_RULES  # fold_projection costs 5 % here: docs/decisions/003-rules-per-target.md
+
+
+def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes model.xml and model.bin. The ONNX in between is float32; fp16 is a matter of the stored weights."""
+    try:
+        import openvino as ov
+    except ImportError as error:
+        raise missing_extra("openvino", "exporting to OpenVINO") from error
+    source = replace(request, precision="fp32")
+    exported = export_onnx(model, source, RULES, request.opset or ATTENTION_OPSET, tell)
+    tell("converting to OpenVINO IR")
+    try:
+        converted = ov.Core().read_model(exported.model.SerializeToString())
+        _name(converted, request)
+        ov.save_model(converted, folder / "model.xml", compress_to_fp16=request.precision == "fp16")
+    except RuntimeError as error:
+        raise ConversionError(f"OpenVINO cannot convert the ONNX: {str(error).strip().splitlines()[-1]}") from error
+    counts = Counter(op.get_type_name() for op in converted.get_ordered_ops())
+    return Artifact(exported.rules, {**exported.operators, "openvino": dict(counts.most_common())})
+
+
+def _name(model: Any, request: Request) -> None:
+    model.set_friendly_name(request.metadata.get("variant", "model"))
+    for key, value in request.metadata.items():
+        model.set_rt_info(value, ["dualtoken", key])
