@@ -173,8 +173,7 @@ class Worker:
         end = time.monotonic() + limit_s
         while b"\n" not in self._received:
             ready, _, _ = select.select([source], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                self._kill()
+            if not ready:  # leaving the `with` block ends it
                 late = f"no answer from its runtime within {limit_s:g} s, so it was stopped"
                 raise ConversionError(f"{self._name}: {late}{self._last_words()}")
             chunk = os.read(source, 1 << 16)

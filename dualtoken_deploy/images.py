@@ -111,8 +111,7 @@ def _to_rgb(picture: Image.Image) -> Pixels:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Grey of 16 bits a pixel (modes I;16, I) or float (F, taken as 0..1 where it stays there) as mode L."""
     values = np.asarray(picture).astype(np.float64)
+    full = 65535.0  # Pillow decodes 16-bit grey to I;16 and, in older versions, to I
     if picture.mode == "F":
         full = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    else:
-        full = 65535.0  # Pillow decodes 16-bit grey to I;16 and, in older versions, to I
     return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8))

@@ -20,7 +20,14 @@ from dualtoken_deploy.inspection import kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
-from dualtoken_deploy.models.registry import DEFAULT_SEED, OPTIONS, create_model, parse_image_size, weights_sha256
+from dualtoken_deploy.models.registry import (
+    DEFAULT_SEED,
+    OPTIONS,
+    create_model,
+    parse_image_size,
+    random_model,
+    weights_sha256,
+)
 from dualtoken_deploy.runtimes import RunnerOptions, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
@@ -87,7 +94,10 @@ def export(
     final = Path(output) if output is not None else Path("bundles") / f"{variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
-        model = create_model(variant, image_size=contract.size, weights=weights, seed=seed, **options)
+        if weights is None:
+            model = random_model(variant, seed, image_size=contract.size, **options)
+        else:
+            model = create_model(variant, image_size=contract.size, weights=weights, **options)
         names = _labels(labels, model.config.num_classes)
         _check_space(folder, model)
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)

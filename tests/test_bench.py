@@ -219,7 +219,7 @@ def test_the_worker_imports_no_runtime_by_itself() -> None:
 
 def test_bench_ranks_models_of_known_cost(chains: tuple[Path, Path]) -> None:
     pytest.importorskip("onnxruntime")
-    report = bench(chains, threads=1, rounds=3, seconds=0.15)
+    report = bench(chains, threads=1, rounds=3, seconds=0.1)
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert [(c["name"], c["kind"]) for c in data["contestants"]] == [
         ("short", "bundle"), ("long", "bundle"), ("gemm", "limit"), ("gemm of long", "limit"),

@@ -57,7 +57,7 @@ def run_fakes(*bodies: str, rounds: int = 3, limits: Limits = bench_process.LIMI
         ("if count: print('hello', flush=True)", r"^b: its bench worker answered b'hello', which is no JSON"),
         ("if count: answer = {'error': {'type': 'E', 'message': 'E: no'}}", r"^b: E: no"),
         ("if count: answer = {'error': {'type': 'missing_extra', 'message': 'no'}}", r"^b: no"),
-        ("if count: sys.stderr.write('asleep'); sys.stderr.flush(); time.sleep(60)", r"^b: no answer .* 0\.5 s.*asleep"),
+        ("if count: os.write(2, b'asleep'); time.sleep(60)", r"^b: no answer .* 0\.5 s.*asleep"),
     ],
     ids=["killed", "aborted", "exited", "garbage", "vendor", "not a class", "hung"],
 )  # fmt: skip

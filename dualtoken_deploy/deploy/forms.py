@@ -18,12 +18,13 @@ class ImageInput(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("shift", 255.0 * torch.tensor(mean, dtype=dtype).reshape(1, 3, 1, 1))
-        self.register_buffer("gain", 1.0 / (255.0 * torch.tensor(std, dtype=dtype).reshape(1, 3, 1, 1)))
+        self.register_buffer("shift", 255.0 * torch.tensor(mean, dtype=dtype))
+        self.register_buffer("gain", 1.0 / (255.0 * torch.tensor(std, dtype=dtype)))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = image.permute(0, 3, 1, 2).to(self.shift.dtype)  # (B, 3, H, W)
-        return (x - self.shift) * self.gain
+        # transposed last, beside the first convolution, which OpenVINO runs channels-last: there the transpose is free
+        x = (image.to(self.shift.dtype) - self.shift) * self.gain  # (B, H, W, 3)
+        return x.permute(0, 3, 1, 2)
 
 
 class SplitBiDim(nn.Module):

@@ -130,12 +130,14 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     """float16 tensors and weights; float32 inputs, outputs and FLOAT32_OPERATORS."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
         with _quiet():
             converted: onnx.ModelProto = convert_float_to_float16(
                 model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
             )
+            OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
     except (ValueError, RuntimeError) as error:
         raise ConversionError(f"the float16 converter failed: {_first_line(error)}") from error
     return converted

@@ -33,6 +33,7 @@ class OpenVinoRunner:
         options: RunnerOptions,
     ) -> None:
         self._inputs, self._outputs = inputs, outputs
+        self._path, self._options = path, options
         self._compiled = _compile(path, options)
         self._request: Any = self._compiled.create_infer_request()
 
@@ -66,27 +67,29 @@ class OpenVinoRunner:
         queue.wait_all()
 
     def execution(self) -> Execution:
-        """Layer kinds and execution dtypes of the compiled model's runtime graph."""
+        """Layers that ran in one profiled run of zeros, with the dtype that their kernel's name ends in.
+
+        The runtime graph alone would not do: it lists constant sub-graphs that never run, and for float16 weights it
+        names the stored dtype where the kernel computes in float32.
+        """
+        import numpy as np
+
+        request = _compile(self._path, self._options, profile=True).create_infer_request()
+        shapes = ([d if isinstance(d, int) else 1 for d in s.shape] for s in self._inputs)
+        request.infer({s.name: np.zeros(shape, s.dtype) for s, shape in zip(self._inputs, shapes, strict=True)})
         operators: Counter[str] = Counter()
         dtypes: dict[str, Counter[str]] = {}
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
-            info = node.get_rt_info()
-            kind = _text(info, "layerType")
-            if kind in ("Input", "Output", "Const"):
+        for layer in request.get_profiling_info():
+            if "EXECUTED" not in str(layer.status):
                 continue
-            operators[kind] += 1
-            found = _text(info, "runtimePrecision")
-            dtypes.setdefault(kind, Counter())[_DTYPES.get(found, found)] += 1
+            operators[layer.node_type] += 1
+            suffix = layer.exec_type.rpartition("_")[2].lower()
+            dtypes.setdefault(layer.node_type, Counter())[_DTYPES.get(suffix, suffix)] += 1
         precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
         return Execution(dict(sorted(operators.items())), precision)
 
 
-def _text(info: Any, key: str) -> str:
-    value = info[key]
-    return str(getattr(value, "value", value))
-
-
-def _compile(path: Path, options: RunnerOptions) -> Any:
+def _compile(path: Path, options: RunnerOptions, profile: bool = False) -> Any:
     try:
         import openvino as ov
     except ImportError as error:
@@ -102,6 +105,8 @@ def _compile(path: Path, options: RunnerOptions) -> Any:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if options.threads and device == "CPU":
         settings["INFERENCE_NUM_THREADS"] = options.threads
+    if profile:
+        settings["PERF_COUNT"] = True
     if options.cache_dir is not None:
         settings["CACHE_DIR"] = str(options.cache_dir)
     try:

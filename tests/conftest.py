@@ -1,0 +1,68 @@
+"""Fixtures that cost time are made once a session: each bundle below is exported once and only read afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dualtoken_deploy.targets import TARGETS
+
+SMALL = {"variant": "t-mix", "image_size": 64, "num_classes": 10}  # the smallest model and map there is
+
+
+@pytest.fixture(scope="session")
+def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bundles")
+
+
+@pytest.fixture(scope="session")
+def small_bundle(bundle_store: Path) -> Callable[..., Path]:
+    """small_bundle(target, precision, **export options) -> the folder of a bundle of the small model; read only."""
+    from dualtoken_deploy import export
+
+    made: dict[str, Path] = {}
+
+    def make(target: str = "onnxruntime", precision: str = "fp32", **options: object) -> Path:
+        name = "-".join([target, precision, *(f"{k}_{v}" for k, v in sorted(options.items()))])
+        if name not in made:
+            arguments = SMALL | options
+            export(target=target, precision=precision, output=bundle_store / name, **arguments)  # type: ignore[arg-type]
+            made[name] = bundle_store / name
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def own_bundle(small_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of the small ONNX Runtime bundle that a test may damage."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(small_bundle(), copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Path:
+    from dualtoken_deploy.datasets import open_dataset
+
+    return open_dataset("photographs").images[0]
+
+
+@pytest.fixture(scope="session")
+def s_bundle(bundle_store: Path) -> Callable[[str], Path]:
+    """s_bundle(target) -> the real S at 224, fp32: where the size matters."""
+    from dualtoken_deploy import export
+
+    def make(target: str) -> Path:
+        folder = bundle_store / f"s-{target}"
+        if not folder.exists():
+            export("s", target, output=folder)
+        return folder
+
+    return make
+
+
+ROWS = [(target.name, precision) for target in TARGETS.values() for precision in target.precisions]
