@@ -165,7 +165,7 @@ class BenchReport:
         """How it was measured, in one line."""
         libraries = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.threads} threads, batch {self.batch}, {self.rounds} interleaved rounds of {self.seconds:g} s each; "
+            f"threads {self.threads}, batch {self.batch}, {self.rounds} interleaved rounds of {self.seconds:g} s each; "
             f"baseline {self.baseline}; {libraries}"
         )
 

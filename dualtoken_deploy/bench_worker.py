@@ -239,9 +239,8 @@ def main() -> int:
             answer = session.answer(json.loads(line))
         except DualTokenError as error:
             failed, answer = True, {"error": {"type": type(error).__name__, "message": str(error)}}
-        except (
-            Exception
-        ) as error:  # the outermost boundary: vendors raise what they like, and the parent must hear of it
+        # The outermost boundary: vendors raise what they like, and the parent must hear of it.
+        except Exception as error:  # noqa: BLE001
             failed, answer = True, {"error": {"type": type(error).__name__, "message": _one_line(error)}}
         try:
             answers.write(json.dumps(answer) + "\n")

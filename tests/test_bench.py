@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dualtoken_deploy import bench_worker
-from dualtoken_deploy.bench import Entrant, Setting, bench, common_batch, contestant, enter, unique_names
+from dualtoken_deploy.bench import Entrant, Setting, _doubts, bench, common_batch, contestant, enter, unique_names
 from dualtoken_deploy.bench_process import Job, Series, measure
 from dualtoken_deploy.bench_report import Ratio, latency, noise_notes, ratio_of
 from dualtoken_deploy.bundle import MANIFEST, Bundle, Manifest, write_bundle
@@ -155,6 +155,22 @@ def test_a_wide_spread_is_noted(tmp_path: Path) -> None:
     assert note.startswith("b is noisy: its ratio went from 2.00 to 4.00")
 
 
+def test_doubts_are_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[bench.__module__]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    quiet = Setting(batch=1, threads=4, device=None, rounds=1, seconds=1.0)
+    assert _doubts({"governor": "performance", "cores": 4}, quiet) == []
+    assert _doubts({"governor": None, "cores": 4}, quiet) == []
+    monkeypatch.setattr(module, "busy_cores", lambda: 1.2)
+    crowded = Setting(batch=1, threads=8, device="cuda", rounds=1, seconds=1.0)
+    governor, threads, busy, device = _doubts({"governor": "powersave", "cores": 4}, crowded)
+    assert "powersave" in governor
+    assert threads.startswith("8 threads share 4 cores")
+    assert busy == "other programs kept 1.2 of 4 cores busy before the start"
+    assert "no limit for device cuda" in device
+
+
 # The limit
 
 
@@ -276,9 +292,9 @@ def test_overlapped_requests_where_the_runtime_has_them(tmp_path: Path) -> None:
 def test_eager_is_the_baseline_where_it_takes_part(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
-    from dualtoken_deploy.models.registry import create_model, weights_sha256
+    from dualtoken_deploy.models.registry import random_model, weights_sha256
 
-    digest = weights_sha256(create_model("t", image_size=64))
+    digest = weights_sha256(random_model("t", seed=0, image_size=64))
     spec = TensorSpec("image", "uint8", "NHWC", (1, 64, 64, 3))
     folder = make_bundle(
         tmp_path / "x",

@@ -30,13 +30,11 @@ OPSETS = range(DECOMPOSED_OPSET, 24)
 # A simplifier only reorders float32 arithmetic; measured on S: 130 dB and more.
 SIMPLIFIED_SQNR_DB = 110.0
 
-# onnxsim would turn each linear layer over (B, N, C) into Reshape, Gemm, Reshape: 184 more nodes for S, and no gain.
-SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm"]
+# onnxsim would turn each linear layer over (B, N, C) into Reshape, Gemm, Reshape: no gain, and harder to quantize.
+SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
 
 # Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
 FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
-
-KEPT_NODE_METADATA = ("pkg.torch.onnx.name_scopes",)  # leads a node back to the module it came from
 
 
 @dataclass(frozen=True)
@@ -151,9 +149,7 @@ def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
 def _finish(model: onnx.ModelProto, request: Request) -> None:
     """Metadata in, stack traces of this machine out, and a last check."""
     for node in model.graph.node:
-        kept = [m for m in node.metadata_props if m.key in KEPT_NODE_METADATA]
         del node.metadata_props[:]
-        node.metadata_props.extend(kept)
         node.doc_string = ""
     del model.metadata_props[:]
     for key, value in request.metadata.items():

@@ -1,0 +1,80 @@
+"""Our bundles of S against the plain paths that users take today, in one interleaved run.
+
+    .venv/bin/python benchmarks/plain_paths.py [--rounds 9] [--seconds 1.5] [--threads 2] [--output results.md]
+
+All contestants have the same random weights and take the same normalised float32 tensor. Plain paths:
+torch.onnx.export (opset 20 and 23) with onnxsim's defaults, in ONNX Runtime and in OpenVINO, and ov.convert_model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnxsim
+import openvino as ov
+import torch
+
+from dualtoken_deploy import Bundle, bench, export
+from dualtoken_deploy.bundle import write_bundle
+from dualtoken_deploy.models.registry import random_model
+
+
+def plain_bundles(folder: Path, ours: Bundle) -> list[Path]:
+    """One bundle for each plain path, with the manifest of ours but for name and target."""
+    model, image = random_model("s"), torch.randn(1, 3, 224, 224)
+    made: list[Path] = []
+
+    def seal(name: str, target: str) -> None:
+        manifest = replace(ours.manifest, target=target, rules=(), files={})
+        write_bundle(folder / name, manifest, ours.golden, ours.labels)
+        made.append(folder / name)
+
+    for opset in (20, 23):
+        names = {"input_names": ["input"], "output_names": ["logits"]}
+        program = torch.onnx.export(model, (image,), dynamo=True, opset_version=opset, verbose=False, **names)
+        if program is None:
+            raise RuntimeError("torch.onnx returned no program")
+        graph, _ = onnxsim.simplify(program.model_proto)
+        (folder / f"plain-ort-{opset}").mkdir()
+        onnx.save(graph, folder / f"plain-ort-{opset}" / "model.onnx")
+        seal(f"plain-ort-{opset}", "onnxruntime")
+        (folder / f"plain-ov-{opset}").mkdir()
+        converted = ov.convert_model(folder / f"plain-ort-{opset}" / "model.onnx")
+        ov.save_model(converted, folder / f"plain-ov-{opset}" / "model.xml", compress_to_fp16=False)
+        seal(f"plain-ov-{opset}", "openvino")
+    (folder / "plain-ov-torch").mkdir()
+    converted = ov.convert_model(model, example_input=image, input=[1, 3, 224, 224])
+    converted.inputs[0].get_tensor().set_names({"input"})
+    converted.outputs[0].get_tensor().set_names({"logits"})
+    ov.save_model(converted, folder / "plain-ov-torch" / "model.xml", compress_to_fp16=False)
+    seal("plain-ov-torch", "openvino")
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours = []
+        for target in ("onnxruntime", "openvino"):
+            export("s", target, input_kind="tensor", output=folder / f"ours-{target}")
+            ours.append(folder / f"ours-{target}")
+        everyone = [*ours, *plain_bundles(folder, Bundle.open(ours[0]))]
+        report = bench(everyone, "eager", arguments.threads, rounds=arguments.rounds, seconds=arguments.seconds)
+    text = report.to_markdown()
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

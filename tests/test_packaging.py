@@ -1,0 +1,92 @@
+"""The wheel in an empty environment, with ONNX Runtime alone: what a device gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a fresh environment with the wheel and the extra [onnxruntime]."""
+    folder = tmp_path_factory.mktemp("device")
+    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cwd=folder)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", with_pip=True)
+    binaries = folder / "venv" / "bin"
+    installed = run(binaries / "python", "-m", "pip", "install", "--quiet", f"{wheel}[onnxruntime]", cwd=folder)
+    assert installed.returncode == 0, installed.stderr
+    return binaries
+
+
+def test_a_device_has_no_torch_and_little_else(device: Path, tmp_path: Path) -> None:
+    listed = run(device / "python", "-m", "pip", "list", "--format=json", cwd=tmp_path)
+    names = {row["name"].lower() for row in json.loads(listed.stdout)}
+    assert {"numpy", "onnxruntime", "pillow", "typer", "rich"} <= names
+    assert not {"torch", "onnx", "openvino", "scikit-image", "scipy"} & names
+
+
+def test_a_device_predicts_validates_and_benches(
+    device: Path, small_bundle: Callable[..., Path], photograph: Path, tmp_path: Path
+) -> None:
+    bundle = small_bundle()
+    predicted = run(device / "dualtoken", "predict", bundle, photograph, "--json", cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    (prediction,) = json.loads(predicted.stdout)
+    assert len(prediction["guesses"]) == 5
+    validated = run(device / "dualtoken", "validate", bundle, "--min-sqnr", "100", "--json", cwd=tmp_path)
+    assert validated.returncode == 0, validated.stderr
+    assert json.loads(validated.stdout)["results"][0]["reference"] == "golden"
+    timed = run(device / "dualtoken", "bench", bundle, "--rounds", "2", "--seconds", "0.1", "--json", cwd=tmp_path)
+    assert timed.returncode == 0, timed.stderr
+    names = [c["name"] for c in json.loads(timed.stdout)["contestants"]]
+    assert names == [bundle.name, "gemm"]
+
+
+def test_what_a_device_lacks_is_named_with_its_install(
+    device: Path, small_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    for arguments, extra in (
+        (("export", "--variant", "s", "--target", "onnxruntime"), "[export]"),
+        (("models",), "[export]"),
+        (("bench", str(small_bundle()), "--against", "eager", "--rounds", "1", "--seconds", "0.05"), "[export]"),
+        (("inspect", str(small_bundle("openvino"))), "[openvino]"),
+    ):
+        done = run(device / "dualtoken", *arguments, cwd=tmp_path)
+        assert done.returncode == 3, (arguments, done.stderr)
+        assert f"pip install 'dualtoken-deploy{extra}'" in done.stderr
+        assert "Traceback" not in done.stderr
+    listed = run(device / "dualtoken", "targets", "--json", cwd=tmp_path)
+    rows = {row["target"]: row for row in json.loads(listed.stdout)}
+    assert rows["onnxruntime"]["can_run"] is True
+    assert rows["onnxruntime"]["can_export"] is False
+    assert rows["openvino"]["can_run"] is False
+
+
+@pytest.mark.parametrize("module", sorted(
+    p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for name in ("images", "bundle", "datasets", "validate", "predict", "inspection", "bench", "bench_worker", "report",
+                 "cli", "machine", "targets", "spec", "numerics", "errors")
+    for p in [ROOT / "dualtoken_deploy" / f"{name}.py"]
+))  # fmt: skip
+def test_modules_of_a_device_import_there(device: Path, module: str, tmp_path: Path) -> None:
+    done = run(device / "python", "-W", "error", "-c", f"import {module}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

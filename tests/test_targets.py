@@ -1,0 +1,40 @@
+"""The table of targets, and that files and rows match."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import dualtoken_deploy
+from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.targets import TARGETS, check_precision, get_target
+
+PACKAGE = Path(dualtoken_deploy.__file__).parent
+SHARED = {"export": {"__init__", "base", "onnx"}, "runtimes": {"__init__", "base", "eager"}}
+
+
+@pytest.mark.parametrize("folder", SHARED)
+def test_every_row_has_its_file_and_every_file_its_row(folder: str) -> None:
+    files = {p.stem for p in (PACKAGE / folder).glob("*.py")} - SHARED[folder]
+    assert files == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_exporters_and_runners_have_their_entry(name: str) -> None:
+    assert callable(importlib.import_module(f"dualtoken_deploy.export.{name}").export)
+    assert callable(importlib.import_module(f"dualtoken_deploy.runtimes.{name}").load)
+
+
+def test_aliases_lead_to_their_row_and_are_no_rows() -> None:
+    assert get_target("onnx").name == "onnxruntime"
+    for target in TARGETS.values():
+        assert not set(target.aliases) & set(TARGETS)
+
+
+def test_unknown_names_list_the_valid_ones() -> None:
+    with pytest.raises(UsageError, match="onnxruntime, openvino"):
+        get_target("tflite")
+    with pytest.raises(UsageError, match="fp32, fp16"):
+        check_precision(get_target("openvino"), "int4")
