@@ -2,116 +2,206 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import warnings
+import math
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base as Tag
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from dualtoken_deploy.errors import ImageError
+from dualtoken_deploy.errors import ImageError, UsageError
 from dualtoken_deploy.spec import InputContract
 
-MAX_PIXELS = 50_000_000  # a decoded picture of this size takes 150 MB; Pillow itself refuses only above 178 megapixels
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself refuses only above 178 million
+
+# (offset, magic bytes, decoder). Image.open would try every format it knows, and one of them starts Ghostscript; it
+# would also answer a bomb with a warning, and catching warnings is not safe in a server's threads.
+DECODERS: tuple[tuple[int, bytes, type[ImageFile.ImageFile]], ...] = (
+    (0, b"\xff\xd8\xff", JpegImageFile),
+    (0, b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (8, b"WEBP", WebPImageFile),
+    (0, b"GIF87a", GifImageFile),
+    (0, b"GIF89a", GifImageFile),
+    (0, b"BM", BmpImageFile),
+    (0, b"II*\0", TiffImageFile),
+    (0, b"MM\0*", TiffImageFile),
+    (0, b"II+\0", TiffImageFile),  # BigTIFF
+    (0, b"MM\0+", TiffImageFile),
+)
+
+# What Pillow's decoders raise on damaged data; found by feeding them damaged files (tests/test_images.py).
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
+
+KERNEL_RADIUS = 2  # of the Keys cubic, in pixels of the coarser side
 
 Pixels = NDArray[np.uint8]
 
 
 def load_image(source: str | Path | bytes) -> Pixels:
-    """Decodes a picture to uint8 RGB, (H, W, 3), upright by its EXIF orientation.
+    """Decodes a picture: a path, or the bytes of a file, to uint8 RGB (H, W, 3).
 
-    The first frame of JPEG, PNG, WebP, GIF, BMP and TIFF. Grey (16 bit is scaled, not clipped), palette and CMYK are
-    converted, transparency is laid over white, colour profiles are ignored. Raises ImageError on what is missing, not
-    a picture, truncated, or over MAX_PIXELS (which is read from the header before anything is decoded).
+    JPEG, PNG, WebP, and the first frame of GIF, BMP and TIFF. It is turned upright by its EXIF orientation; an EXIF
+    block that cannot be read says nothing of the orientation. Grey of 16 bits is scaled to 8, palettes and CMYK are
+    converted, transparency is laid over white, ICC profiles are ignored.
+    Raises ImageError on what is missing, not a picture, damaged, truncated, empty, or over MAX_PIXELS (read from the
+    header, before anything is decoded).
     """
-    name = "the picture" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes):
-        _check_file(Path(source))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise _too_large(name, f"{width}x{height}")
-                picture.load()
-                return _to_rgb(ImageOps.exif_transpose(picture))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, str(error)) from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture that can be read; give a JPEG, PNG or WebP file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError) as error:
-        raise ImageError(f"{name} is damaged or truncated ({error}); copy or save it again") from error
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), "the picture")
+    path = Path(source)
+    with _open(path) as file:
+        return _decode(file, str(path))
 
 
 def resize_and_crop(image: Pixels, size: tuple[int, int], crop_ratio: float) -> Pixels:
-    """(H, W, 3) -> uint8 (height, width, 3): bicubic, antialiased, centre crop.
+    """Scales uint8 (h, w, 3) bicubically, antialiased, and crops its centre: uint8 (H, W, 3) with (H, W) = `size`.
 
-    The picture is scaled, keeping its shape, until it covers size / crop_ratio in both directions; for a square size
-    that is its shorter side to side / crop_ratio. Only the region that the crop keeps is resampled, which gives the
-    same pixels, and bounds the memory for pictures of any shape.
+    The picture keeps its aspect ratio and is made just large enough to cover round(size / crop_ratio) in both
+    directions. For a square size that is torchvision's Resize(round(side / crop_ratio)) and CenterCrop(side).
+    Only what the crop depends on is resampled: the same pixels, in memory that the picture's shape cannot blow up.
+    Raises UsageError on a size below 1 or a crop_ratio outside of (0, 1].
     """
-    (height, width), (rows, columns) = image.shape[:2], size
-    cover_rows, cover_columns = round(rows / crop_ratio), round(columns / crop_ratio)
-    scale = max(cover_rows / height, cover_columns / width)
-    scaled_height = max(round(height * scale), cover_rows)
-    scaled_width = max(round(width * scale), cover_columns)
-    top, left = (scaled_height - rows) // 2, (scaled_width - columns) // 2
-    y, x = height / scaled_height, width / scaled_width  # source pixels a target pixel
-    box = (left * x, top * y, min((left + columns) * x, width), min((top + rows) * y, height))
-    resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(resized)
+    if min(size) < 1 or not 0 < crop_ratio <= 1:
+        raise UsageError(f"cannot crop to {size} at ratio {crop_ratio}; sizes start at 1, ratios lie in (0, 1]")
+    height, width = image.shape[:2]
+    rows, columns = (round(side / crop_ratio) for side in size)
+    if rows * width >= columns * height:  # the height is what just covers
+        columns = rows * width // height
+    else:
+        rows = columns * height // width
+    vertical, top, bottom = _window(height, rows, size[0])
+    horizontal, left, right = _window(width, columns, size[1])
+    region = Image.fromarray(image[vertical, horizontal])
+    return np.array(region.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
 
 
 def preprocess(image: Pixels, contract: InputContract) -> NDArray[Any]:
-    """One picture as the contract wants it, without the batch axis.
+    """One uint8 (h, w, 3) picture as the contract wants it, without the batch axis.
 
     Kind "image": uint8 (H, W, 3). Kind "tensor": float32 (3, H, W), (x / 255 - mean) / std.
+    Raises UsageError on a contract that asks for another kind, resize or colour.
     """
+    asked = (contract.kind, contract.resize, contract.color)
+    if asked not in (("image", "bicubic", "RGB"), ("tensor", "bicubic", "RGB")):
+        raise UsageError(f"the input contract asks for {asked}; this version prepares image or tensor, bicubic, RGB")
     cropped = resize_and_crop(image, contract.size, contract.crop_ratio)
     if contract.kind == "image":
         return cropped
-    normalised = (cropped / 255.0 - np.array(contract.mean)) / np.array(contract.std)
-    out: NDArray[Any] = np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+    normalised = (cropped / 255.0 - np.array(contract.mean)) / np.array(contract.std)  # float64, rounded once below
+    out: NDArray[Any] = np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)  # HWC -> CHW
     return out
 
 
-def load_batch(sources: Sequence[str | Path], contract: InputContract) -> NDArray[Any]:
-    """Loads and preprocesses pictures: (N, ...) in the contract's dtype. Raises ImageError on the first bad one."""
+def load_batch(sources: Sequence[str | Path | bytes], contract: InputContract) -> NDArray[Any]:
+    """Loads and preprocesses pictures: uint8 (N, H, W, 3) or float32 (N, 3, H, W), by the contract's kind.
+
+    Raises ImageError on the first picture that cannot be read, UsageError where there is none at all.
+    """
+    if not sources:
+        raise UsageError("no pictures were given; name at least one")
     return np.stack([preprocess(load_image(source), contract) for source in sources])
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder, not a picture; name the files in it")
-    if not path.exists():
-        raise ImageError(f"no picture at {path}; check the path")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ImageError(f"{path} is empty (0 bytes); copy or save it again")
+def _open(path: Path) -> IO[bytes]:
+    try:
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder, not a picture; name a file in it")
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+            raise ImageError(f"{path} is not a regular file; save the picture to one")
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise ImageError(f"no picture at {path}; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise ImageError(f"{path} cannot be opened ({_line(error)}); check the path and its permissions") from error
+
+
+def _decode(file: IO[bytes], name: str) -> Pixels:
+    try:
+        start = file.read(16)
+        file.seek(0)
+        if not start:
+            raise ImageError(f"{name} is empty (0 bytes); copy or save it again")
+        decoder = next((decoder for at, magic, decoder in DECODERS if start.startswith(magic, at)), None)
+        if decoder is None:
+            raise ImageError(f"{name} is not a JPEG, PNG, WebP, GIF, BMP or TIFF picture; save it as one of them")
+        with decoder(file, name) as picture:
+            _check_size(picture, name)
+            picture.load()
+            # In place, so that what follows the turn (rewriting the EXIF block) cannot undo it when it fails.
+            with contextlib.suppress(*DAMAGE):
+                ImageOps.exif_transpose(picture, in_place=True)
+            return _to_rgb(picture, name)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, _line(error)) from error
+    except DAMAGE as error:
+        raise ImageError(f"{name} is damaged, truncated or without pixels ({_line(error)}); save it again") from error
+
+
+def _check_size(picture: ImageFile.ImageFile, name: str) -> None:
+    width, height = picture.size
+    if isinstance(picture, TiffImageFile):  # which decodes whole tiles, and they may exceed the picture
+        width = max(width, picture.tag_v2.get(Tag.TileWidth, 0))
+        height = max(height, picture.tag_v2.get(Tag.TileLength, 0))
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"{width}x{height}")
 
 
 def _too_large(name: str, size: str) -> ImageError:
     return ImageError(f"{name} is too large ({size}); at most {MAX_PIXELS // 1_000_000} megapixels: scale it down")
 
 
-def _to_rgb(picture: Image.Image) -> Pixels:
-    """uint8 RGB of any mode that Pillow decodes to."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = _eight_bits(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return np.array(picture.convert("RGB"))
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits a pixel (modes I;16, I) or float (F, taken as 0..1 where it stays there) as mode L."""
-    values = np.asarray(picture).astype(np.float64)
-    full = 65535.0  # Pillow decodes 16-bit grey to I;16 and, in older versions, to I
-    if picture.mode == "F":
-        full = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8))
+def _to_rgb(picture: ImageFile.ImageFile, name: str) -> Pixels:
+    """uint8 (H, W, 3) of any mode whose full scale is known."""
+    if picture.mode.startswith("I;16"):
+        return _grey_of_16_bits(picture)
+    if picture.mode in ("I", "F", "LAB"):
+        raise ImageError(f"{name} holds samples of mode {picture.mode}, whose scale is unknown; save it as 8-bit RGB")
+    if not picture.has_transparency_data:
+        return np.array(picture.convert("RGB"))
+    # Premultiplied grey is the one mode that Pillow converts in two steps only.
+    image = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _grey_of_16_bits(picture: ImageFile.ImageFile) -> Pixels:
+    """Pillow's own conversion clips at 255; this scales 0..full to 0..255 and rounds."""
+    values = np.asarray(picture).astype(np.uint32)
+    full, white_is_zero = 65535, False
+    if isinstance(picture, TiffImageFile):
+        full = 2 ** picture.tag_v2[Tag.BitsPerSample][0] - 1  # 12 bits are not stretched to 16
+        white_is_zero = picture.tag_v2[Tag.PhotometricInterpretation] == 0  # Pillow inverts up to 8 bits only
+    grey = ((values * 255 + full // 2) // full).astype(np.uint8)
+    if white_is_zero:
+        grey = 255 - grey
+    if "transparency" in picture.info:  # one value of a PNG, laid over white
+        grey[values == picture.info["transparency"]] = 255
+    return np.repeat(grey[:, :, None], 3, axis=2)  # (H, W) -> (H, W, 3)
+
+
+def _window(length: int, resized: int, kept: int) -> tuple[slice, float, float]:
+    """Of an axis of `length` pixels resized to `resized` and centre-cropped to `kept`: the source pixels that the crop
+    depends on, and where in them it begins and ends. Pillow holds these in float32, too coarse for a long axis."""
+    step = length / resized  # source pixels a resized one
+    start = round((resized - kept) / 2)  # as torchvision's CenterCrop
+    begin, end = start * step, (start + kept) * step
+    reach = KERNEL_RADIUS * max(step, 1.0) + 1
+    low, high = max(0, math.floor(begin - reach)), min(length, math.ceil(end + reach))
+    return slice(low, high), begin - low, min(end - low, high - low)
