@@ -85,7 +85,10 @@ def resize_and_crop(image: Pixels, size: tuple[int, int], crop_ratio: float) -> 
     vertical, top, bottom = _window(height, rows, size[0])
     horizontal, left, right = _window(width, columns, size[1])
     region = Image.fromarray(image[vertical, horizontal])
-    return np.array(region.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
+    # One pass after the other: the order shows, because each rounds and clips to uint8, and Pillow 13 chooses it by
+    # cost, which a crop changes. Across first, always.
+    across = region.resize((size[1], region.height), Image.Resampling.BICUBIC, box=(left, 0, right, region.height))
+    return np.array(across.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(0, top, size[1], bottom)))
 
 
 def preprocess(image: Pixels, contract: InputContract) -> NDArray[Any]:
