@@ -39,6 +39,14 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
     assert open_dataset(str(tmp_path)) == found
 
 
+def test_order_does_not_depend_on_the_disk(tmp_path: Path) -> None:
+    names = [f"{i:02}" for i in range(30)]
+    plant(tmp_path, *(f"{name}/{file}.png" for name in names[::-1] for file in "cab"))
+    found = open_dataset(tmp_path)
+    assert found.classes == tuple(names)
+    assert found.images == tuple(tmp_path / name / f"{file}.png" for name in names for file in "abc")
+
+
 def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     found = open_dataset(plant(tmp_path, "b.jpg", "a.png"))
     assert found.images == (tmp_path / "a.png", tmp_path / "b.jpg")
