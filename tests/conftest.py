@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
+from dualtoken_deploy.models import dualtoken_vit, registry
+from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets import TARGETS
 
-SMALL = {"variant": "t-mix", "image_size": 64, "num_classes": 10}  # the smallest model and map there is
+# T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
+TINY = Variant("tiny-mix", "one block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
+SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_variant() -> Iterator[None]:
+    """Makes TINY known to this process; tests that start another use a real variant."""
+    real = registry.VARIANTS
+    registry.VARIANTS = MappingProxyType({**real, TINY.name: TINY})
+    yield
+    registry.VARIANTS = real
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +34,7 @@ def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_bundle(bundle_store: Path) -> Callable[..., Path]:
+def small_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
     """small_bundle(target, precision, **export options) -> the folder of a bundle of the small model; read only."""
     from dualtoken_deploy import export
 
