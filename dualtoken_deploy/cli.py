@@ -191,21 +191,41 @@ def predict(
     _print(json_output, [p.to_json() for p in predictions], lambda r: r.prediction_table(predictions))
 
 
+class _Stop:
+    """Remembers that a signal asked us to stop: a converter may wrap the KeyboardInterrupt in an error of its own."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: maps errors to one line and the documented exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)  # a stopped export clears up as an interrupted one does
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stopped export clears up as an interrupted one does
+        signal.signal(number, stop)
     try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except DualTokenError as error:
-        _fail(str(error), error.exit_code)
+        if not stop.asked:
+            _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left", 130)
+        stop.asked = True
     except BrokenPipeError:  # the reader of stdout, head for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        _usage(error)
+        if not stop.asked:
+            if not hasattr(error, "exit_code"):
+                raise
+            _usage(error)
+    else:
+        if code and not stop.asked:  # what typer makes of an exit inside a command
+            sys.exit(code)
+    if stop.asked:
+        _fail("interrupted; nothing half-written was left", 130)
 
 
 def _usage(error: Exception) -> None:
@@ -213,13 +233,7 @@ def _usage(error: Exception) -> None:
     show = getattr(error, "show", None)
     if show is not None:
         show()
-    elif type(error).__name__ == "Abort":
-        _fail("interrupted; nothing half-written was left", 130)
     sys.exit(error.exit_code)  # type: ignore[attr-defined]
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:

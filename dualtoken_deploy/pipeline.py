@@ -24,6 +24,7 @@ from dualtoken_deploy.models.registry import (
     DEFAULT_SEED,
     OPTIONS,
     create_model,
+    make_config,
     parse_image_size,
     random_model,
     weights_sha256,
@@ -91,6 +92,7 @@ def export(
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     if labels is not None and "num_classes" not in options:
         options["num_classes"] = len(read_labels(Path(labels)))
+    make_config(variant, image_size=contract.size, **options)  # a wrong name is said before anything is written
     final = Path(output) if output is not None else Path("bundles") / f"{variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
