@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def enter(bundles: Sequence[Bundle], against: BundleLike | None) -> tuple[list[E
     limits: dict[Any, str] = {}
     for name, bundle in zip(names, raced, strict=True):
         if bundle.manifest.products:
-            limits.setdefault(bundle.manifest.products, f"{GEMM} of {name}" if limits else GEMM)
+            own = _free(f"{GEMM} of {name}" if limits else GEMM, names)
+            limits.setdefault(bundle.manifest.products, own)
     entrants = [Entrant(n, "bundle", b, limits.get(b.manifest.products)) for n, b in zip(names, raced, strict=True)]
     if against == EAGER:
         entrants.insert(0, Entrant(EAGER, "eager", bundles[0], limits.get(bundles[0].manifest.products)))
@@ -127,25 +129,30 @@ def _rival(raced: Sequence[Bundle], against: BundleLike | None) -> Bundle | None
     """The bundle that `against` adds to those raced; None where it is a word, a contestant's name or one of them."""
     if against is None or against in (EAGER, GEMM):
         return None
-    path = against.path if isinstance(against, Bundle) else Path(against)
-    if any(b.path.resolve() == path.resolve() for b in raced) or str(path) in unique_names([b.path for b in raced]):
+    path, names = _path(against), unique_names([b.path for b in raced])
+    if any(b.path.resolve() == path.resolve() for b in raced) or against in names:
         return None
     if not isinstance(against, Bundle) and not path.is_dir():
-        names = ", ".join(unique_names([b.path for b in raced]))
         raise UsageError(
-            f"against {str(path)!r} is neither {EAGER}, {GEMM}, a contestant ({names}) nor a bundle's folder"
+            f"against {str(path)!r} is neither {EAGER}, {GEMM}, a contestant ({', '.join(names)}) nor a bundle's folder"
         )
     return _open(against)
+
+
+def _path(against: BundleLike) -> Path:
+    return against.path if isinstance(against, Bundle) else Path(against)
 
 
 def _baseline(entrants: Sequence[Entrant], against: BundleLike | None) -> str:
     if against is None:
         return entrants[0].name
-    path = against.path if isinstance(against, Bundle) else Path(against)
-    for entrant in entrants:
-        if entrant.name == str(path) or (entrant.kind == "bundle" and entrant.bundle.path.resolve() == path.resolve()):
-            return entrant.name
-    raise UsageError(f"against {str(path)!r}: {entrants[0].name} records no matrix products; export it again")
+    folder = _path(against).resolve()
+    # Only a plain string is a name: a bundle that was opened as "s" is not the contestant of that name.
+    named = [e.name for e in entrants if e.name == against]
+    found = named or [e.name for e in entrants if e.kind == "bundle" and e.bundle.path.resolve() == folder]
+    if not found:
+        raise UsageError(f"against {against!r}: {entrants[0].name} records no matrix products; export it again")
+    return found[0]
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -153,12 +160,16 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     resolved = [path.resolve() for path in paths]
     short = Counter(p.name for p in resolved) + Counter((EAGER, GEMM))
     names = [p.name if short[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in resolved]
-    seen: Counter[str] = Counter()
+    unique: list[str] = []
     for index, name in enumerate(names):
-        seen[name] += 1
-        if seen[name] > 1:
-            names[index] = f"{name}#{seen[name]}"
-    return names
+        unique.append(_free(name, [*unique, *names[index + 1 :]]) if name in unique else name)
+    return unique
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """`name`, or `name` with the first number from 2 on that none of those `taken` has."""
+    numbered = (f"{name}#{number}" for number in count(2))
+    return next(each for each in chain((name,), numbered) if each not in taken)
 
 
 def common_batch(bundles: Sequence[Bundle], batch: int | None) -> int:
@@ -240,7 +251,7 @@ def _libraries(entrants: Sequence[Entrant]) -> list[str]:
 
 def _command(bundles: Sequence[Bundle], against: BundleLike | None, setting: Setting) -> str:
     """The command line that does this again."""
-    rival = [] if against is None else ["--against", str(against.path if isinstance(against, Bundle) else against)]
+    rival = [] if against is None else ["--against", str(_path(against))]
     device = [] if setting.device is None else ["--device", setting.device]
     numbers = {"threads": setting.threads, "batch": setting.batch, "rounds": setting.rounds}
     options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]

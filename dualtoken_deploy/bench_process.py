@@ -158,10 +158,13 @@ class Worker:
         with suppress(BrokenPipeError):  # it died: reading finds out, and says why
             stdin.write(json.dumps(request).encode() + b"\n")
         line = self._read_line(limit_s)
+        odd = f"{self._name}: its bench worker answered {line[:80]!r}, which is no JSON object"
         try:
-            answer: dict[str, Any] = json.loads(line)
+            answer = json.loads(line)
         except ValueError as error:
-            raise ConversionError(f"{self._name}: its bench worker answered {line[:80]!r}, which is no JSON") from error
+            raise ConversionError(odd) from error
+        if not isinstance(answer, dict):
+            raise ConversionError(odd)
         if "error" in answer:
             raise self._raised(answer["error"])
         return answer

@@ -26,7 +26,7 @@ class Ratio:
         return self.high / self.low
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+        return f"{_number(self.median)}x ({_number(self.low)}-{_number(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _line(cells: Sequence[str]) -> str:
 def noise_notes(contestants: Sequence[Contestant]) -> list[str]:
     """A line for each contestant whose ratio moved by more than NOISY_SPREAD between rounds."""
     return [
-        f"{c.name} is noisy: its ratio went from {c.ratio.low:.2f} to {c.ratio.high:.2f} between rounds; "
+        f"{c.name} is noisy: its ratio went from {_number(c.ratio.low)} to {_number(c.ratio.high)} between rounds; "
         "give more rounds on a quieter machine"
         for c in contestants
         if c.ratio.spread > NOISY_SPREAD

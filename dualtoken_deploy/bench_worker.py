@@ -161,7 +161,8 @@ def _eager(job: Mapping[str, Any]) -> Callable[[], Subject]:
         spec = TensorSpec(contract.tensor.name, "float32", "NCHW", feed.shape)
         contract = replace(contract, kind="tensor", tensor=spec)
     plain = replace(bundle, manifest=replace(bundle.manifest, input=contract))
-    return lambda: _of_runner(eager.load(plain, RunnerOptions(job["device"], job["threads"])), feed)
+    device = job["device"].lower() if job["device"] else None  # PyTorch's words; OpenVINO's are "CPU" and "GPU"
+    return lambda: _of_runner(eager.load(plain, RunnerOptions(device, job["threads"])), feed)
 
 
 def _normalised(images: Array, contract: InputContract) -> Array:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -158,20 +158,41 @@ def new_folder(output: Path, force: bool = False) -> Iterator[Path]:
     no space). An `output` that is replaced stays whole until the new folder is; only a bundle is ever replaced.
     """
     output = Path(os.path.abspath(output))
-    _check_free(output, force)
+    made: list[Path] = []
     try:
+        _check_free(output, force)
+        made = [parent for parent in output.parents if not parent.exists()]  # the innermost first
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
+        _remove_empty(made)
         raise OutputError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private; a bundle is to be read by others
         yield temporary
+        _check_free(output, force)  # again: an export takes long enough for another to have made it
         _swap(temporary, output)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror or error}; nothing was left there") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        _remove_empty(made)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a temporary folder, to the end even where Ctrl-C is pressed again meanwhile."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders that were made on the way to one that did not come to be; those with something in them stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _check_free(output: Path, force: bool) -> None:
@@ -179,10 +200,19 @@ def _check_free(output: Path, force: bool) -> None:
         return
     if not force:
         raise UsageError(f"{output} exists; give --force to replace it, or another --output")
-    if not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+    if not output.is_dir() or (any(output.iterdir()) and not _looks_like_a_bundle(output)):
         raise UsageError(
             f"{output} exists and is not a bundle, so --force does not replace it; choose another --output"
         )
+
+
+def _looks_like_a_bundle(folder: Path) -> bool:
+    """A manifest.json of ours, whole or not of this version; a web application's has the same name."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"schema_version", "target", "files"} <= data.keys()
 
 
 def _swap(new: Path, output: Path) -> None:
@@ -191,14 +221,15 @@ def _swap(new: Path, output: Path) -> None:
         new.rename(output)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    output.rename(aside / output.name)
     try:
+        output.rename(aside / output.name)
         new.rename(output)
-    except OSError:
-        (aside / output.name).rename(output)
+    except BaseException:  # Ctrl-C between the two renames would otherwise lose what was there
+        if (aside / output.name).exists() and not output.exists():
+            (aside / output.name).rename(output)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
 
 
 def sha256(path: Path) -> str:

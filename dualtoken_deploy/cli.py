@@ -153,11 +153,11 @@ def bench(
 
     with _progress() as tell:
         report = run(_bundles(bundles), against, threads, batch, rounds, seconds, device, progress=tell)
-    if markdown is not None:
-        _write(markdown, report.to_markdown())
     _print(json_output, report.to_json(), lambda r: r.bench_table(report))
     for note in report.notes:
         _say(f"note: {note}")
+    if markdown is not None:  # last: figures that took minutes are shown even where the file cannot be written
+        _write(markdown, report.to_markdown())
 
 
 @app.command()
@@ -225,7 +225,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if code and not stop.asked:  # what typer makes of an exit inside a command
             sys.exit(code)
     if stop.asked:
-        _fail("interrupted; nothing half-written was left", 130)
+        _end_interrupted()
+
+
+def _end_interrupted() -> None:
+    """Exits with 130 whatever happens: CPython remembers a KeyboardInterrupt that came inside an exec of text (as in
+    the making of a dataclass) and would end `python -m` by SIGINT instead of the exit code asked for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _say("error: interrupted; nothing half-written was left")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def _usage(error: Exception) -> None:

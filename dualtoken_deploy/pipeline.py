@@ -92,7 +92,14 @@ def export(
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     if labels is not None and "num_classes" not in options:
         options["num_classes"] = len(read_labels(Path(labels)))
-    make_config(variant, image_size=contract.size, **options)  # a wrong name is said before anything is written
+    # what is wrong with names and values is said before anything is built or written
+    try:
+        config = make_config(variant, image_size=contract.size, **options)
+    except TypeError as error:  # text where a number belongs
+        raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
+    names = _labels(labels, config.num_classes)
     final = Path(output) if output is not None else Path("bundles") / f"{variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
@@ -100,7 +107,6 @@ def export(
             model = random_model(variant, seed, image_size=contract.size, **options)
         else:
             model = create_model(variant, image_size=contract.size, weights=weights, **options)
-        names = _labels(labels, model.config.num_classes)
         _check_space(folder, model)
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)

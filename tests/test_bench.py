@@ -5,10 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,12 @@ import pytest
 
 from dualtoken_deploy import bench_worker
 from dualtoken_deploy.bench import Entrant, Setting, _doubts, bench, common_batch, contestant, enter, unique_names
-from dualtoken_deploy.bench_process import Job, Series, measure
-from dualtoken_deploy.bench_report import Ratio, latency, noise_notes, ratio_of
+from dualtoken_deploy.bench_process import Job, Limits, Series, measure
+from dualtoken_deploy.bench_report import BenchReport, Ratio, latency, noise_notes, ratio_of
 from dualtoken_deploy.bundle import MANIFEST, Bundle, Manifest, write_bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
 from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
+from tests.test_bench_process import alive, children
 
 ROWS, WIDTH = 192, 256  # of the products in the models below: 12.6 M multiplies a layer
 QUICK: dict[str, Any] = {"threads": 1, "rounds": 2, "seconds": 0.05}
@@ -47,10 +53,14 @@ def write_onnx(path: Path, layers: int, batch: Dim) -> None:
     onnx.save(model, str(path))
 
 
-def make_bundle(folder: Path, layers: int = 2, batch: Dim = "batch", **changes: Any) -> Path:
-    """A bundle of such a chain; `changes` are fields of its manifest."""
+def make_bundle(folder: Path, layers: int = 0, batch: Dim = "batch", **changes: Any) -> Path:
+    """A bundle of such a chain, or of a file that nobody loads for 0 layers; `changes` are fields of its manifest."""
     folder.mkdir(parents=True)
-    write_onnx(folder / "model.onnx", layers, batch)
+    if layers:
+        write_onnx(folder / "model.onnx", layers, batch)
+    else:
+        (folder / "model.onnx").write_bytes(bytes(3 * 2**19))
+        layers = 2
     golden = np.random.default_rng(1).standard_normal((1, ROWS, WIDTH)).astype(np.float32)
     fields: dict[str, Any] = {
         "variant": "chain",
@@ -82,6 +92,13 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_bundle(root / "short", layers=4), make_bundle(root / "long", layers=12)
 
 
+@pytest.fixture(scope="module")
+def ranking(chains: tuple[Path, Path]) -> BenchReport:
+    """Both of them benched; read only."""
+    pytest.importorskip("onnxruntime")
+    return bench(chains, threads=1, rounds=3, seconds=0.1)
+
+
 # Arithmetic
 
 
@@ -97,6 +114,34 @@ def test_percentiles_against_numpy() -> None:
     found = latency(laps.tolist())
     expected = np.quantile(laps / 1e6, [0.5, 0.9, 0.99])
     np.testing.assert_allclose([found.p50_ms, found.p90_ms, found.p99_ms], expected, rtol=1e-12)
+
+
+def test_rows_against_numpy_on_made_up_rounds(tmp_path: Path) -> None:
+    """Two contestants over seven rounds that drift together: every figure of a row, computed the other way round."""
+    random = np.random.default_rng(3)
+    drift = random.uniform(1, 3, (7, 1))
+    laps = {n: (drift * random.uniform(1, 2, (7, 40)) * scale * MS).astype(int) for n, scale in (("a", 9), ("b", 4))}
+    found = {n: Series(1.0, 1.0, table.tolist(), [], 1.0) for n, table in laps.items()}
+    setting = Setting(batch=3, threads=1, device=None, rounds=7, seconds=1.0)
+    row = contestant(entrant(tmp_path, "b", limit="a"), setting, found, "a")
+    ratios = np.median(laps["a"], axis=1) / np.median(laps["b"], axis=1)
+    expected = [*np.quantile(laps["b"] / 1e6, [0.5, 0.9, 0.99]), 3 * 280 / (laps["b"].sum() / 1e9)]
+    assert [row.p50_ms, row.p90_ms, row.p99_ms, row.images_per_s] == pytest.approx(expected, rel=1e-12)
+    spread = [np.median(ratios), ratios.min(), ratios.max(), ratios.max() / ratios.min()]
+    assert [row.ratio.median, row.ratio.low, row.ratio.high, row.ratio.spread] == pytest.approx(spread, rel=1e-12)
+    assert row.gemm_limit_ratio == pytest.approx(np.median(ratios), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (Ratio(1.0, 1.0, 1.0), "1.00x (1.00-1.00)"),
+        (Ratio(0.00123, 0.001, 0.0456), "0.0012x (0.0010-0.05)"),  # not 0.00x
+        (Ratio(12.34, 9.999, 123.4), "12.3x (10.00-123)"),
+    ],
+)
+def test_ratios_as_text(ratio: Ratio, text: str) -> None:
+    assert str(ratio) == text
 
 
 def test_no_laps_are_an_error() -> None:
@@ -136,7 +181,7 @@ def test_a_row_of_the_report(tmp_path: Path) -> None:
     assert row.async_images_per_s == 800.0
     assert row.gemm_limit_ratio == pytest.approx(0.75)  # 2/4 and 2/2
     assert (row.cold_start_ms, row.first_inference_ms, row.peak_rss_mib) == (20.0, 9.0, 50.0)
-    assert row.size_mib == (tmp_path / "b/model.onnx").stat().st_size / 2**20
+    assert row.size_mib == 1.5  # of the artifact; golden, labels and manifest are not counted
     assert contestant(entrant(tmp_path, "a"), setting, FOUND, "a").async_images_per_s is None
 
 
@@ -187,6 +232,25 @@ def test_the_limit_multiplies_as_often_as_the_products_say(batch: int) -> None:
     assert {a.dtype for triple in operands for a in triple} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_run_of_the_limit_multiplies_what_the_manifest_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    manifest = Bundle.open(make_bundle(tmp_path / "b", products=PRODUCTS)).manifest
+    executed: list[int] = []
+    matmul = np.matmul
+
+    def counted(left: Any, right: Any, out: Any) -> Any:
+        result = matmul(left, right, out=out)
+        executed.append(result.size * left.shape[-1])
+        return result
+
+    subject = bench_worker._limit({"products": manifest.products, "batch": batch})()
+    monkeypatch.setattr(np, "matmul", counted)
+    subject.run()
+    assert sum(executed) == batch * sum(int(np.prod(product)) for product in manifest.products)
+
+
 def test_each_product_has_its_own_weight() -> None:
     operands = bench_worker.product_operands(bench_worker.product_shapes(PRODUCTS, 1))
     weights = [right for _, right, _ in operands]
@@ -233,9 +297,47 @@ def test_the_worker_imports_no_runtime_by_itself() -> None:
 # Whole benches
 
 
-def test_bench_ranks_models_of_known_cost(chains: tuple[Path, Path]) -> None:
-    pytest.importorskip("onnxruntime")
-    report = bench(chains, threads=1, rounds=3, seconds=0.1)
+# The contract of `dualtoken bench --json` and the further fields of a row, None where a contestant has no such figure.
+REPORT_FIELDS = {
+    "machine", "versions", "command", "baseline", "threads", "batch", "rounds", "seconds", "contestants", "notes",
+}  # fmt: skip
+ROW_FIELDS = {
+    "name", "kind", "target", "precision", "bundle", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "runs", "rounds_p50_ms",
+    "images_per_s", "async_images_per_s", "ratio", "gemm_limit_ratio", "cold_start_ms", "first_inference_ms",
+    "peak_rss_mib", "size_mib", "threads", "batch", "device",
+}  # fmt: skip
+
+
+def test_json_has_every_field_and_no_other(ranking: BenchReport) -> None:
+    data = json.loads(json.dumps(ranking.to_json(), allow_nan=False))
+    assert set(data) == REPORT_FIELDS
+    assert len(data["contestants"]) == 4
+    for row in data["contestants"]:
+        assert set(row) == ROW_FIELDS
+        assert set(row["ratio"]) == {"median", "low", "high"}
+        absent = {"async_images_per_s"}
+        if row["kind"] == "limit":
+            absent |= {"bundle", "size_mib", "cold_start_ms", "first_inference_ms"}
+        assert {name for name, value in row.items() if value is None} == absent
+
+
+def test_ratios_multiply_with_p50s(ranking: BenchReport) -> None:
+    base, limits = ranking.contestants[0], {"short": "gemm", "long": "gemm of long"}
+    rows = {c.name: c for c in ranking.contestants}
+    for row in ranking.contestants:
+        own = np.array(row.rounds_p50_ms)
+        ratios = np.array(base.rounds_p50_ms) / own
+        assert (row.ratio.low, row.ratio.high) == pytest.approx((ratios.min(), ratios.max()))
+        assert row.ratio.median == pytest.approx(np.median(ratios))
+        # A p50 over all rounds lies between the rounds' own.
+        assert own.min() <= row.p50_ms <= own.max()
+        if row.kind == "bundle":
+            limit = np.array(rows[limits[row.name]].rounds_p50_ms)
+            assert row.gemm_limit_ratio == pytest.approx(np.median(limit / own))
+
+
+def test_bench_ranks_models_of_known_cost(ranking: BenchReport) -> None:
+    report = ranking
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert [(c["name"], c["kind"]) for c in data["contestants"]] == [
         ("short", "bundle"), ("long", "bundle"), ("gemm", "limit"), ("gemm of long", "limit"),
@@ -280,8 +382,8 @@ def test_table_and_markdown_show_the_same(chains: tuple[Path, Path]) -> None:
 
 def test_overlapped_requests_where_the_runtime_has_them(tmp_path: Path) -> None:
     ov = pytest.importorskip("openvino")
-    write_onnx(tmp_path / "model.onnx", 2, 1)
     folder = make_bundle(tmp_path / "ir", batch=1, target="openvino")
+    write_onnx(tmp_path / "model.onnx", 2, 1)
     ov.save_model(ov.convert_model(str(tmp_path / "model.onnx")), str(folder / "model.xml"))
     (row, _) = bench([Bundle.open(folder)], **QUICK).contestants
     assert row.async_images_per_s is not None
@@ -305,7 +407,8 @@ def test_eager_is_the_baseline_where_it_takes_part(tmp_path: Path) -> None:
         input=InputContract(spec, "image", (64, 64)),
     )
     np.savez(folder / "golden.npz", input=np.zeros((1, 64, 64, 3), np.uint8), logits=np.zeros((1, 1000), np.float32))
-    found = measure([Job("eager", "eager", str(folder), (), 1, 1, None)], 1, 0.01)["eager"]
+    # "CPU" is OpenVINO's word for the device, and one word goes to all contestants.
+    found = measure([Job("eager", "eager", str(folder), (), 1, 1, "CPU")], 1, 0.01)["eager"]
     assert len(found.rounds_ns[0]) >= bench_worker.MIN_RUNS
     assert found.cold_start_ms > 100  # torch is imported in there
     entrants, baseline = enter([Bundle.open(folder, verify=False)], "eager")
@@ -339,6 +442,38 @@ def test_names_are_unique() -> None:
     assert unique_names(paths) == ["a/s", "b/s", "t", "c/eager", "b/s#2"]
 
 
+def test_a_made_up_name_is_no_folders_own() -> None:
+    paths = [Path(p) for p in ("/b/s", "/b/s", "/x/b/s#2", "/y/c/s#2", "/b/s")]
+    assert unique_names(paths) == ["b/s", "b/s#3", "b/s#2", "c/s#2", "b/s#4"]
+
+
+def test_a_folder_named_like_a_limit(tmp_path: Path) -> None:
+    first, second = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "gemm of b", products=())
+    third = make_bundle(tmp_path / "b", products=((1, 2, 3, 4, 5),))
+    entrants, _ = enter([Bundle.open(path) for path in (first, second, third)], None)
+    assert [e.name for e in entrants] == ["a", "gemm of b", "b", "gemm", "gemm of b#2"]
+
+
+def test_only_a_plain_string_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`s` in the current folder and a contestant `s` from elsewhere: the one that was opened is the baseline."""
+    raced = Bundle.open(make_bundle(tmp_path / "x/s"))
+    make_bundle(tmp_path / "y/s")
+    monkeypatch.chdir(tmp_path / "y")
+    for against in (Bundle.open("s"), Path("s")):
+        entrants, baseline = enter([raced], against)
+        assert (baseline, [e.name for e in entrants]) == ("y/s", ["y/s", "x/s", "gemm"])
+    assert enter([raced], "s")[1] == "s"
+
+
+def test_duplicates_are_told_apart(chains: tuple[Path, Path]) -> None:
+    pytest.importorskip("onnxruntime")
+    report = bench([chains[0], chains[0]], **QUICK)
+    name = f"{chains[0].parent.name}/short"
+    assert [c.name for c in report.contestants] == [name, f"{name}#2", "gemm"]
+    # The same model twice; a factor of 3 either way for noise.
+    assert 1 / 3 < report.contestants[1].ratio.median < 3
+
+
 def test_batches(tmp_path: Path) -> None:
     free = Bundle.open(make_bundle(tmp_path / "free"))
     two = Bundle.open(make_bundle(tmp_path / "two", batch=2))
@@ -347,7 +482,7 @@ def test_batches(tmp_path: Path) -> None:
     assert common_batch([free], 8) == 8
     assert common_batch([free, two], None) == 2
     with pytest.raises(UsageError, match=r"two has a fixed batch of 2, but --batch is 4"):
-        common_batch([free, two], 4)
+        bench([free, two], batch=4)
     with pytest.raises(UsageError, match=r"three has a fixed batch of 3, but .*two has 2"):
         common_batch([two, three], None)
     with pytest.raises(UsageError, match="at least 1"):
@@ -405,6 +540,104 @@ def test_an_input_that_the_model_refuses_is_the_vendors_error(chains: tuple[Path
     np.savez(wrong / "golden.npz", input=np.zeros((1, 3, 5), np.float32), logits=np.zeros((1, 2), np.float32))
     with pytest.raises(ConversionError, match=r"^wrong: InvalidArgument"):
         bench([Bundle.open(wrong, verify=False)], **QUICK)
+
+
+def in_a_moment(act: Callable[[int], None]) -> Callable[[str], None]:
+    """A `progress` that lets `act` loose on every worker's process 0.3 s into the second round."""
+
+    def start() -> None:
+        for pid in children(os.getpid()):
+            act(pid)
+
+    def told(text: str) -> None:
+        if text.startswith("round 2") and not timers:
+            timers.append(threading.Timer(0.3, start))
+            timers[0].start()
+
+    timers: list[threading.Timer] = []
+    return told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_worker_that_is_killed_midway(chains: tuple[Path, Path]) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ConversionError, match=r"^(short|gemm): its bench worker was killed by SIGKILL") as caught:
+        bench([chains[0]], threads=1, rounds=2, seconds=1.0, progress=in_a_moment(lambda p: os.kill(p, signal.SIGKILL)))
+    assert "\n" not in str(caught.value)
+    assert children(os.getpid()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_worker_that_hangs() -> None:
+    jobs = [Job("w", "limit", None, ((1, 8, 8, 8, 1),), 1, 1, None)]
+    stop = in_a_moment(lambda p: os.kill(p, signal.SIGSTOP))
+    start = time.monotonic()
+    with pytest.raises(ConversionError, match=r"^w: no answer from its runtime within 2\.\d* s, so it was stopped"):
+        measure(jobs, 2, 0.5, stop, limits=Limits(load_s=20.0, round_s=0.0))
+    assert time.monotonic() - start < 15
+    assert children(os.getpid()) == []
+
+
+@pytest.mark.parametrize("answer", ["42", "[]", "null", "noise"])
+def test_an_answer_that_is_none_is_one_error(answer: str) -> None:
+    command = (sys.executable, "-c", f"input(); print({answer!r}, flush=True)")
+    with pytest.raises(ConversionError, match=rf"^w: its bench worker answered b'{re.escape(answer)}"):
+        measure([Job("w", "limit", None, (), 1, 1, None)], 1, 0.0, commands={"w": command})
+
+
+NOISY = """
+import os, sys
+from dualtoken_deploy import bench_worker
+from dualtoken_deploy.runtimes import onnxruntime
+load = onnxruntime.load
+def noisy(*arguments):
+    print("a Python library says hello")
+    os.write(1, b'{"error": "from C"}\\n')
+    runner = load(*arguments)
+    class Noisy:
+        inputs = runner.inputs
+        def run(self, feeds):
+            os.write(1, b"once more, ")
+            return runner.run(feeds)
+    return Noisy()
+onnxruntime.load = noisy
+sys.exit(bench_worker.main())
+"""
+
+
+def test_a_runtime_that_prints_breaks_nothing(chains: tuple[Path, Path]) -> None:
+    pytest.importorskip("onnxruntime")
+    job = Job("n", "bundle", str(chains[0]), (), 1, 1, None)
+    found = measure([job], 2, 0.01, commands={"n": (sys.executable, "-c", NOISY)})["n"]
+    assert [len(laps) >= bench_worker.MIN_RUNS for laps in found.rounds_ns] == [True, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("moment", ["loading gemm", "round 1"])
+def test_ctrl_c_leaves_no_process(chains: tuple[Path, Path], moment: str) -> None:
+    pytest.importorskip("onnxruntime")
+    code = """
+    import sys
+    from dualtoken_deploy.bench import bench
+    try:
+        bench([sys.argv[1]], threads=1, rounds=2, seconds=60.0, progress=lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(chains[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        while not parent.stdout.readline().startswith(moment):
+            assert parent.poll() is None
+        workers = children(parent.pid)
+        assert workers
+        parent.send_signal(signal.SIGINT)
+        _, errors = parent.communicate(timeout=10)
+    assert (parent.returncode, errors) == (130, "")
+    end = time.monotonic() + 5
+    while alive(workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert alive(workers) == []
 
 
 def test_the_fixture_is_a_whole_bundle(chains: tuple[Path, Path]) -> None:
