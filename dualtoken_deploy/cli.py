@@ -191,6 +191,83 @@ def predict(
     _print(json_output, [p.to_json() for p in predictions], lambda r: r.prediction_table(predictions))
 
 
+@app.command()
+def train(
+    variant: Annotated[str | None, typer.Option(help="Model variant; see `dualtoken models`.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with train/ and val/ of class folders, or digits, or shapes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's own folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run after its last whole epoch.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the train part; 300 unless given.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in an optimiser step, over all processes; 1024 unless given.")
+    ] = None,
+    image_size: Annotated[str | None, typer.Option(help="Side or HxW; 224 unless given.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate at a batch of 1024; 1e-3 unless given.")] = None,
+    init: Annotated[str | None, typer.Option(help="Start from these weights; another class count is fine.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of the recipe, NAME=VALUE; see docs/train.md.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Trains a variant with the paper's recipe; every setting can be overridden."""
+    module = _with_torch("training", _train)
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init}
+    settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | _settings(setting or [])
+    with _progress() as tell:
+        if resume is not None:
+            if variant or data or output or image_size or option:
+                raise UsageError("--resume takes variant, data, size and options from the run; leave them out")
+            result = module.resume(resume, tell, **settings)
+        else:
+            if not (variant and data and output):
+                raise UsageError("training needs --variant, --data and --output (or --resume RUN)")
+            if image_size is not None:
+                settings["image_size"] = module.image_size(image_size)
+            config = module.make_config(variant=variant, data=data, options=_options(option or []), **settings)
+            result = module.train(config, output, tell)
+    _print(json_output, result.to_json(), lambda r: r.training_table(result))
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
+    data: Annotated[str, typer.Option(help="Labelled folder (its val part where it has two), or digits, or shapes.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Checked against what the weights say.")] = None,
+    confusion: Annotated[Path | None, typer.Option(help="Draw the confusion matrix here (.png, .svg, .pdf).")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Top-1, top-5 and accuracy per class of a bundle, or of weights in eager PyTorch."""
+    from dualtoken_deploy.evaluate import evaluate as run
+
+    with _progress() as tell:
+        result = run(source, data, limit, variant, device, threads, progress=tell)
+    _print(json_output, result.to_json(), lambda r: r.evaluation_table(result))
+    if confusion is not None:
+        import numpy as np
+
+        from dualtoken_deploy.plots import plot_confusion
+
+        title = f"{result.source} on {result.data}: top-1 {100 * result.top1:.2f} %"
+        plot_confusion(np.array(result.confusion), result.labels, confusion, title)
+
+
+@app.command()
+def visualize(
+    source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
+    image: Annotated[Path, typer.Argument(help="Picture.")],
+    output: Annotated[Path, typer.Option(help="Where to draw it (.png, .svg, .pdf).")],
+) -> None:
+    """Draws which global tokens the image tokens read in the last block (the paper's Figure 4)."""
+    _with_torch("looking into a model", _visualize)(source, image, output)
+    _say(f"drawn: {output}")
+
+
 class _Stop:
     """Remembers that a signal asked us to stop: a converter may wrap the KeyboardInterrupt in an error of its own."""
 
@@ -295,6 +372,18 @@ def _bundles(given: list[Path] | None) -> list[Path]:
     return list(found)
 
 
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs of the training recipe; "a,b" is a pair of numbers."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise UsageError(f"setting {pair!r} is not NAME=VALUE, e.g. warmup_epochs=5")
+        parts = [_number(part) for part in text.split(",")]
+        settings[name] = parts[0] if len(parts) == 1 else tuple(parts)
+    return settings
+
+
 def _options(pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs as keyword arguments: numbers where they read as such."""
     options: dict[str, Any] = {}
@@ -342,6 +431,18 @@ def _pipeline() -> Any:
     from dualtoken_deploy import pipeline
 
     return pipeline
+
+
+def _train() -> Any:
+    from dualtoken_deploy import train
+
+    return train
+
+
+def _visualize() -> Any:
+    from dualtoken_deploy.visualize import visualize as run
+
+    return run
 
 
 def _count_models() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dualtoken_deploy.bundle import Bundle, Manifest, new_folder, write_bundle
 from dualtoken_deploy.datasets import open_dataset
-from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, missing_extra
+from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import kind_precision, product_precision
@@ -29,6 +29,7 @@ from dualtoken_deploy.models.registry import (
     random_model,
     weights_sha256,
 )
+from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.runtimes import RunnerOptions, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
@@ -90,8 +91,15 @@ def export(
     check_precision(row, precision)
     check_can_export(row)
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
+    info = None if weights is None else describe_weights(weights)
+    if info is not None and info.variant != variant:
+        raise WeightsError(
+            f"{weights} are weights of variant {info.variant}, not of {variant}; give --variant {info.variant}"
+        )
     if labels is not None and "num_classes" not in options:
         options["num_classes"] = len(read_labels(Path(labels)))
+    if info is not None:  # what the file says of itself, unless told otherwise
+        options = {"num_classes": len(info.labels), **info.options, **options}
     # what is wrong with names and values is said before anything is built or written
     try:
         config = make_config(variant, image_size=contract.size, **options)
@@ -99,7 +107,10 @@ def export(
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
-    names = _labels(labels, config.num_classes)
+    if labels is None and info is not None and len(info.labels) == config.num_classes:
+        names = info.labels
+    else:
+        names = _labels(labels, config.num_classes)
     final = Path(output) if output is not None else Path("bundles") / f"{variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
@@ -194,7 +205,10 @@ def _draft(
     command: str,
 ) -> Manifest:
     config = model.config
-    source = {"source": "random", "seed": seed} if weights is None else {"source": str(Path(weights).resolve())}
+    if weights is None:
+        source: dict[str, Any] = {"source": "random", "seed": seed}
+    else:
+        source = {"source": weights if weights in BUILT_IN_WEIGHTS else str(Path(weights).resolve())}
     return Manifest(
         variant=variant,
         options={name: getattr(config, name) for name in OPTIONS},

@@ -9,9 +9,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
+    from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
     from dualtoken_deploy.pipeline import ExportResult
     from dualtoken_deploy.predict import Prediction
+    from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.validate import Validation
 
 
@@ -96,6 +98,21 @@ def inspection_table(inspection: Inspection) -> Table:
     m = inspection.manifest
     title = f"{m.variant} for {m.target} {m.precision}; files verified; what executes here:"
     return table(("operator", "runs in", "count"), cells, title, left=2)
+
+
+def training_table(result: TrainResult) -> Table:
+    cells = [
+        (result.weights, str(result.epochs), share(result.top1), share(result.best_top1), str(result.best_epoch),
+         f"{result.seconds:.0f}")
+    ]  # fmt: skip
+    return table(("best weights", "epochs", "last top-1", "best top-1", "in epoch", "seconds"), cells)
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """The whole set in the first row, then each class."""
+    rows = [(f"{result.data}, all {result.images}", share(result.top1), share(result.top5), f"{result.images_per_s:g}")]
+    rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
+    return table(("class", "top-1", "top-5", "images/s"), rows, result.source)
 
 
 def _or_dash(value: float | None) -> str:
