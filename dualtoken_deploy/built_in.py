@@ -22,7 +22,7 @@ Picture = tuple[str, str, NDArray[np.uint8]]  # part, class, pixels: grey (H, W)
 
 SPLIT_SEED = 0
 DIGITS_VAL = 360  # of 1,797
-SHAPES_TRAIN, SHAPES_VAL = 100, 30  # pictures a class
+SHAPES_TRAIN, SHAPES_VAL = 120, 30  # pictures a class
 
 
 def cache_folder() -> Path:

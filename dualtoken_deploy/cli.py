@@ -67,7 +67,7 @@ def targets(json_output: Json = False) -> None:
 def export(
     variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
     target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: every one that can be exported.")],
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[str, typer.Option(help="Side or HxW, each at least 64.")] = "224",
@@ -77,6 +77,15 @@ def export(
     classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    calibration: Annotated[
+        str | None, typer.Option(help="int8: folder, or digits, shapes, photographs; `random` only to try the path.")
+    ] = None,
+    calibration_size: Annotated[int, typer.Option(min=1, help="int8: images that ranges are taken from.")] = 300,
+    calibrator: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
+    max_drop: Annotated[float, typer.Option(help="int8: points of the metric that may be lost.")] = 0.5,
+    metric: Annotated[str | None, typer.Option(help="int8: top1, agreement or sqnr.")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
+    search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     json_output: Json = False,
@@ -93,13 +102,18 @@ def export(
         raise missing_extra("all", "exporting to any target")
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
+    int8 = None
+    if calibration is not None:
+        settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
+        int8 = pipeline.Int8Options(*settings)
     results = []
     with _progress() as tell:
         for name in names:
             results.append(
                 pipeline.export(
                     variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
-                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force, command=_command(),
+                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force, int8=int8,
+                    command=_command(),
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip

@@ -15,9 +15,13 @@ from dualtoken_deploy.runtimes import Execution, load_runner
 PRODUCT_KINDS = frozenset(
     {
         *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"),
+        *("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger"),
+        *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )
+
+SHARE_SLACK = 0.005  # of the MACs: kernels differ a little between versions of a runtime
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Inspection:
     verified: bool
     operators: Mapping[str, int]
     executed_precision: Mapping[str, str]
+    int8_mac_share: float = 0.0
+    float_products: tuple[str, ...] = ()  # of an INT8 bundle, the products that do not run in it here
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,7 +41,8 @@ class Inspection:
             "verified": self.verified,
             "operators": dict(self.operators),
             "executed_precision": dict(self.executed_precision),
-            "int8_mac_share": 0.0,  # no quantized target exists yet: nothing here can run in int8
+            "int8_mac_share": self.int8_mac_share,
+            "float_products": list(self.float_products),
         }
 
 
@@ -45,7 +52,18 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
     opened.verify()
     with load_runner(opened, device) as runner:
         execution = runner.execution()
-    return Inspection(opened.manifest, True, execution.operators, kind_precision(execution))
+    share, others = int8_share(opened.manifest, execution)
+    return Inspection(opened.manifest, True, execution.operators, kind_precision(execution), share, others)
+
+
+def int8_share(manifest: Manifest, execution: Execution) -> tuple[float, tuple[str, ...]]:
+    """Share of an INT8 bundle's MACs that execute in integers, and the products that do not; 0 for other bundles."""
+    if manifest.precision != "int8" or manifest.calibration is None:
+        return 0.0, ()
+    macs = manifest.calibration["macs"]
+    integers = {name for name, dtype in execution.nodes.items() if dtype in ("int8", "uint8")}
+    done = sum(count for name, count in macs.items() if name in integers)
+    return done / sum(macs.values()), tuple(name for name in macs if name not in integers)
 
 
 def kind_precision(execution: Execution) -> dict[str, str]:
@@ -60,9 +78,22 @@ def product_precision(kinds: Mapping[str, str]) -> str:
 
 def check_promise(inspection: Inspection) -> None:
     """Raises ToleranceError where the matrix products run in another dtype than the manifest says."""
+    if inspection.manifest.precision == "int8":
+        _check_share(inspection)
+        return
     promised = product_precision(inspection.manifest.executed_precision)
     found = product_precision(inspection.executed_precision)
     if promised != found:
         raise ToleranceError(
             f"matrix products run in {found} here, the manifest promises {promised}; export on this kind of machine"
+        )
+
+
+def _check_share(inspection: Inspection) -> None:
+    promised = inspection.manifest.measured["int8_mac_share"]
+    if inspection.int8_mac_share < promised - SHARE_SLACK:
+        missing = ", ".join(inspection.float_products[:3])
+        raise ToleranceError(
+            f"{100 * inspection.int8_mac_share:.1f} % of the MACs run in INT8 here, the manifest promises "
+            f"{100 * promised:.1f} % (in float: {missing}, ...); export on this kind of machine"
         )

@@ -16,7 +16,7 @@ from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.inspection import kind_precision, product_precision
+from dualtoken_deploy.inspection import int8_share, kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
@@ -30,6 +30,8 @@ from dualtoken_deploy.models.registry import (
     weights_sha256,
 )
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
+from dualtoken_deploy.pipeline_int8 import check_executed, write_int8
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
@@ -53,6 +55,8 @@ class ExportResult:
     executed_precision: str
     sqnr_db: float
     top1_agreement: float
+    int8_mac_share: float
+    drop: float | None  # points of the metric that int8 loses on the held-out pictures
     size_mib: float
     seconds: float
     warnings: tuple[str, ...]
@@ -74,6 +78,7 @@ def export(
     opset: int | None = None,
     seed: int = DEFAULT_SEED,
     force: bool = False,
+    int8: Int8Options | None = None,
     command: str = "dualtoken_deploy.export(...)",
     progress: Tell | None = None,
     **options: Any,
@@ -81,7 +86,8 @@ def export(
     """Exports one variant to one target, checks the saved files against eager, and only then names the bundle.
 
     `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights` None: random ones from `seed`. `options`: as create_model takes them.
+    (normalised float32 NCHW). `weights` None: random ones from `seed`. `int8`: how precision int8 is calibrated and
+    gated. `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then.
     """
@@ -105,6 +111,8 @@ def export(
         config = make_config(variant, image_size=contract.size, **options)
     except TypeError as error:  # text where a number belongs
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
+    if (precision == "int8") != (int8 is not None):
+        raise UsageError("precision int8 needs a calibration set (--calibration), and other precisions take none")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
     if labels is None and info is not None and len(info.labels) == config.num_classes:
@@ -123,9 +131,15 @@ def export(
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
         metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
         request = Request(precision, contract, outputs, opset, metadata)
-        artifact = run_exporter(row, model, request, folder, tell)
-        draft = _draft(model, variant, row, request, artifact, weights, seed, command)
-        result = _seal(folder, draft, model, names, tell)
+
+        def draft(artifact: Artifact) -> Manifest:
+            return _draft(model, variant, row, request, artifact, weights, seed, command)
+
+        if int8 is not None:
+            manifest = write_int8(model, row, request, int8, names, folder, draft, tell)
+        else:
+            manifest = draft(run_exporter(row, model, request, folder, tell))
+        result = _seal(folder, manifest, model, names, tell)
     return replace(result, bundle=str(final), seconds=round(time.perf_counter() - start, 1), warnings=warnings)
 
 
@@ -239,7 +253,13 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
         expected = run_batches(eager, contract, inputs)
     with load_runner(Bundle(folder, draft)) as runner:
         actual = run_batches(runner, contract, inputs)
-        kinds = kind_precision(runner.execution())
+        execution = runner.execution()
+    kinds = kind_precision(execution)
+    share, floats = int8_share(draft, execution)
+    if draft.calibration is not None:
+        check_executed(
+            draft.calibration["planned_int8_mac_share"], share, floats, f"{draft.variant} for {draft.target}"
+        )
     numbers = measure(expected, actual)
     golden_size = contract.batch or 1
     golden = [_fill(array, golden_size) for array in (inputs, expected)]
@@ -248,7 +268,12 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
     manifest = replace(
         draft,
         executed_precision=kinds,
-        measured={**draft.measured, "golden": on_golden, "photographs": {"images": len(inputs), **numbers}},
+        measured={
+            **draft.measured,
+            "int8_mac_share": share,
+            "golden": on_golden,
+            "photographs": {"images": len(inputs), **numbers},
+        },
     )
     write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
     bundle = Bundle.open(folder)
@@ -259,6 +284,8 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
         executed_precision=product_precision(kinds),
         sqnr_db=round(numbers["sqnr_db"], 1),
         top1_agreement=numbers["top1_agreement"],
+        int8_mac_share=share,
+        drop=None if draft.calibration is None else draft.calibration["drop"],
         size_mib=round(bundle.size_bytes / 2**20, 2),
         seconds=0.0,
         warnings=(),

@@ -59,12 +59,19 @@ def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def export_table(results: Sequence[ExportResult]) -> Table:
-    columns = ("bundle", "target", "precision", "executes", "SQNR (dB)", "equal top-1", "MiB", "seconds")
+    columns = ("bundle", "target", "precision", "executes", "INT8 MACs", "lost", "SQNR (dB)", "equal top-1", "MiB", "s")
     cells = [
-        (r.bundle, r.target, r.precision, r.executed_precision, f"{r.sqnr_db:.1f}", share(r.top1_agreement),
-         f"{r.size_mib:.1f}", f"{r.seconds:.0f}")
+        (
+            *(r.bundle, r.target, r.precision, r.executed_precision),
+            share(r.int8_mac_share if r.precision == "int8" else None),
+            "-" if r.drop is None else f"{r.drop:.2f}",
+            f"{r.sqnr_db:.1f}",
+            share(r.top1_agreement),
+            f"{r.size_mib:.1f}",
+            f"{r.seconds:.0f}",
+        )
         for r in results
-    ]  # fmt: skip
+    ]
     return table(columns, cells, "exported, and checked on the saved files against eager", left=4)
 
 

@@ -39,8 +39,8 @@ def _polygon(points: list[tuple[float, float]]) -> Callable[[Generator], Mask]:
 
 def _place(points: list[tuple[float, float]], random: Generator, turn: float) -> list[tuple[float, float]]:
     """Canonical points turned by up to `turn`, stretched, scaled and moved onto the canvas."""
-    angle, size = random.uniform(-turn, turn), random.uniform(0.19, 0.40) * CANVAS
-    stretch = random.uniform(0.8, 1.25)
+    angle, size = random.uniform(-turn, turn), random.uniform(0.26, 0.42) * CANVAS
+    stretch = random.uniform(0.87, 1.15)
     middle = CANVAS / 2 + random.uniform(-0.12, 0.12, 2) * CANVAS
     cos, sin = math.cos(angle), math.sin(angle)
     out = []
@@ -131,7 +131,7 @@ def _rings(u: NDArray[Any], v: NDArray[Any], random: Generator) -> NDArray[Any]:
 
 
 def _glyph(letter: str) -> Callable[[Generator], Mask]:
-    """A letter of Pillow's own scalable font, turned by up to 40 degrees and slanted."""
+    """A letter of Pillow's own scalable font, turned by up to 30 degrees and slanted."""
 
     def draw(random: Generator) -> Mask:
         size = random.uniform(0.45, 0.85) * CANVAS
@@ -143,7 +143,7 @@ def _glyph(letter: str) -> Callable[[Generator], Mask]:
         mask = mask.transform(
             mask.size, Image.Transform.AFFINE, (1, slant, -slant * CANVAS / 2, 0, 1, 0), Image.Resampling.BILINEAR
         )
-        return mask.rotate(random.uniform(-40, 40), Image.Resampling.BILINEAR)
+        return mask.rotate(random.uniform(-30, 30), Image.Resampling.BILINEAR)
 
     return draw
 
@@ -177,12 +177,12 @@ def draw_picture(name: str, random: Generator) -> NDArray[np.uint8]:
     """One picture of a class: uint8 (SIDE, SIDE, 3)."""
     ground = random.uniform(30, 225, 3)
     canvas = Image.fromarray(_background(ground, random))
-    _clutter(canvas, random, count=int(random.integers(4, 10)), longest=0.35)
+    _clutter(canvas, random, count=int(random.integers(3, 8)), longest=0.3)
     canvas.paste(Image.new("RGB", canvas.size, _other_colour(ground, random)), mask=CLASSES[name](random))
-    _clutter(canvas, random, count=int(random.integers(1, 5)), longest=0.22)
-    picture = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 3.2)))
+    _clutter(canvas, random, count=int(random.integers(1, 4)), longest=0.2)
+    picture = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 2.4)))
     small = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=float)
-    noisy = small + random.normal(0, random.uniform(2, 30), small.shape)
+    noisy = small + random.normal(0, random.uniform(2, 20), small.shape)
     out: NDArray[np.uint8] = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
     return out
 
@@ -198,8 +198,8 @@ def _background(ground: NDArray[Any], random: Generator) -> NDArray[np.uint8]:
 
 
 def _other_colour(ground: NDArray[Any], random: Generator) -> tuple[int, int, int]:
-    """A colour whose brightness differs from the ground's by 30 to 110 levels."""
-    step = random.uniform(30, 110)
+    """A colour whose brightness differs from the ground's by 45 to 120 levels."""
+    step = random.uniform(45, 120)
     bright = ground.mean()
     step = -step if bright + step > 250 or (bright - step > 5 and random.random() < 0.5) else step
     red, green, blue = np.clip(ground + step + random.uniform(-45, 45, 3), 0, 255).astype(int).tolist()

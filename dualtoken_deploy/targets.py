@@ -43,7 +43,14 @@ class Target:
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
-_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolerance(sqnr_db=45.0)})
+# int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
+_TOLERANCES = MappingProxyType(
+    {
+        "fp32": Tolerance(sqnr_db=100.0),
+        "fp16": Tolerance(sqnr_db=45.0),
+        "int8": Tolerance(sqnr_db=3.0, top1_agreement=0.0),
+    }
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {

@@ -21,6 +21,7 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.export.base import Request, Tell
+from dualtoken_deploy.export.naming import name_after_modules
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
@@ -59,6 +60,7 @@ def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], ops
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
+    name_after_modules(exported, wrapped=module is not form.module)
     tell("simplifying")
     simplified = simplify(exported, request)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
