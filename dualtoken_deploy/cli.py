@@ -272,6 +272,30 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    bundle: OneBundle,
+    data: Annotated[str | None, typer.Option(help="Pictures; the photographs unless given.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Take this many pictures.")] = 4,
+    threshold: Annotated[float | None, typer.Option(help="SQNR in dB below which a layer counts as drifted.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw SQNR over the layers here (.png, .svg, .pdf).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Layers to show, those that lose most first.")] = 15,
+    json_output: Json = False,
+) -> None:
+    """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
+    module = _with_torch("diagnosing a bundle", _diagnose)
+    with _progress() as tell:
+        found = module.diagnose(bundle, data, limit, threshold, progress=tell)
+    _print(json_output, found.to_json(), lambda r: r.drift_table(found, rows))
+    if not json_output:
+        past = "no layer is past the threshold" if found.first is None else f"first past it: {found.first}"
+        print(f"threshold {found.threshold_db:g} dB: {past}")
+        if found.suspect is not None:
+            print(f"loses most by itself: {found.suspect}")
+    if picture is not None:
+        module.draw(found, picture)
+
+
+@app.command()
 def visualize(
     source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
     image: Annotated[Path, typer.Argument(help="Picture.")],
@@ -457,6 +481,12 @@ def _visualize() -> Any:
     from dualtoken_deploy.visualize import visualize as run
 
     return run
+
+
+def _diagnose() -> Any:
+    import importlib
+
+    return importlib.import_module("dualtoken_deploy.diagnose")
 
 
 def _count_models() -> list[dict[str, Any]]:

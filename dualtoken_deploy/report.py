@@ -9,6 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
+    from dualtoken_deploy.diagnose import Diagnosis
     from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
     from dualtoken_deploy.pipeline import ExportResult
@@ -120,6 +121,15 @@ def evaluation_table(result: Evaluation) -> Table:
     rows = [(f"{result.data}, all {result.images}", share(result.top1), share(result.top5), f"{result.images_per_s:g}")]
     rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
     return table(("class", "top-1", "top-5", "images/s"), rows, result.source)
+
+
+def drift_table(found: Diagnosis, rows: int) -> Table:
+    """The ends of the blocks, then the layers that lose most by themselves."""
+    worst = sorted(found.layers, key=lambda layer: -layer.lost_db)[:rows]
+    cells = [(d.name, "end of block", f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", "") for d in found.blocks]
+    cells += [(d.name, d.kind, f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", f"{d.lost_db:.1f}") for d in worst]
+    title = f"{found.bundle} over {found.images} pictures; {found.unseen} values have no name in it"
+    return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
 
 
 def _or_dash(value: float | None) -> str:

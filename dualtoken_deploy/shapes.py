@@ -39,7 +39,7 @@ def _polygon(points: list[tuple[float, float]]) -> Callable[[Generator], Mask]:
 
 def _place(points: list[tuple[float, float]], random: Generator, turn: float) -> list[tuple[float, float]]:
     """Canonical points turned by up to `turn`, stretched, scaled and moved onto the canvas."""
-    angle, size = random.uniform(-turn, turn), random.uniform(0.26, 0.42) * CANVAS
+    angle, size = random.uniform(-turn, turn), random.uniform(0.30, 0.43) * CANVAS
     stretch = random.uniform(0.87, 1.15)
     middle = CANVAS / 2 + random.uniform(-0.12, 0.12, 2) * CANVAS
     cos, sin = math.cos(angle), math.sin(angle)
@@ -134,7 +134,7 @@ def _glyph(letter: str) -> Callable[[Generator], Mask]:
     """A letter of Pillow's own scalable font, turned by up to 30 degrees and slanted."""
 
     def draw(random: Generator) -> Mask:
-        size = random.uniform(0.45, 0.85) * CANVAS
+        size = random.uniform(0.55, 0.85) * CANVAS
         mask = Image.new("L", (CANVAS, CANVAS))
         middle = tuple(CANVAS / 2 + random.uniform(-0.1, 0.1, 2) * CANVAS)
         font = ImageFont.load_default(size)
@@ -177,12 +177,12 @@ def draw_picture(name: str, random: Generator) -> NDArray[np.uint8]:
     """One picture of a class: uint8 (SIDE, SIDE, 3)."""
     ground = random.uniform(30, 225, 3)
     canvas = Image.fromarray(_background(ground, random))
-    _clutter(canvas, random, count=int(random.integers(3, 8)), longest=0.3)
+    _clutter(canvas, random, count=int(random.integers(2, 7)), longest=0.25)
     canvas.paste(Image.new("RGB", canvas.size, _other_colour(ground, random)), mask=CLASSES[name](random))
-    _clutter(canvas, random, count=int(random.integers(1, 4)), longest=0.2)
-    picture = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 2.4)))
+    _clutter(canvas, random, count=int(random.integers(0, 3)), longest=0.18)
+    picture = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 1.8)))
     small = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=float)
-    noisy = small + random.normal(0, random.uniform(2, 20), small.shape)
+    noisy = small + random.normal(0, random.uniform(2, 14), small.shape)
     out: NDArray[np.uint8] = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
     return out
 
@@ -198,8 +198,8 @@ def _background(ground: NDArray[Any], random: Generator) -> NDArray[np.uint8]:
 
 
 def _other_colour(ground: NDArray[Any], random: Generator) -> tuple[int, int, int]:
-    """A colour whose brightness differs from the ground's by 45 to 120 levels."""
-    step = random.uniform(45, 120)
+    """A colour whose brightness differs from the ground's by 60 to 130 levels."""
+    step = random.uniform(60, 130)
     bright = ground.mean()
     step = -step if bright + step > 250 or (bright - step > 5 and random.random() < 0.5) else step
     red, green, blue = np.clip(ground + step + random.uniform(-45, 45, 3), 0, 255).astype(int).tolist()

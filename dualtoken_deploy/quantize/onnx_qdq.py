@@ -20,8 +20,8 @@ from onnx import numpy_helper
 
 from dualtoken_deploy.errors import ConversionError
 from dualtoken_deploy.machine import describe_machine
+from dualtoken_deploy.probes import Prober
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
-from dualtoken_deploy.quantize.probes import Prober
 from dualtoken_deploy.quantize.ranges import collect_ranges
 from dualtoken_deploy.quantize.search import Unit
 

@@ -1,8 +1,9 @@
-"""Looks into a graph: any of its values, from a run with extra outputs."""
+"""Looks into a graph: any of its values by name, from a run with extra outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,3 +51,30 @@ class Prober:
         """All values for inputs given one at a time, joined along the first axis."""
         runs = [self.run(inputs[i : i + 1]) for i in range(len(inputs))]
         return {name: np.concatenate([run[name] for run in runs]) for name in self._asked}
+
+
+def probe_onnx(folder: Path, names: Sequence[str], inputs: Array) -> dict[str, Array]:
+    """Those of the named values that the bundle's model.onnx has, for inputs given one at a time."""
+    model = onnx.load(folder / "model.onnx")
+    present = {value for node in model.graph.node for value in node.output}
+    return Prober(model, [name for name in names if name in present]).run_each(inputs)
+
+
+def probe_openvino(folder: Path, names: Sequence[str], inputs: Array) -> dict[str, Array]:
+    """Those of the named values that the bundle's model.xml has, for inputs given one at a time."""
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(folder / "model.xml")
+    own = {name for output in model.outputs for name in output.get_names()}
+    present = {name for op in model.get_ordered_ops() for output in op.outputs() for name in output.get_names()}
+    wanted = [name for name in names if name in present]
+    model.add_outputs([name for name in wanted if name not in own])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    feed = compiled.input(0).get_any_name()
+    runs: list[dict[str, Array]] = []
+    for i in range(len(inputs)):
+        results = request.infer({feed: inputs[i : i + 1]}, share_outputs=False)
+        runs.append({name: np.array(results[name]) for name in wanted})
+    return {name: np.concatenate([run[name] for run in runs]) for name in wanted}
