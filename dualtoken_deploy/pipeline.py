@@ -18,13 +18,13 @@ from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.models.registry import (
     DEFAULT_SEED,
-    OPTIONS,
     create_model,
     make_config,
+    options_of,
     parse_image_size,
     random_model,
     weights_sha256,
@@ -170,7 +170,7 @@ def _labels(path: str | Path | None, classes: int) -> tuple[str, ...]:
     return names
 
 
-def _check_space(folder: Path, model: DualTokenViT) -> None:
+def _check_space(folder: Path, model: ImageModel) -> None:
     """Some converters leave a short file behind when space runs out, and say nothing: so ask before."""
     needed = 4 * count_params(model) * 5 // 4 + (
         8 << 20
@@ -184,7 +184,7 @@ def _check_space(folder: Path, model: DualTokenViT) -> None:
 
 
 def _draft(
-    model: DualTokenViT,
+    model: ImageModel,
     variant: str,
     row: Target,
     request: Request,
@@ -193,11 +193,10 @@ def _draft(
     seed: int,
     command: str,
 ) -> Manifest:
-    config = model.config
     source = {"source": "random", "seed": seed} if weights is None else {"source": str(Path(weights).resolve())}
     return Manifest(
         variant=variant,
-        options={name: getattr(config, name) for name in OPTIONS},
+        options=options_of(model.config),
         weights={**source, "sha256": weights_sha256(model)},
         target=row.name,
         precision=request.precision,
@@ -215,7 +214,7 @@ def _draft(
     )
 
 
-def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str, ...], tell: Tell) -> ExportResult:
+def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, ...], tell: Tell) -> ExportResult:
     """Runs the saved files against eager on golden and on photographs, and writes the manifest if they hold."""
     contract = draft.input
     photographs = open_dataset("photographs").images

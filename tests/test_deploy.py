@@ -12,7 +12,7 @@ from torch import nn
 from dualtoken_deploy.deploy import RULES, algebra, deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.registry import VARIANTS, random_model
 from dualtoken_deploy.spec import IMAGENET_MEAN, IMAGENET_STD
 from tests.numerics import assert_close
@@ -32,7 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def parity(model: DualTokenViT, size: tuple[int, int], *sets_of_rules: list[str] | None) -> dict[str, int]:
+def parity(model: ImageModel, size: tuple[int, int], *sets_of_rules: list[str] | None) -> dict[str, int]:
     """Holds the deploy form under each set of rules against one eager run; the counts of the last set."""
     image = torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     counts: dict[str, int] = {}

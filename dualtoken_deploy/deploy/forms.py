@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualtoken_deploy.models.dualtoken_vit import merge_heads, split_heads
-from dualtoken_deploy.models.layers import Grid, to_map, to_tokens
+from dualtoken_deploy.models.layers import Grid, merge_heads, split_heads, to_map, to_tokens
 
 
 class ImageInput(nn.Module):

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from dualtoken_deploy.deploy import algebra, forms
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import (
-    STRIDE,
-    Block,
     ConvEncoder,
     DualTokenViT,
     Fuse,
@@ -50,7 +49,7 @@ class Rule:
     """`apply(model, image size)` rewrites the model and returns how many places it changed."""
 
     name: str
-    apply: Callable[[DualTokenViT, Size], int]
+    apply: Callable[[ImageModel, Size], int]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class DeployForm:
     rules: Mapping[str, int]
 
 
-def deploy_form(model: DualTokenViT, rules: Iterable[str] | None = None, image_size: Size | None = None) -> DeployForm:
+def deploy_form(model: ImageModel, rules: Iterable[str] | None = None, image_size: Size | None = None) -> DeployForm:
     """Rewrites a copy of the model for one image size (the model's own unless given); the model is left as it is.
 
     `rules`: names from RULES, applied in the order of that table whatever the order given; None: DEFAULT_RULES.
@@ -109,15 +108,10 @@ def _scale_rows(layer: nn.Linear, start: int, stop: int, gain: Tensor | float) -
     layer.weight[start:stop], layer.bias[start:stop] = weight, bias
 
 
-def _padded(size: Size) -> Size:
-    height, width = (side + -side % STRIDE for side in size)
-    return height, width
-
-
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def fold_batch_norm(model: DualTokenViT, size: Size) -> int:
+def fold_batch_norm(model: ImageModel, size: Size) -> int:
     """BN(W * x) = (r W) * x + (beta - r mean), r = gamma / sqrt(var + eps): the stem's four normalisations go."""
     for block in _modules(model, ConvNormAct):
         conv, norm = block.conv, block.norm
@@ -130,7 +124,7 @@ def fold_batch_norm(model: DualTokenViT, size: Size) -> int:
     return len(_modules(model, ConvNormAct))
 
 
-def fold_layer_scale(model: DualTokenViT, size: Size) -> int:
+def fold_layer_scale(model: ImageModel, size: Size) -> int:
     """gamma (W h + b) = (diag(gamma) W) h + gamma b: layer scale goes into the Conv Encoder's last linear layer."""
     for encoder in _modules(model, ConvEncoder):
         _scale_rows(encoder.pw2, 0, encoder.pw2.out_features, encoder.scale.gamma)
@@ -138,7 +132,7 @@ def fold_layer_scale(model: DualTokenViT, size: Size) -> int:
     return len(_modules(model, ConvEncoder))
 
 
-def fold_attention_scale(model: DualTokenViT, size: Size) -> int:
+def fold_attention_scale(model: ImageModel, size: Size) -> int:
     """(s q) . k with q = W x + b: s = 1/sqrt(d) goes into the rows of W and b that give q."""
     attentions: list[tuple[nn.Linear, GlobalAggregation | GlobalBroadcast | WindowAttention]] = [
         *((m.qkv, m) for m in _modules(model, GlobalAggregation)),
@@ -151,7 +145,7 @@ def fold_attention_scale(model: DualTokenViT, size: Size) -> int:
     return len(attentions)
 
 
-def fold_fusion(model: DualTokenViT, size: Size) -> int:
+def fold_fusion(model: ImageModel, size: Size) -> int:
     """alpha MLP(G) + (1 - alpha) R A v: alpha goes into the MLP's last linear layer, 1 - alpha into v = W x + b.
 
     Attention weights A and interpolation R are linear in v, so the factor passes through both.
@@ -168,7 +162,7 @@ def fold_fusion(model: DualTokenViT, size: Size) -> int:
     return len(modules)
 
 
-def fold_norm_affine(model: DualTokenViT, size: Size) -> int:
+def fold_norm_affine(model: ImageModel, size: Size) -> int:
     """W (gamma z + beta) + b = (W diag(gamma)) z + (W beta + b): LayerNorm's gain and shift go into what reads it.
 
     Average pooling and the mean over tokens commute with both. A zero-padded convolution or window does not: its
@@ -203,14 +197,12 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _window_grids(model: DualTokenViT, size: Size) -> list[tuple[WindowAttention, Size]]:
+def _window_grids(model: ImageModel, size: Size) -> list[tuple[WindowAttention, Size]]:
     """Every window attention with the (rows, columns) of the map that it reads."""
-    height, width = _padded(size)
     return [
-        (block.local, (height // stride, width // stride))
-        for stage, stride in ((1, 8), (2, 16))
-        for block in model.get_submodule(f"stage{stage}").children()
-        if isinstance(block, Block) and isinstance(block.local, WindowAttention)
+        (module, grid)
+        for stage, grid in enumerate(model.grids(size), 1)
+        for module in _modules(model.get_submodule(f"stage{stage}"), WindowAttention)
     ]
 
 
@@ -226,7 +218,7 @@ def _move_affine(owner: nn.Module, name: str, layers: list[tuple[nn.Module, str]
     owner.set_submodule(name, plain)
 
 
-def split_bidim(model: DualTokenViT, size: Size) -> int:
+def split_bidim(model: ImageModel, size: Size) -> int:
     """W [local; global] + b = W_l local + (W_g global + b): the concatenation goes, the second term broadcasts."""
 
     def make(module: nn.Module) -> nn.Module | None:
@@ -241,7 +233,7 @@ def split_bidim(model: DualTokenViT, size: Size) -> int:
     return _replace(model, BiDimAttention, make)
 
 
-def reshape_merge(model: DualTokenViT, size: Size) -> int:
+def reshape_merge(model: ImageModel, size: Size) -> int:
     """reduce(norm(P z)) with P a permutation of the patches: the weights' columns (and the norm's affine) in P's order.
 
     Row-major patches are one reshape and transpose of the map; LayerNorm's statistics do not depend on the order.
@@ -259,20 +251,18 @@ def reshape_merge(model: DualTokenViT, size: Size) -> int:
     return _replace(model, PatchMerge, make)
 
 
-def constant_tokens(model: DualTokenViT, size: Size) -> int:
+def constant_tokens(model: ImageModel, size: Size) -> int:
     """MLP(G) of the first block, where G is the learned parameter, is a constant."""
-    module = model.get_submodule("stage1.block1.token")
-    fuse = module.get_submodule("fuse") if model.global_tokens is not None else None
-    if fuse is None:
+    if not isinstance(model, DualTokenViT) or model.global_tokens is None:
         return 0
+    fuse = model.get_submodule("stage1.block1.token.fuse")
     fuse.set_submodule("mlp", forms.ConstantTokens(fuse.get_submodule("mlp")(model.global_tokens)))
     return 1
 
 
-def constant_resize(model: DualTokenViT, size: Size) -> int:
+def constant_resize(model: ImageModel, size: Size) -> int:
     """interpolate(X_ga) = R X_ga with a constant R at a fixed size; where the grid is G's own, R = I and goes."""
-    height, width = _padded(size)
-    grid = height // STRIDE, width // STRIDE
+    grid = model.grids(size)[-1]  # every stage pools to that of the last
 
     def make(module: nn.Module) -> nn.Module | None:
         assert isinstance(module, TokenResize)  # noqa: S101
@@ -284,7 +274,7 @@ def constant_resize(model: DualTokenViT, size: Size) -> int:
     return _replace(model, TokenResize, make)
 
 
-def join_queries(model: DualTokenViT, size: Size) -> int:
+def join_queries(model: ImageModel, size: Size) -> int:
     """[W_qkv; W_q] x: stage 3 does not downsample, so its two attentions read the same tokens; one product for both."""
 
     def make(module: nn.Module) -> nn.Module | None:
@@ -303,7 +293,7 @@ def join_queries(model: DualTokenViT, size: Size) -> int:
     return _replace(model, PositionAwareTokenModule, make)
 
 
-def fold_projection(model: DualTokenViT, size: Size) -> int:
+def fold_projection(model: ImageModel, size: Size) -> int:
     """sum_h P_h (A_h v_h) = sum_h A_h (P_h v_h): the broadcast's output projection goes into its values.
 
     Shorter where heads * tokens < tokens + C (stage 1), longer elsewhere; a broadcast that `join_queries` took stays.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualtoken_deploy.models.base import ImageModel, drop_path_rates, init_weights
 from dualtoken_deploy.models.layers import (
     ClassifierHead,
     DropPath,
@@ -24,11 +25,16 @@ from dualtoken_deploy.models.layers import (
     PatchMerge,
     Stem,
     TokenMerge,
+    crop_to_grid,
+    from_windows,
+    merge_heads,
+    pad_to_windows,
+    relative_index,
+    split_heads,
     to_map,
     to_tokens,
+    to_windows,
 )
-
-STRIDE = 32  # of stage 3: every stage pools to this grid before Global Aggregation
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,6 @@ class DualTokenConfig:
     drop_path: float = 0.0
     num_classes: int = 1000
     image_size: tuple[int, int] = (224, 224)  # (H, W) that export uses; eager takes any size >= 64
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, C) -> (B, heads, N, C/heads)."""
-    b, n, c = x.shape
-    return x.reshape(b, n, heads, c // heads).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, heads, N, d) -> (B, N, heads*d)."""
-    b, heads, n, d = x.shape
-    return x.transpose(1, 2).reshape(b, n, heads * d)
 
 
 class ConvEncoder(nn.Module):
@@ -95,26 +89,19 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.position_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.drop_path = DropPath(drop_path)
-        side = torch.arange(window)
-        rows, cols = torch.meshgrid(side, side, indexing="ij")
-        at = torch.stack((rows.flatten(), cols.flatten()))  # (2, T), T = window * window
-        offset = at[:, :, None] - at[:, None, :] + window - 1  # (2, T, T), each in 0 .. 2*window-2
-        self.register_buffer("relative_index", offset[0] * (2 * window - 1) + offset[1], persistent=False)
+        self.register_buffer("relative_index", relative_index(window), persistent=False)
 
     def bias(self) -> Tensor:
         """Relative position bias, (heads, T, T)."""
         return self.position_bias[self.relative_index].permute(2, 0, 1)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        (b, _, c), (h, w), s = x.shape, grid, self.window
-        z = self.norm(x).reshape(b, h, w, c)
-        z = F.pad(z, (0, 0, 0, -w % s, 0, -h % s))  # whole windows, zeros at the right and the bottom
-        rows, cols = z.shape[1] // s, z.shape[2] // s
-        z = z.reshape(b, rows, s, cols, s, c).transpose(2, 3).reshape(b * rows * cols, s * s, c)
+        z, padded = pad_to_windows(self.norm(x), grid, self.window)
+        z = to_windows(z, padded, self.window)  # (B * windows, T, C)
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(z).chunk(3, dim=-1))
         z = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(), scale=self.scale))
-        z = z.reshape(b, rows, cols, s, s, c).transpose(2, 3).reshape(b, rows * s, cols * s, c)
-        out: Tensor = x + self.drop_path(z[:, :h, :w].flatten(1, 2))
+        z = crop_to_grid(from_windows(z, padded, self.window), padded, grid)
+        out: Tensor = x + self.drop_path(z)
         return out
 
 
@@ -302,11 +289,10 @@ class Block(nn.Module):
         return x, None if g is None else g + g_new  # "after adding the identical mapping"
 
 
-class DualTokenViT(nn.Module):
-    """DualToken-ViT. Takes a normalised image (B, 3, H, W), H and W >= 64; gives logits (B, num_classes).
+class DualTokenViT(ImageModel):
+    """DualToken-ViT; stages of strides 8, 16 and 32."""
 
-    Sides that 32 does not divide are padded with zeros at the right and the bottom.
-    """
+    strides = (8, 16, 32)
 
     def __init__(self, config: DualTokenConfig) -> None:
         super().__init__()
@@ -315,10 +301,8 @@ class DualTokenViT(nn.Module):
         self.stem = Stem(c1)
         n = config.global_tokens**2
         self.global_tokens = nn.Parameter(torch.empty(1, n, c1)) if n else None
-        total = sum(config.blocks)
-        rates = iter([config.drop_path * i / max(total - 1, 1) for i in range(total)])  # linear in depth
-        for stage in range(3):
-            blocks = [Block(config, stage, next(rates)) for _ in range(config.blocks[stage])]
+        for stage, rates in enumerate(drop_path_rates(config.drop_path, config.blocks)):
+            blocks = [Block(config, stage, rate) for rate in rates]
             names = {f"block{i}": block for i, block in enumerate(blocks, 1)}
             self.add_module(f"stage{stage + 1}", nn.ModuleDict(names))
             if stage < 2:
@@ -327,13 +311,13 @@ class DualTokenViT(nn.Module):
                 if n:
                     self.add_module(f"token_merge{stage + 1}", TokenMerge(here, there))
         self.head = ClassifierHead(c3, config.num_classes)
-        self.apply(_init)
+        self.apply(init_weights)
         if self.global_tokens is not None:
             nn.init.trunc_normal_(self.global_tokens, std=0.02)
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Grid]]:
         """Tokens and grid at the end of each stage: (B, N, C1) of stride 8, (B, N/4, C2) of 16, (B, N/16, C3) of 32."""
-        image = F.pad(image, (0, -image.shape[3] % STRIDE, 0, -image.shape[2] % STRIDE))
+        image = self.pad(image)
         grid = image.shape[2] // 8, image.shape[3] // 8
         x = self.stem(image)  # (B, N, C1)
         g: Tensor | None = self.global_tokens  # (1, n*n, C1), broadcast over the batch by the first fusion
@@ -347,27 +331,6 @@ class DualTokenViT(nn.Module):
                 g = None if g is None else self.get_submodule(f"token_merge{stage}")(g)
                 grid = grid[0] // 2, grid[1] // 2
         return ends
-
-    def features(self, image: Tensor) -> list[Tensor]:
-        """The three stage maps for dense tasks: (B, C, H/s, W/s) for strides s = 8, 16 and 32 of the padded image."""
-        return [to_map(x, grid) for x, grid in self.stages(image)]
-
-    def forward(self, image: Tensor) -> Tensor:
-        tokens, _ = self.stages(image)[-1]
-        logits: Tensor = self.head(tokens)
-        return logits
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # Table 1. T and S differ in channels and in the blocks of stage 3; "mix" takes MixMLP for MLP.
