@@ -13,7 +13,7 @@ from dualtoken_deploy.deploy import RULES, algebra, deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.base import ImageModel
-from dualtoken_deploy.models.registry import VARIANTS, random_model
+from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.spec import IMAGENET_MEAN, IMAGENET_STD
 from tests.numerics import assert_close
 
@@ -46,7 +46,7 @@ def parity(model: ImageModel, size: tuple[int, int], *sets_of_rules: list[str] |
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["t", "t-mix", "s", "s-mix"])  # other families have their own files
 def test_all_variants_keep_what_they_compute(variant: str, size: tuple[int, int]) -> None:
     model = random_model(variant, num_classes=10).double()
     parity(model, size, None, list(RULES))

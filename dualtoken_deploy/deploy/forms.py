@@ -87,6 +87,19 @@ class ConstantTokens(nn.Module):
         return self.value
 
 
+class ConstantQuery(nn.Module):
+    """Stands for the query of global tokens that are the learned parameter: its value. (B, T, C) -> (B, T, C)."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, g: Tensor) -> Tensor:
+        return self.value.expand(g.shape[0], -1, -1)
+
+
 class MatrixResize(nn.Module):
     """TokenResize at one grid: X_ga' = R X_ga. (B, h*w, C) -> (B, n*n, C)."""
 

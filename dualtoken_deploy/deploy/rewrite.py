@@ -10,13 +10,14 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dualtoken_deploy.deploy import algebra, forms
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.models import lightvit
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import (
     ConvEncoder,
@@ -39,6 +40,7 @@ from dualtoken_deploy.models.layers import (
     PatchMerge,
     TokenMerge,
 )
+from dualtoken_deploy.models.lightvit import BroadcastAttention, LightViT
 
 Size = tuple[int, int]  # (H, W) of the image
 M = TypeVar("M", bound=nn.Module)
@@ -134,13 +136,17 @@ def fold_layer_scale(model: ImageModel, size: Size) -> int:
 
 def fold_attention_scale(model: ImageModel, size: Size) -> int:
     """(s q) . k with q = W x + b: s = 1/sqrt(d) goes into the rows of W and b that give q."""
-    attentions: list[tuple[nn.Linear, GlobalAggregation | GlobalBroadcast | WindowAttention]] = [
-        *((m.qkv, m) for m in _modules(model, GlobalAggregation)),
-        *((m.qkv, m) for m in _modules(model, WindowAttention)),
-        *((m.q, m) for m in _modules(model, GlobalBroadcast)),
-    ]
-    for layer, attention in attentions:
-        _scale_rows(layer, 0, layer.in_features, attention.scale)
+    queries: dict[type, tuple[str, ...]] = {  # the linear layers whose first rows give q
+        GlobalAggregation: ("qkv",),
+        WindowAttention: ("qkv",),
+        GlobalBroadcast: ("q",),
+        BroadcastAttention: ("qkv", "q_global"),  # the image's q serves its windows and the broadcast
+    }
+    attentions: list[Any] = [m for m in model.modules() if type(m) in queries]
+    for attention in attentions:
+        for name in queries[type(attention)]:
+            layer = attention.get_submodule(name)
+            _scale_rows(layer, 0, layer.in_features, attention.scale)
         attention.scale = 1.0
     return len(attentions)
 
@@ -185,9 +191,12 @@ def fold_norm_affine(model: ImageModel, size: Size) -> int:
     for module in _modules(model, PositionAwareTokenModule):
         if not _has_convolution(module.downsample):
             readers.append((module, "norm", [(module.aggregate, "qkv"), (module.broadcast, "q")]))
-    for window, grid in _window_grids(model, size):
-        if grid[0] % window.window == 0 and grid[1] % window.window == 0:
+    for window, grid in _on_grids(model, size, WindowAttention):
+        if _fills(grid, window.window):
             readers.append((window, "norm", [(window, "qkv")]))
+    for block, grid in _on_grids(model, size, lightvit.Block):
+        if _fills(grid, block.attention.window):
+            readers.append((block, "norm", [(block.attention, "qkv"), (block.attention, "q_global")]))
     for owner, name, layers in readers:
         _move_affine(owner, name, layers)
     return len(readers)
@@ -197,13 +206,17 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _window_grids(model: ImageModel, size: Size) -> list[tuple[WindowAttention, Size]]:
-    """Every window attention with the (rows, columns) of the map that it reads."""
+def _on_grids(model: ImageModel, size: Size, kind: type[M]) -> list[tuple[M, Size]]:
+    """Every module of that very type with the (rows, columns) of its stage's map."""
     return [
         (module, grid)
         for stage, grid in enumerate(model.grids(size), 1)
-        for module in _modules(model.get_submodule(f"stage{stage}"), WindowAttention)
+        for module in _modules(model.get_submodule(f"stage{stage}"), kind)
     ]
+
+
+def _fills(grid: Size, window: int) -> bool:
+    return grid[0] % window == 0 and grid[1] % window == 0
 
 
 def _move_affine(owner: nn.Module, name: str, layers: list[tuple[nn.Module, str]]) -> None:
@@ -252,7 +265,12 @@ def reshape_merge(model: ImageModel, size: Size) -> int:
 
 
 def constant_tokens(model: ImageModel, size: Size) -> int:
-    """MLP(G) of the first block, where G is the learned parameter, is a constant."""
+    """MLP(G) of the first block, where G is the learned parameter, is a constant; so is LightViT's query of LN(G)."""
+    if isinstance(model, LightViT):
+        block: Any = model.get_submodule("stage1.block1")
+        query = block.attention.q_global(block.norm(model.global_tokens))
+        block.attention.set_submodule("q_global", forms.ConstantQuery(query))
+        return 1
     if not isinstance(model, DualTokenViT) or model.global_tokens is None:
         return 0
     fuse = model.get_submodule("stage1.block1.token.fuse")

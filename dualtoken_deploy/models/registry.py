@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dualtoken_deploy.bundle import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
-from dualtoken_deploy.models import dualtoken_vit
+from dualtoken_deploy.models import dualtoken_vit, lightvit
 from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
+from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
 
 MIN_IMAGE_SIZE = 64
 DEFAULT_SEED = 0
@@ -60,6 +61,12 @@ FAMILIES = (
             "token_mlp": ("mlp", "mix"),
         },
     ),
+    Family(
+        LightViTConfig,
+        LightViT,
+        sizes=("channels", "blocks", "heads", "ffn_ratio", "window"),
+        choices={"global_tokens": (2, 4, 8, 16, 24, 32)},  # Table 6, and 24 for B
+    ),
 )
 
 
@@ -75,6 +82,9 @@ VARIANTS = _table(
     Variant("t-mix", "DualToken-ViT-T (mix)", replace(dualtoken_vit.T, token_mlp="mix"), 5.8, 0.5),
     Variant("s", "DualToken-ViT-S", dualtoken_vit.S, 11.9, 1.05),
     Variant("s-mix", "DualToken-ViT-S (mix)", replace(dualtoken_vit.S, token_mlp="mix"), 11.4, 1.04),
+    Variant("lightvit-t", "LightViT-T", lightvit.T, 9.4, 0.7),
+    Variant("lightvit-s", "LightViT-S", lightvit.S, 19.2, 1.7),
+    Variant("lightvit-b", "LightViT-B", lightvit.B, 35.2, 3.9),
 )
 
 
