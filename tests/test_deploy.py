@@ -28,6 +28,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"downsampling": "onestep"},
     {"local_attention": "window"},
     {"alpha": 0.7},
+    {"token_method": "normal", "global_tokens": 8},
+    {"token_method": "normal-star", "global_tokens": 8, "token_mlp": "mix"},
     {"local_attention": "window", "downsampling": "onestep", "global_tokens": 4, "token_mlp": "mix"},
 ]
 

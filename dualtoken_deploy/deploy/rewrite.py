@@ -20,13 +20,14 @@ from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models import lightvit
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import (
+    AttentionFuse,
     ConvEncoder,
-    DualTokenViT,
     Fuse,
     GlobalAggregation,
     GlobalBroadcast,
     MixMlp,
     NoDownsample,
+    NormalTokenModule,
     PositionAwareTokenModule,
     TokenMlp,
     TokenResize,
@@ -40,7 +41,7 @@ from dualtoken_deploy.models.layers import (
     PatchMerge,
     TokenMerge,
 )
-from dualtoken_deploy.models.lightvit import BroadcastAttention, LightViT
+from dualtoken_deploy.models.lightvit import BroadcastAttention
 
 Size = tuple[int, int]  # (H, W) of the image
 M = TypeVar("M", bound=nn.Module)
@@ -140,6 +141,7 @@ def fold_attention_scale(model: ImageModel, size: Size) -> int:
         GlobalAggregation: ("qkv",),
         WindowAttention: ("qkv",),
         GlobalBroadcast: ("q",),
+        AttentionFuse: ("q",),
         BroadcastAttention: ("qkv", "q_global"),  # the image's q serves its windows and the broadcast
     }
     attentions: list[Any] = [m for m in model.modules() if type(m) in queries]
@@ -191,6 +193,10 @@ def fold_norm_affine(model: ImageModel, size: Size) -> int:
     for module in _modules(model, PositionAwareTokenModule):
         if not _has_convolution(module.downsample):
             readers.append((module, "norm", [(module.aggregate, "qkv"), (module.broadcast, "q")]))
+    for normal in _modules(model, NormalTokenModule):
+        if not _has_convolution(normal.downsample):
+            source = (normal.fuse, "kv") if normal.aggregate is None else (normal.aggregate, "qkv")
+            readers.append((normal, "norm", [source, (normal.broadcast, "q")]))
     for window, grid in _on_grids(model, size, WindowAttention):
         if _fills(grid, window.window):
             readers.append((window, "norm", [(window, "qkv")]))
@@ -265,16 +271,19 @@ def reshape_merge(model: ImageModel, size: Size) -> int:
 
 
 def constant_tokens(model: ImageModel, size: Size) -> int:
-    """MLP(G) of the first block, where G is the learned parameter, is a constant; so is LightViT's query of LN(G)."""
-    if isinstance(model, LightViT):
-        block: Any = model.get_submodule("stage1.block1")
-        query = block.attention.q_global(block.norm(model.global_tokens))
-        block.attention.set_submodule("q_global", forms.ConstantQuery(query))
-        return 1
-    if not isinstance(model, DualTokenViT) or model.global_tokens is None:
+    """In the first block G is the learned parameter, so MLP(G) is a constant, or the query q(MLP(G)), or q(LN(G))."""
+    g: Any = getattr(model, "global_tokens", None)
+    if g is None:
         return 0
-    fuse = model.get_submodule("stage1.block1.token.fuse")
-    fuse.set_submodule("mlp", forms.ConstantTokens(fuse.get_submodule("mlp")(model.global_tokens)))
+    block: Any = model.get_submodule("stage1.block1")
+    if type(block) is lightvit.Block:
+        block.attention.set_submodule("q_global", forms.ConstantQuery(block.attention.q_global(block.norm(g))))
+    elif type(block.token) is NormalTokenModule:
+        fuse = block.token.fuse
+        fuse.set_submodule("q", forms.ConstantQuery(fuse.q(fuse.mlp(g))))
+        fuse.set_submodule("mlp", nn.Identity())
+    else:
+        block.token.fuse.set_submodule("mlp", forms.ConstantTokens(block.token.fuse.mlp(g)))
     return 1
 
 

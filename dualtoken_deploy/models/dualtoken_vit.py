@@ -46,7 +46,8 @@ class DualTokenConfig:
     heads: tuple[int, int, int] = (2, 4, 8)
     ffn_ratio: tuple[int, int, int] = (8, 4, 4)
     conv_kernel: tuple[int, int, int] = (5, 7, 0)  # Conv Encoder's depth-wise kernel; stage 3 has no Conv Encoder
-    global_tokens: int = 7  # side n of the n x n grid; 0: none (Table 7)
+    global_tokens: int = 7  # side n of the n x n grid; 0: none (Table 7); "normal" ones: their number
+    token_method: str = "position-aware"  # or "normal", "normal-star" (Figure 3 (c), (d), Table 6)
     downsampling: str = "stepwise"  # or "onestep" (Table 9)
     local_attention: str = "conv"  # or "window" (Table 8)
     token_mlp: str = "mlp"  # or "mix" (eq. 3.8, 3.9)
@@ -213,6 +214,23 @@ class Fuse(nn.Module):
         return out
 
 
+class AttentionFuse(nn.Module):
+    """Fusion by multi-head attention: MLP(G) (B, T, C) reads X (B, N, C) (Figure 3 (c), (d)). (B, T, C)."""
+
+    def __init__(self, mlp: nn.Module, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (channels // heads) ** -0.5
+        self.mlp = mlp
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
+
+    def forward(self, g: Tensor, x: Tensor) -> Tensor:
+        q = split_heads(self.q(self.mlp(g)), self.heads)  # (B, heads, T, d)
+        k, v = (split_heads(t, self.heads) for t in self.kv(x).chunk(2, dim=-1))  # (B, heads, N, d)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+
 class GlobalBroadcast(nn.Module):
     """Image tokens read G_new by multi-head attention (eq. 3.5). (B, N, C), (B, n*n, C) -> (B, N, C)."""
 
@@ -253,6 +271,37 @@ class PositionAwareTokenModule(nn.Module):
         return self.broadcast(x, g_new), g_new
 
 
+class NormalTokenModule(nn.Module):
+    """Table 6's other ways: T global tokens without a place attend to X ("normal") or to X_ga ("normal-star").
+
+    "normal" keeps Global Aggregation in stage 3, where nothing else lets image tokens see each other: with it the
+    paper's parameters and FLOPs come out, without it neither does.
+    """
+
+    def __init__(self, config: DualTokenConfig, stage: int) -> None:
+        super().__init__()
+        channels, heads = config.channels[stage], config.heads[stage]
+        aggregates = config.token_method == "normal-star" or stage == 2
+        self.norm = nn.LayerNorm(channels)
+        self.downsample = make_downsample(config, stage) if aggregates else NoDownsample()
+        self.aggregate = GlobalAggregation(channels, heads) if aggregates else None
+        mlp = TOKEN_MLPS[config.token_mlp](channels, config.global_tokens)
+        self.fuse = AttentionFuse(mlp, channels, heads)
+        self.broadcast = GlobalBroadcast(channels, heads)
+
+    def forward(self, x_local: Tensor, g: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        x = self.norm(x_local)
+        source = x if self.aggregate is None else self.aggregate(self.downsample(x, grid))
+        g_new = self.fuse(g, source)  # (B, T, C)
+        return self.broadcast(x, g_new), g_new
+
+
+def make_token_module(config: DualTokenConfig, stage: int) -> nn.Module:
+    if config.token_method == "position-aware":
+        return PositionAwareTokenModule(config, stage)
+    return NormalTokenModule(config, stage)
+
+
 def make_downsample(config: DualTokenConfig, stage: int) -> nn.Module:
     """The way from a stage's grid to the stride-32 grid: strides 8, 16, 32 leave 2, 1, 0 halvings."""
     halvings = 2 - stage
@@ -277,7 +326,7 @@ class Block(nn.Module):
     def __init__(self, config: DualTokenConfig, stage: int, drop_path: float) -> None:
         super().__init__()
         self.local = make_local(config, stage, drop_path)
-        self.token = PositionAwareTokenModule(config, stage)
+        self.token = make_token_module(config, stage)
         self.ffn = FeedForward(config.channels[stage], config.ffn_ratio[stage])
         self.drop_path = DropPath(drop_path)
 
@@ -293,13 +342,14 @@ class DualTokenViT(ImageModel):
     """DualToken-ViT; stages of strides 8, 16 and 32."""
 
     strides = (8, 16, 32)
+    config: DualTokenConfig
 
     def __init__(self, config: DualTokenConfig) -> None:
         super().__init__()
         self.config = config
         c1, _, c3 = config.channels
         self.stem = Stem(c1)
-        n = config.global_tokens**2
+        n = config.global_tokens ** (2 if config.token_method == "position-aware" else 1)
         self.global_tokens = nn.Parameter(torch.empty(1, n, c1)) if n else None
         for stage, rates in enumerate(drop_path_rates(config.drop_path, config.blocks)):
             blocks = [Block(config, stage, rate) for rate in rates]
@@ -320,7 +370,9 @@ class DualTokenViT(ImageModel):
         image = self.pad(image)
         grid = image.shape[2] // 8, image.shape[3] // 8
         x = self.stem(image)  # (B, N, C1)
-        g: Tensor | None = self.global_tokens  # (1, n*n, C1), broadcast over the batch by the first fusion
+        g: Tensor | None = self.global_tokens  # (1, n*n, C1), broadcast over the batch by the first fusion's sum
+        if g is not None and self.config.token_method != "position-aware":  # attention does not broadcast
+            g = g.expand(x.shape[0], -1, -1)
         ends: list[tuple[Tensor, Grid]] = []
         for stage in (1, 2, 3):
             for block in self.get_submodule(f"stage{stage}").children():

@@ -56,6 +56,7 @@ FAMILIES = (
         sizes=("channels", "blocks", "heads", "ffn_ratio", "conv_kernel", "window"),
         choices={
             "global_tokens": (0, 3, 4, 5, 6, 7, 8),
+            "token_method": ("position-aware", "normal", "normal-star"),
             "downsampling": ("stepwise", "onestep"),
             "local_attention": ("conv", "window"),
             "token_mlp": ("mlp", "mix"),
@@ -133,6 +134,8 @@ def make_config(variant: str, **options: Any) -> ModelConfig:
     config = replace(config, **options)  # type: ignore[type-var]  # every configuration is a dataclass
     if not 0.0 <= getattr(config, "alpha", 0.0) <= 1.0 or not 0.0 <= config.drop_path < 1.0:
         raise UsageError(f"alpha must lie in [0, 1] and drop_path in [0, 1), unlike {options}")
+    if getattr(config, "token_method", "") in ("normal", "normal-star") and not getattr(config, "global_tokens", 0):
+        raise UsageError("token_method normal and normal-star need global_tokens; the paper has 8")
     if config.num_classes < 1:
         raise UsageError(f"num_classes must be at least 1, not {config.num_classes}")
     return config
@@ -157,7 +160,7 @@ def create_model(
     `weights`: a safetensors file, or a torch checkpoint (read with weights_only=True; a dict under "model" or
     "state_dict" is looked into); None initialises at random from `seed`. `replace_head`: take weights of another
     class count and leave the last layer as initialised. `options`: those of the variant's family; DualToken-ViT has
-    global_tokens, downsampling, local_attention, token_mlp, alpha, drop_path.
+    global_tokens, token_method, downsampling, local_attention, token_mlp, alpha, drop_path.
     Raises UsageError on names and values, WeightsError on the file.
     """
     config = make_config(variant, num_classes=num_classes, image_size=image_size, **options)
