@@ -37,6 +37,9 @@ from dualtoken_deploy.validate import measure, run_batches
 
 Tell = Callable[[str], None]
 
+# float32 and float64 runs of DualFormer-T differ by about 1e-7 of a token's feature (133 dB and more).
+TIE_MARGIN = 1e-6
+
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "numpy", "pillow", "dualtoken-deploy")
@@ -221,6 +224,8 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
     inputs = load_batch(photographs, contract)
     tell(f"checking the saved files against eager on {len(inputs)} photographs")
     with EagerRunner(model, contract, draft.outputs, RunnerOptions()) as eager:
+        kept = _clear_of_ties(model, eager.normalised(inputs), draft.precision)
+        inputs = inputs if kept is None else inputs[kept]
         expected = run_batches(eager, contract, inputs)
     with load_runner(Bundle(folder, draft)) as runner:
         actual = run_batches(runner, contract, inputs)
@@ -233,7 +238,12 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
     manifest = replace(
         draft,
         executed_precision=kinds,
-        measured={**draft.measured, "golden": on_golden, "photographs": {"images": len(inputs), **numbers}},
+        measured={
+            **draft.measured,
+            **({} if kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~kept).sum())}}),
+            "golden": on_golden,
+            "photographs": {"images": len(inputs), **numbers},
+        },
     )
     write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
     bundle = Bundle.open(folder)
@@ -248,6 +258,28 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         seconds=0.0,
         warnings=(),
     )
+
+
+def _clear_of_ties(model: ImageModel, images: np.ndarray[Any, Any], precision: str) -> np.ndarray[Any, Any] | None:
+    """Which images stay TIE_MARGIN away from every point where the model jumps; None where it never does.
+
+    Nearer, two exact float32 programs may round to different sides, and neither is wrong. In another precision hardly
+    an image is clear of the ties, so there all are kept and the target's tolerance has to hold with the jumps.
+    """
+    import torch
+
+    if precision != "fp32":
+        return None
+    parts = [model.smallest_margin(torch.from_numpy(image[None])) for image in images]
+    margins = [float(part) for part in parts if part is not None]
+    if len(margins) < len(parts):
+        return None
+    kept = np.array(margins) >= TIE_MARGIN
+    if not kept.any():
+        raise ToleranceError(
+            f"all {len(kept)} photographs come within {TIE_MARGIN:g} of a tie: nothing can be compared"
+        )
+    return kept
 
 
 def _fill(array: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:

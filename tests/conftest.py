@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import pytest
 
-from dualtoken_deploy.models import dualtoken_vit, lightvit, registry
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets import TARGETS
 
@@ -21,6 +21,11 @@ TINY_LIGHT = Variant(
     "one block a stage",
     replace(lightvit.T, channels=(32, 64, 96), blocks=(1, 1, 1), heads=(2, 2, 4), global_tokens=4),
 )
+TINY_DUAL = Variant(
+    "tiny-dualformer",
+    "one block a stage",
+    replace(dualformer.T, channels=(32, 48, 64, 96), blocks=(1, 1, 1, 1), expansion=(2, 2, 2, 2), heads=4),
+)
 SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 
@@ -28,7 +33,7 @@ SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 def tiny_variant() -> Iterator[None]:
     """Makes the small variants known to this process; tests that start another use a real variant."""
     real = registry.VARIANTS
-    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT)}})
+    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL)}})
     yield
     registry.VARIANTS = real
 

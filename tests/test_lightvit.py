@@ -126,7 +126,14 @@ def test_each_rule_alone_keeps_what_the_model_computes(rule: str) -> None:
     form = deploy_form(model, [rule], (224, 224))
     with torch.no_grad():
         assert_close(form.module(image), model(image), relative=PARITY)
-    idle = {"fold_layer_scale", "fold_fusion", "constant_resize", "join_queries", "fold_projection"}
+    idle = {
+        "fold_layer_scale",
+        "fold_fusion",
+        "constant_resize",
+        "join_queries",
+        "fold_projection",
+        "one_hot_partitions",
+    }
     assert (form.rules[rule] == 0) is (rule in idle)
 
 

@@ -19,6 +19,7 @@ from dualtoken_deploy.deploy import algebra, forms
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models import lightvit
 from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.dualformer import Mlp, PartitionAttention
 from dualtoken_deploy.models.dualtoken_vit import (
     AttentionFuse,
     ConvEncoder,
@@ -39,6 +40,7 @@ from dualtoken_deploy.models.layers import (
     ConvNormAct,
     FeedForward,
     PatchMerge,
+    PooledHead,
     TokenMerge,
 )
 from dualtoken_deploy.models.lightvit import BroadcastAttention
@@ -188,8 +190,12 @@ def fold_norm_affine(model: ImageModel, size: Size) -> int:
         readers.append((merge, "norm", [(merge, "reduce")]))
     for token_merge in _modules(model, TokenMerge):
         readers.append((token_merge, "norm", [(token_merge, "proj")]))
+    for mlp in _modules(model, Mlp):
+        readers.append((mlp, "norm", [(mlp, "fc1")]))
     for head in _modules(model, ClassifierHead):
         readers.append((head, "norm", [(head, "neck")]))
+    for pooled in _modules(model, PooledHead):
+        readers.append((pooled, "norm", [(pooled, "fc")]))
     for module in _modules(model, PositionAwareTokenModule):
         if not _has_convolution(module.downsample):
             readers.append((module, "norm", [(module.aggregate, "qkv"), (module.broadcast, "q")]))
@@ -338,6 +344,19 @@ def fold_projection(model: ImageModel, size: Size) -> int:
     return _replace(model, GlobalBroadcast, make)
 
 
+def one_hot_partitions(model: ImageModel, size: Size) -> int:
+    """sum over group k of x_i = (O^T x)_k, and what belongs to token i's group = (O y)_i, with one-hot rows O (N, K).
+
+    Two matrix products for DualFormer's scattered sums and look-ups: nothing depends on the data in its shape.
+    """
+
+    def make(module: nn.Module) -> nn.Module | None:
+        assert isinstance(module, PartitionAttention)  # noqa: S101
+        return forms.OneHotPartition(module)
+
+    return _replace(model, PartitionAttention, make)
+
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         function.__name__: Rule(function.__name__, function)
@@ -353,6 +372,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             constant_resize,
             join_queries,
             fold_projection,
+            one_hot_partitions,
         )
     }
 )

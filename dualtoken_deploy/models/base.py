@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualtoken_deploy.models.layers import ClassifierHead, Grid, to_map
+from dualtoken_deploy.models.layers import ClassifierHead, Grid, PooledHead, to_map
 
 
 class ModelConfig(Protocol):
@@ -32,7 +32,7 @@ class ImageModel(nn.Module):
 
     strides: ClassVar[tuple[int, ...]]
     config: ModelConfig
-    head: ClassifierHead
+    head: ClassifierHead | PooledHead
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Grid]]:
         """Tokens (B, h*w, C) and grid (h, w) at the end of each stage, whose strides are `strides`."""
@@ -46,6 +46,13 @@ class ImageModel(nn.Module):
         tokens, _ = self.stages(image)[-1]
         logits: Tensor = self.head(tokens)
         return logits
+
+    def smallest_margin(self, image: Tensor) -> Tensor | None:
+        """How near each image (B, 3, H, W) comes to a point where the model jumps, (B,); None: it never jumps.
+
+        Below a margin of the size of rounding errors two exact implementations may differ by a jump.
+        """
+        return None
 
     @classmethod
     def pad(cls, image: Tensor) -> Tensor:

@@ -103,13 +103,16 @@ class LayerScale(nn.Module):
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, BatchNorm, GELU. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
+    """Convolution without bias, BatchNorm, GELU unless told not to. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, kernel: int = 3, act: bool = True
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
+        padding = (kernel - 1) // 2
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
-        self.act = nn.GELU()
+        self.act = nn.GELU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.norm(self.conv(x)))
@@ -219,4 +222,17 @@ class ClassifierHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.neck_norm(self.neck(self.norm(x))))  # (B, N, 1280)
         out: Tensor = self.fc(x.mean(1))
+        return out
+
+
+class PooledHead(nn.Module):
+    """LayerNorm, mean over tokens, linear layer: tokens (B, N, C) -> logits (B, classes)."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.norm(x).mean(1))
         return out

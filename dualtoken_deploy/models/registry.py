@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dualtoken_deploy.bundle import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
-from dualtoken_deploy.models import dualtoken_vit, lightvit
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
 from dualtoken_deploy.models.base import ImageModel, ModelConfig
+from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
 
@@ -68,6 +69,12 @@ FAMILIES = (
         sizes=("channels", "blocks", "heads", "ffn_ratio", "window"),
         choices={"global_tokens": (2, 4, 8, 16, 24, 32)},  # Table 6, and 24 for B
     ),
+    Family(
+        DualFormerConfig,
+        DualFormer,
+        sizes=("channels", "blocks", "ffn_ratio", "expansion", "reduction", "conv_kernel", "heads"),
+        choices={"hyperplanes": (1, 2, 3, 4)},
+    ),
 )
 
 
@@ -86,6 +93,10 @@ VARIANTS = _table(
     Variant("lightvit-t", "LightViT-T", lightvit.T, 9.4, 0.7),
     Variant("lightvit-s", "LightViT-S", lightvit.S, 19.2, 1.7),
     Variant("lightvit-b", "LightViT-B", lightvit.B, 35.2, 3.9),
+    Variant("dualformer-t", "DualFormer-T", dualformer.T, 5.5, 1.3),
+    Variant("dualformer-xs", "DualFormer-XS", dualformer.XS, 10.5, 2.3),
+    Variant("dualformer-s", "DualFormer-S", dualformer.S, 22.6, 4.4),
+    Variant("dualformer-b", "DualFormer-B", dualformer.B, 74.0, 15.8),
 )
 
 
