@@ -34,8 +34,15 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 
 @app.command()
-def models(json_output: Json = False) -> None:
+def models(
+    ablations: Annotated[bool, typer.Option("--ablations", help="Tables 6 to 9 of DualToken-ViT instead.")] = False,
+    json_output: Json = False,
+) -> None:
     """Lists the variants, with counted parameters and MACs beside the paper's."""
+    if ablations:
+        rows = _with_torch("counting models", _count_ablations)
+        _print(json_output, rows, lambda r: r.ablations_table(rows))
+        return
     rows = _with_torch("counting models", _count_models)
     _print(json_output, rows, lambda r: r.models_table(rows))
 
@@ -493,3 +500,9 @@ def _count_models() -> list[dict[str, Any]]:
     from dualtoken_deploy.models.registry import describe_variants
 
     return describe_variants()
+
+
+def _count_ablations() -> list[dict[str, Any]]:
+    from dualtoken_deploy.models.ablations import describe_ablations
+
+    return describe_ablations()

@@ -11,7 +11,7 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.export import Artifact, Request
 from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, export_onnx
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.quantize.calibration import Array, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, make_reference, quantize_within_budget
 from dualtoken_deploy.runtimes import RunnerOptions, load_runner
@@ -24,7 +24,7 @@ LOST_SHARE = 0.05  # of the MACs: so much may a runtime leave in float of what w
 
 
 def write_int8(
-    model: DualTokenViT,
+    model: ImageModel,
     row: Target,
     request: Request,
     options: Int8Options,

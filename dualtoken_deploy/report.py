@@ -49,6 +49,24 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(columns, cells, "224 x 224, 1000 classes; counted here and printed in the paper")
 
 
+def ablations_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The paper's ablations: which row of which table, how to make it, counted figures beside the paper's."""
+    columns = ("table", "row", "variant and options", "params (M)", "paper", "MACs (G)", "paper")
+    cells = [
+        (
+            str(r["table"]),
+            r["row"],
+            " ".join([r["variant"], *(f"{name}={value}" for name, value in r["options"].items())]),
+            f"{r['params'] / 1e6:.2f}",
+            f"{r['paper_params_m']:.1f}",
+            f"{r['macs'] / 1e9:.3f}",
+            f"{r['paper_macs_g']:.2f}",
+        )
+        for r in rows
+    ]
+    return table(columns, cells, "DualToken-ViT's ablations, 224 x 224, 1000 classes", left=3)
+
+
 def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Each target with what can be done with it here."""
     columns = ("target", "precisions", "export here", "run here", "to have it all")

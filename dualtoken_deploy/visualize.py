@@ -13,7 +13,9 @@ from torch import Tensor
 from dualtoken_deploy.bundle import MANIFEST, Bundle
 from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.images import Pixels, load_image, resize_and_crop
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT, GlobalBroadcast, split_heads
+from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.dualtoken_vit import DualTokenViT, GlobalBroadcast
+from dualtoken_deploy.models.layers import split_heads
 from dualtoken_deploy.models.registry import create_model, rebuild
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.plots import save_figure
@@ -31,15 +33,15 @@ def visualize(source: str | Path, image: str | Path, output: str | Path) -> NDAr
     Raises UsageError (a model without global tokens), BundleError, WeightsError, ImageError, OutputError.
     """
     model = _model(source)
-    if not model.config.global_tokens:
-        raise UsageError(f"{source} has no global tokens to look at (global_tokens=0)")
+    if not isinstance(model, DualTokenViT) or not model.config.global_tokens:
+        raise UsageError(f"{source} has no position-aware global tokens to look at")
     pixels = resize_and_crop(load_image(image), model.config.image_size, CROP_RATIO)
     maps, grid = broadcast_attention(model, pixels)
     save_figure(Path(output), (16, 4.4), lambda figure: _draw(figure, pixels, maps, grid))
     return maps
 
 
-def _model(source: str | Path) -> DualTokenViT:
+def _model(source: str | Path) -> ImageModel:
     if (Path(source) / MANIFEST).is_file():
         return rebuild(Bundle.open(source).manifest)
     info = describe_weights(source)

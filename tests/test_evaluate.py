@@ -20,6 +20,7 @@ from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset, open
 from dualtoken_deploy.errors import DatasetError, OutputError, UsageError, WeightsError
 from dualtoken_deploy.evaluate import evaluate
 from dualtoken_deploy.images import load_batch
+from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.runtimes import load_runner
@@ -148,7 +149,8 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 def test_attention_is_what_the_broadcast_computes(photograph: Path) -> None:
     """The maps, applied to v head by head, are not to be had from their mean; so hold one head against torch's own."""
-    model = create_model("t-mix", num_classes=10, image_size=64).double().float()
+    model = create_model("t-mix", num_classes=10, image_size=64)
+    assert isinstance(model, DualTokenViT)
     pixels = np.asarray(Image.open(photograph).convert("RGB").resize((64, 64)))
     maps, grid = broadcast_attention(model, pixels)
     assert (maps.shape, grid) == ((4, 7, 7), (2, 2))

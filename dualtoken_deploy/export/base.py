@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets import Target
 
@@ -33,7 +33,7 @@ class Artifact:
     operators: Mapping[str, Mapping[str, int]]
 
 
-def run_exporter(target: Target, model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def run_exporter(target: Target, model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
     module = importlib.import_module(f"dualtoken_deploy.export.{target.name}")
     artifact: Artifact = module.export(model, request, folder, tell)

@@ -22,7 +22,7 @@ from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.export.base import Request, Tell
 from dualtoken_deploy.export.naming import name_after_modules
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
@@ -47,7 +47,7 @@ class OnnxExport:
     operators: Mapping[str, Mapping[str, int]]
 
 
-def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
+def export_onnx(model: ImageModel, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
     """The deploy form of `model` as a checked ONNX model in the precision asked for.
 
     Raises UsageError on an opset outside of OPSETS, ConversionError where an exporter, the simplifier or the checker
