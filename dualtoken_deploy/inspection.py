@@ -28,6 +28,7 @@ class Inspection:
     verified: bool
     operators: Mapping[str, int]
     executed_precision: Mapping[str, str]
+    float32_share: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,7 +46,9 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
     opened.verify()
     with load_runner(opened, device) as runner:
         execution = runner.execution()
-    return Inspection(opened.manifest, True, execution.operators, kind_precision(execution))
+    return Inspection(
+        opened.manifest, True, execution.operators, kind_precision(execution), execution.float32_share
+    )  # fmt: skip
 
 
 def kind_precision(execution: Execution) -> dict[str, str]:
@@ -65,4 +68,18 @@ def check_promise(inspection: Inspection) -> None:
     if promised != found:
         raise ToleranceError(
             f"matrix products run in {found} here, the manifest promises {promised}; export on this kind of machine"
+        )
+    allowed = (inspection.manifest.build or {}).get("float32_share_allowed")
+    if allowed is not None:
+        check_share(inspection.manifest.precision, inspection.float32_share, allowed)
+
+
+def check_share(precision: str, found: float | None, allowed: float) -> None:
+    """Raises ToleranceError where more of the product layers run in float32 than a narrower precision may have."""
+    if found is None:
+        raise ToleranceError(f"the runtime names no layer with matrix products, so {precision} cannot be confirmed")
+    if found > allowed:
+        raise ToleranceError(
+            f"{found:.0%} of the layers with matrix products run in float32, {precision} allows {allowed:.0%}; build "
+            "anew with: dualtoken build BUNDLE --rebuild"
         )

@@ -9,6 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
+    from dualtoken_deploy.build import BuildResult
     from dualtoken_deploy.inspection import Inspection
     from dualtoken_deploy.pipeline import ExportResult
     from dualtoken_deploy.predict import Prediction
@@ -64,6 +65,15 @@ def export_table(results: Sequence[ExportResult]) -> Table:
         for r in results
     ]  # fmt: skip
     return table(columns, cells, "exported, and checked on the saved files against eager", left=4)
+
+
+def build_table(result: BuildResult) -> Table:
+    columns = ("bundle", "TensorRT", "GPU", "products run in", "SQNR (dB)", "MiB", "seconds")
+    cells = (
+        result.bundle, result.tensorrt, result.gpu, result.executed_precision, f"{result.sqnr_db:.1f}",
+        f"{result.size_mib:.1f}", f"{result.seconds:.0f}",
+    )  # fmt: skip
+    return table(columns, [cells], "built, and checked on the saved engine against the golden logits", left=4)
 
 
 def validation_table(results: Sequence[Validation]) -> Table:

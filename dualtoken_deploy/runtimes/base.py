@@ -30,11 +30,12 @@ class Execution:
     """What a loaded model really executes, read from the runtime and not from the file.
 
     `operators` counts executed operators by kind, `precision` maps a kind to the dtypes it runs in, the most frequent
-    first.
+    first. `float32_share`: the share in float32 of what holds matrix products, where a runtime tells it.
     """
 
     operators: Mapping[str, int] = field(default_factory=dict)
     precision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    float32_share: float | None = None
 
 
 @runtime_checkable
