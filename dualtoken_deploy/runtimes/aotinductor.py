@@ -23,9 +23,9 @@ from dualtoken_deploy.spec import TensorSpec
 _KINDS = {
     "convolution": "Conv2d",
     "linear": "Linear",
-    "addmm": "Linear",
-    "mm": "Linear",
     "bmm": "MatMul",
+    "addmm": "Linear",
+    "mm_out": "Linear",
     "scaled_dot_product": "ScaledDotProductAttention",
 }
 _CALL = re.compile(r"CHECK\(aoti_torch_(?:cpu|cuda)_(\w+)\((.*)\)\);")
