@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +175,27 @@ def test_cuda_calls_exist_and_take_what_we_give() -> None:
         assert hasattr(getattr(runtime, e.value.attr), e.attr)
     properties = inspect.getattr_static(runtime, "cudaDeviceProp")
     assert {"name", "major", "minor", "multiProcessorCount", "totalGlobalMem"} <= set(dir(properties))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_real_bindings_are_what_was_recorded(version: str, tmp_path: Path) -> None:
+    """The wheel itself, on stub libraries: the record is true, and our logger and monitor are classes of its kind."""
+    command = [sys.executable, str(Path(__file__).parent / "real_tensorrt.py"), version, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        pytest.skip(f"the bindings of TensorRT {version} cannot be had here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    real = json.loads(done.stdout)
+    api = load_api(version)
+    assert real["version"] == api.version
+    for name, entry in api.names.items():
+        if "enum" in entry:
+            assert real["names"][name] == entry["enum"], name
+        for member, recorded in entry.get("members", {}).items():
+            assert member in real["names"][name], f"{name}.{member}"
+            documented = re.sub(r"tensorrt_bindings\.tensorrt\.", "", real["names"][name][member])
+            for signature in recorded if isinstance(recorded, list) else ():
+                assert signature in documented, f"{name}.{member}"
+    assert (real["is_logger"], real["logged"]) == (True, ["wrong"])
+    assert (real["is_monitor"], real["going"]) == (True, True)
+    assert real["told"] == ["TensorRT: Building", "TensorRT: Building 2/4"]
