@@ -63,11 +63,11 @@ def read_layers(text: str) -> Layers:
 
 def _product(layer: Layer) -> str | None:
     """The ONNX operator of the matrix product in a layer; None where it holds none."""
+    if "reformat" in str(layer.get("LayerType", "")).lower():  # it has the name of the layer that it serves
+        return None
     origin = _PRODUCT_NODE.search(str(layer.get("Metadata", ""))) or _PRODUCT_NODE.search(str(layer.get("Name", "")))
     if origin:
         return origin[1]
-    if "reformat" in str(layer.get("LayerType", "")).lower():
-        return None
     named = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}"
     if not _PRODUCT_KIND.search(named):
         return None
