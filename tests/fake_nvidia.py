@@ -93,7 +93,11 @@ class FakeCuda:
 
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: int, stream: int) -> tuple[int]:  # noqa: N802
         assert stream in self.streams
-        self.put(lambda: ctypes.memmove(dst, src, count) and None)
+
+        def copy() -> None:
+            ctypes.memmove(dst, src, count)
+
+        self.put(copy)
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
