@@ -136,6 +136,7 @@ def _built(manifest: Manifest, options: BuildOptions, host: Host) -> Manifest:
             "machine": describe_machine(),
             "versions": library_versions(LIBRARIES),
             **asdict(options),
+            "ships": [ENGINE],
             "float32_share_allowed": FLOAT32_SHARE.get(manifest.precision),
         },
     )

@@ -111,8 +111,11 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the artifact itself: what an app ships besides manifest, golden and labels."""
-        return sum(_size(self.path / name) for name in self.manifest.files if name not in (GOLDEN, LABELS))
+        """Size of the artifact itself: what an app ships besides manifest, golden and labels. Where a build came after
+        the export, that is what `ships` of the build names."""
+        ships = (self.manifest.build or {}).get("ships")
+        names = ships or [name for name in self.manifest.files if name not in (GOLDEN, LABELS)]
+        return sum(_size(self.path / name) for name in names)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

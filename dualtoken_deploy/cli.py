@@ -50,6 +50,8 @@ def targets(json_output: Json = False) -> None:
         can_run, can_export = not row.missing(), not row.missing(row.export_modules)
         extras = [e for e, here in ((row.extra, can_run), ("export", not row.missing(EXPORT_MODULES))) if not here]
         install = f"pip install 'dualtoken-deploy[{','.join(extras)}]'" if extras else None
+        if install and row.vendor and not can_run:
+            install = f"{install} and {row.vendor}"
         rows.append(
             {
                 "target": row.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -51,7 +52,13 @@ def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Each target with what can be done with it here."""
     columns = ("target", "precisions", "export here", "run here", "to have it all")
     cells = [
-        (r["target"], ", ".join(r["precisions"]), _yes(r["can_export"]), _yes(r["can_run"]), r["install"] or "-")
+        (
+            r["target"],
+            ", ".join(r["precisions"]),
+            _yes(r["can_export"]),
+            _yes(r["can_run"]),
+            escape(r["install"] or "-"),
+        )
         for r in rows
     ]
     return table(columns, cells, left=5)

@@ -23,7 +23,8 @@ class Target:
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
-    then needs none of `modules`, and the files are checked with the runner of the target `checked_by` instead.
+    then needs none of `modules`, and the files are checked with the runner of the target `checked_by` instead. `vendor`
+    is what running needs besides the extra, from no package index.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     portable: bool = True
     built_by: str | None = None
     checked_by: str | None = None
+    vendor: str | None = None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -94,6 +96,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 portable=False,
                 built_by="build",
                 checked_by="onnxruntime",
+                vendor="TensorRT from NVIDIA (docs/tensorrt.md)",
             ),
             Target(
                 name="aotinductor",

@@ -130,9 +130,13 @@ def test_calls_are_read_from_the_source() -> None:
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_convolution(buf0, stem_weight, &x, &buf2_handle));
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, a, b, cached_torch_dtype_bfloat16, c, d, &buf21_handle));
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(buf21, bias, wrap(reinterpret_tensor_wrapper(buf20, 2))));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(buf99, buf98, buf97));
+    auto buf22 = std::move(buf21);  // reuse
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(buf99, buf22, buf97));
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(buf2, buf98, buf97));
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention(buf98, &buf3_handle));
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_sort(buf21));
     """
     found = read_calls(source)
-    assert found.operators == {"Conv2d": 1, "Linear": 1, "MatMul": 1}
-    assert found.precision == {"Conv2d": ("float16",), "Linear": ("bfloat16",), "MatMul": ("none",)}
+    assert found.operators == {"Conv2d": 1, "Linear": 2, "MatMul": 1, "ScaledDotProductAttention": 1}
+    assert found.precision == {"Conv2d": ("float16",), "Linear": ("bfloat16", "float16"), "MatMul": ("bfloat16",),
+                               "ScaledDotProductAttention": ("none",)}  # fmt: skip

@@ -249,6 +249,7 @@ def test_built_checked_run_and_asked(device: Device, prepared: Callable[..., Pat
     assert "TensorRT: Building engine 2/2" in told
     bundle = Bundle.open(folder)
     assert bundle.manifest.state == "complete"
+    assert bundle.size_bytes == (folder / "model.engine").stat().st_size  # what an app ships
     assert bundle.manifest.files.keys() == {"model.onnx", "model.engine", "engine.json", "golden.npz", "labels.txt"}
     assert (folder / "model.engine").read_bytes().startswith(b"fake plan")  # raw: nothing in front of the plan
     assert (folder / "model.onnx").read_bytes() == before["model.onnx"]

@@ -28,7 +28,8 @@ _KINDS = {
     "mm_out": "Linear",
     "scaled_dot_product": "ScaledDotProductAttention",
 }
-_CALL = re.compile(r"CHECK\(aoti_torch_(?:cpu|cuda)_(\w+)\((.*)\)\);")
+_CALL = re.compile(r"CHECK\(aoti_torch_(?:cpu|cuda)_(\w+)\(")
+_RENAMED = re.compile(r"auto (\w+) = ")
 _BUFFER = re.compile(r"aoti_torch_empty_strided\(.*cached_torch_dtype_(\w+), .*&(\w+)_handle\)")
 _CONSTANT = re.compile(
     r'constants_info_\[\d+\]\.name = "(\w+)";\s+constants_info_\[\d+\]\.dtype = cached_torch_dtype_(\w+);'
@@ -139,16 +140,27 @@ class AotInductorRunner:
 
 
 def read_calls(source: str) -> Execution:
-    """The kernels that a wrapper's source calls, those of matrix products by the kinds that inspection knows."""
-    dtypes = {name: dtype for dtype, name in _BUFFER.findall(source)} | dict(_CONSTANT.findall(source))
+    """The kernels that a wrapper's source calls for matrix products, by the kinds that inspection knows.
+
+    A call's dtype is that of its first tensor whose dtype is known: a constant's, a buffer's, or that of the call or
+    buffer that it came from.
+    """
+    dtypes = dict(_CONSTANT.findall(source))
     operators: Counter[str] = Counter()
     found: dict[str, Counter[str]] = {}
-    for name, arguments in _CALL.findall(source):
-        kind = next((kind for part, kind in _KINDS.items() if part in name), None)
-        if kind is None:
+    for line in source.splitlines():
+        if made := _BUFFER.search(line):
+            dtypes[made[2]] = made[1]
             continue
-        known = (dtypes[word] for word in re.findall(r"\w+", arguments) if word in dtypes)
-        operators[kind] += 1
-        found.setdefault(kind, Counter())[next(known, "none")] += 1
+        words = re.findall(r"\w+", line)
+        dtype = next((dtypes[word] for word in words if word in dtypes), "none")
+        if renamed := _RENAMED.search(line):
+            dtypes[renamed[1]] = dtype
+        elif call := _CALL.search(line):
+            dtypes |= {word.removesuffix("_handle"): dtype for word in words if word.endswith("_handle")}
+            kind = next((kind for part, kind in _KINDS.items() if part in call[1]), None)
+            if kind is not None:
+                operators[kind] += 1
+                found.setdefault(kind, Counter())[dtype] += 1
     precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(found.items())}
     return Execution(dict(sorted(operators.items())), precision)
