@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,6 @@ def test_the_table_of_targets_shows_the_extra_to_install() -> None:
     from dualtoken_deploy.report import targets_table
 
     row = {"target": "t", "precisions": ["fp32"], "can_export": True, "can_run": False, "install": "pip install 'x[y]'"}
-    console = Console(width=200, record=True, quiet=True)
-    console.print(targets_table([row]))
-    assert "pip install 'x[y]'" in console.export_text()
+    drawn = io.StringIO()
+    Console(width=200, file=drawn).print(targets_table([row]))
+    assert "pip install 'x[y]'" in drawn.getvalue()
