@@ -177,6 +177,8 @@ def inspect(bundle: OneBundle, device: Device = None, json_output: Json = False)
         shape = "x".join(map(str, contract.tensor.shape))
         print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
         print(f"weights: {inspection.manifest.weights['source']}")
+    for note in inspection.notes:
+        _say(f"note: {note}")
     check_promise(inspection)
 
 

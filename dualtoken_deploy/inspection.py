@@ -29,6 +29,7 @@ class Inspection:
     operators: Mapping[str, int]
     executed_precision: Mapping[str, str]
     float32_share: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -36,6 +37,7 @@ class Inspection:
             "verified": self.verified,
             "operators": dict(self.operators),
             "executed_precision": dict(self.executed_precision),
+            "notes": list(self.notes),
             "int8_mac_share": 0.0,  # no quantized target exists yet: nothing here can run in int8
         }
 
@@ -46,8 +48,9 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
     opened.verify()
     with load_runner(opened, device) as runner:
         execution = runner.execution()
+    kinds = kind_precision(execution)
     return Inspection(
-        opened.manifest, True, execution.operators, kind_precision(execution), execution.float32_share
+        opened.manifest, True, execution.operators, kinds, execution.float32_share, execution.notes
     )  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import numpy as np
@@ -332,7 +334,7 @@ def plugged_in(version: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device
     """TensorRT and CUDA are the fake's in here."""
     device = Device(version)
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "tensorrt", device.trt)
-        device.trt.__spec__ = types.SimpleNamespace(name="tensorrt")  # type: ignore[assignment]
+        device.trt.__spec__ = ModuleSpec("tensorrt", None)
+        patch.setitem(sys.modules, "tensorrt", device.trt)
         patch.setattr("dualtoken_deploy.nvidia.cuda.runtime_api", lambda: device.cuda)
         yield device

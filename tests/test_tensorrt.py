@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -216,6 +217,14 @@ def test_a_prepared_bundle_does_not_run(
 # --- build and run, on the fake device ---
 
 
+@pytest.fixture(scope="session")
+def stocked(small_bundle: MakeBundle) -> None:
+    """The bundles that are built below, exported before a device is plugged in: with one, export would build them."""
+    small_bundle("tensorrt", "fp32")
+    small_bundle("tensorrt", "fp16")
+    small_bundle("tensorrt", "fp16", batch="dynamic")
+
+
 @pytest.fixture
 def prepared(small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """prepared(precision, **options) -> a copy of a prepared bundle that a test may build."""
@@ -229,13 +238,13 @@ def prepared(small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(params=VERSIONS)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(stocked: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with plugged_in(request.param, monkeypatch) as plugged:
         yield plugged
 
 
 @pytest.fixture
-def device_11(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device_11(stocked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with plugged_in("11.4.0", monkeypatch) as plugged:
         yield plugged
 
@@ -407,6 +416,35 @@ def test_a_device_that_is_not_here(name: str, device_11: Device, prepared: Calla
     build_bundle(folder)
     with pytest.raises(MissingError, match=name):
         load_runner(folder, device=name)
+
+
+def test_another_gpu_of_the_same_kind_loads_with_a_note(device_11: Device, prepared: Callable[..., Path]) -> None:
+    folder = prepared()
+    build_bundle(folder)
+    assert inspect_bundle(folder).notes == ()
+    device_11.cuda.device.name = b"Other GPU"
+    (note,) = inspect_bundle(folder).notes
+    assert "tuned for Fake GPU, this is Other GPU" in note
+
+
+def test_the_lean_runtime_takes_version_compatible_engines_alone(
+    device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared()
+    build_bundle(folder, BuildOptions(version_compatible=True))
+    trt = device_11.trt
+    with monkeypatch.context() as patch:  # a device that has tensorrt_lean and no tensorrt
+        patch.delitem(sys.modules, "tensorrt")
+        patch.setitem(sys.modules, "tensorrt_lean", trt)
+        with load_runner(folder) as runner:
+            golden = Bundle.open(folder).golden
+            assert_close(runner.run({"image": golden["input"]})["logits"], golden["logits"], sqnr_db=SQNR_DB["fp16"])
+    build_bundle(folder, BuildOptions(), rebuild=True)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "tensorrt")
+        patch.setitem(sys.modules, "tensorrt_lean", trt)
+        with pytest.raises(MissingError, match="tensorrt is not installed"):
+            load_runner(folder)
 
 
 HERE = Host("11.4.0.106", "linux-x86_64", "H200", "9.0", 132, "13.0")

@@ -11,7 +11,7 @@ from dualtoken_deploy.bundle import COMPLETE, Bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
 from dualtoken_deploy.nvidia.binding import complaint, load_tensorrt, make_logger
 from dualtoken_deploy.nvidia.cuda import Buffer, Stream, find_gpu
-from dualtoken_deploy.nvidia.engine import ENGINE, obstacles, this_host
+from dualtoken_deploy.nvidia.engine import ENGINE, doubts, obstacles, this_host
 from dualtoken_deploy.nvidia.inspector import read_layers
 from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
@@ -36,7 +36,8 @@ def load(bundle: Bundle, options: RunnerOptions) -> TensorRtRunner:
             f"{bundle.path / ENGINE} will not load here: {'; '.join(reasons)}; build it here with: "
             f"dualtoken build {bundle.path} --rebuild"
         )
-    return TensorRtRunner(bundle.path / ENGINE, (manifest.input.tensor,), manifest.outputs, options, lean)
+    specs = (manifest.input.tensor,), manifest.outputs
+    return TensorRtRunner(bundle.path / ENGINE, *specs, options, lean, tuple(doubts(manifest.build, here)))
 
 
 class TensorRtRunner:
@@ -49,8 +50,9 @@ class TensorRtRunner:
         outputs: tuple[TensorSpec, ...],
         options: RunnerOptions,
         version_compatible: bool,
+        notes: tuple[str, ...] = (),
     ) -> None:
-        self._inputs, self._outputs = inputs, outputs
+        self._inputs, self._outputs, self._notes = inputs, outputs, notes
         self._trt = load_tensorrt(version_compatible)
         self._logger = make_logger(self._trt)
         self._stream = Stream(find_gpu(options.device).index)
@@ -107,7 +109,7 @@ class TensorRtRunner:
         """Layers as TensorRT's engine inspector lists them; those with matrix products under their ONNX operator."""
         inspector: tensorrt.EngineInspector = self._engine.create_engine_inspector()
         layers = read_layers(str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)))
-        return Execution(layers.operators, layers.precision, layers.float32_share)
+        return Execution(layers.operators, layers.precision, layers.float32_share, self._notes)
 
     def _load(self, path: Path, version_compatible: bool) -> Any:
         trt = self._trt
