@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -76,3 +77,24 @@ def test_it_fails_where_golden_is_not_reached_or_files_do_not_fit(program: Path,
         done = run(program, *arguments)
         assert done.returncode == 4
         assert done.stderr.startswith("error: ")
+
+
+def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    """Its processes, rounds and JSON; the contestants that need no compiling. On CUDA it was not run."""
+    chosen = "eager-fp32,eager-fp16,eager-fp16-graph"
+    output = tmp_path / "gpu.json"
+    done = run(
+        sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny", "--contestants", chosen, "--batches", "2",
+        "--rounds", "2", "--seconds", "0.02", "--output", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    assert report == json.loads(done.stdout)
+    base, half, graph = report["results"]
+    assert [base["name"], half["name"], graph["name"]] == chosen.split(",")
+    assert base["sqnr_db"] == 300  # it is its own reference
+    assert half["sqnr_db"] > 45
+    assert half["samples"] >= 20
+    assert base["images_per_s"] == pytest.approx(1e3 * 2 / base["p50_ms"], rel=0.01)
+    assert graph["skipped"] == "a CUDA graph needs a CUDA device"
+    assert report["machine"]["tensorrt"]["module"] is False
