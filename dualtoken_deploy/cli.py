@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dualtoken_deploy.errors import DualTokenError, UsageError, missing_extra
+from dualtoken_deploy.errors import DualTokenError, MissingError, UsageError, missing_extra
 
 app = typer.Typer(
     name="dualtoken",
@@ -54,9 +54,11 @@ def targets(json_output: Json = False) -> None:
 
     rows = []
     for row in TARGETS.values():
-        can_run, can_export = not row.missing(), not row.missing((*EXPORT_MODULES, *row.modules))
+        can_run, can_export = not row.missing(), not row.missing(row.export_modules)
         extras = [e for e, here in ((row.extra, can_run), ("export", not row.missing(EXPORT_MODULES))) if not here]
         install = f"pip install 'dualtoken-deploy[{','.join(extras)}]'" if extras else None
+        if install and row.vendor and not can_run:
+            install = f"{install} and {row.vendor}"
         rows.append(
             {
                 "target": row.name,
@@ -73,8 +75,8 @@ def targets(json_output: Json = False) -> None:
 @app.command()
 def export(
     variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
-    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: every one that can be exported.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: the portable ones that are here.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8; aotinductor takes bf16.")] = "fp32",
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[str, typer.Option(help="Side or HxW, each at least 64.")] = "224",
@@ -93,6 +95,7 @@ def export(
     metric: Annotated[str | None, typer.Option(help="int8: top1, agreement or sqnr.")] = None,
     quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
     search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     json_output: Json = False,
@@ -119,15 +122,16 @@ def export(
             results.append(
                 pipeline.export(
                     variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
-                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force, int8=int8,
-                    command=_command(),
-                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
+                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, device=device, force=force,
+                    int8=int8, command=_command(), progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip
     for warning in dict.fromkeys(w for r in results for w in r.warnings):
         _say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
     _print(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
+    if left := [r for r in results if r.next_step]:
+        raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
 
 
 @app.command()
@@ -193,7 +197,37 @@ def inspect(bundle: OneBundle, device: Device = None, json_output: Json = False)
         shape = "x".join(map(str, contract.tensor.shape))
         print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
         print(f"weights: {inspection.manifest.weights['source']}")
+    for note in inspection.notes:
+        _say(f"note: {note}")
     check_promise(inspection)
+
+
+@app.command()
+def build(
+    bundle: OneBundle,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of the builder, MiB.")] = None,
+    optimization: Annotated[int, typer.Option(min=0, max=5, help="Builder optimisation level.")] = 3,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="The engine loads in later TensorRT versions too.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="none, ampere-plus or same-compute-capability: GPUs that the engine loads on.")
+    ] = "none",
+    batches: Annotated[
+        str, typer.Option(help="Smallest, best and largest batch of a dynamic one, MIN,BEST,MAX.")
+    ] = "1,1,8",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build anew where there is an engine already.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Builds the engine of a prepared TensorRT bundle, on the device that will run it."""
+    from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches
+
+    options = BuildOptions(
+        workspace, optimization, version_compatible, hardware_compatibility, parse_batches(batches)
+    )  # fmt: skip
+    with _progress() as tell:
+        result = build_bundle(bundle, options, rebuild, tell)
+    _print(json_output, result.to_json(), lambda r: r.build_table(result))
 
 
 @app.command()

@@ -34,6 +34,8 @@ class Inspection:
     executed_precision: Mapping[str, str]
     int8_mac_share: float = 0.0
     float_products: tuple[str, ...] = ()  # of an INT8 bundle, the products that do not run in it here
+    float32_share: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +45,7 @@ class Inspection:
             "executed_precision": dict(self.executed_precision),
             "int8_mac_share": self.int8_mac_share,
             "float_products": list(self.float_products),
+            "notes": list(self.notes),
         }
 
 
@@ -53,7 +56,10 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
     with load_runner(opened, device) as runner:
         execution = runner.execution()
     share, others = int8_share(opened.manifest, execution)
-    return Inspection(opened.manifest, True, execution.operators, kind_precision(execution), share, others)
+    return Inspection(
+        opened.manifest, True, execution.operators, kind_precision(execution), share, others,
+        execution.float32_share, execution.notes,
+    )  # fmt: skip
 
 
 def int8_share(manifest: Manifest, execution: Execution) -> tuple[float, tuple[str, ...]]:
@@ -79,7 +85,7 @@ def product_precision(kinds: Mapping[str, str]) -> str:
 def check_promise(inspection: Inspection) -> None:
     """Raises ToleranceError where the matrix products run in another dtype than the manifest says."""
     if inspection.manifest.precision == "int8":
-        _check_share(inspection)
+        _check_int8(inspection)
         return
     promised = product_precision(inspection.manifest.executed_precision)
     found = product_precision(inspection.executed_precision)
@@ -87,13 +93,27 @@ def check_promise(inspection: Inspection) -> None:
         raise ToleranceError(
             f"matrix products run in {found} here, the manifest promises {promised}; export on this kind of machine"
         )
+    allowed = (inspection.manifest.build or {}).get("float32_share_allowed")
+    if allowed is not None:
+        check_share(inspection.manifest.precision, inspection.float32_share, allowed)
 
 
-def _check_share(inspection: Inspection) -> None:
+def _check_int8(inspection: Inspection) -> None:
     promised = inspection.manifest.measured["int8_mac_share"]
     if inspection.int8_mac_share < promised - SHARE_SLACK:
         missing = ", ".join(inspection.float_products[:3])
         raise ToleranceError(
             f"{100 * inspection.int8_mac_share:.1f} % of the MACs run in INT8 here, the manifest promises "
             f"{100 * promised:.1f} % (in float: {missing}, ...); export on this kind of machine"
+        )
+
+
+def check_share(precision: str, found: float | None, allowed: float) -> None:
+    """Raises ToleranceError where more of the product layers run in float32 than a narrower precision may have."""
+    if found is None:
+        raise ToleranceError(f"the runtime names no layer with matrix products, so {precision} cannot be confirmed")
+    if found > allowed:
+        raise ToleranceError(
+            f"{found:.0%} of the layers with matrix products run in float32, {precision} allows {allowed:.0%}; build "
+            "anew with: dualtoken build BUNDLE --rebuild"
         )

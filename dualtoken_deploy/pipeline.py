@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dualtoken_deploy.bundle import Bundle, Manifest, new_folder, write_bundle
+from dualtoken_deploy.build import build_bundle, build_command, why_no_build
+from dualtoken_deploy.bundle import COMPLETE, PREPARED, Bundle, Manifest, new_folder, write_bundle
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.export import Artifact, Request, run_exporter
@@ -50,7 +51,10 @@ LIBRARIES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped."""
+    """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped.
+
+    `state` "prepared": the bundle is whole but for a step that needs the device; `next_step` says which and why.
+    """
 
     bundle: str
     target: str
@@ -58,11 +62,13 @@ class ExportResult:
     executed_precision: str
     sqnr_db: float
     top1_agreement: float
-    int8_mac_share: float
-    drop: float | None  # points of the metric that int8 loses on the held-out pictures
     size_mib: float
     seconds: float
     warnings: tuple[str, ...]
+    state: str = COMPLETE
+    next_step: str | None = None
+    int8_mac_share: float = 0.0
+    drop: float | None = None  # points of the metric that int8 loses on the held-out pictures
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,6 +86,7 @@ def export(
     input_kind: str = "image",
     opset: int | None = None,
     seed: int = DEFAULT_SEED,
+    device: str | None = None,
     force: bool = False,
     int8: Int8Options | None = None,
     command: str = "dualtoken_deploy.export(...)",
@@ -89,16 +96,19 @@ def export(
     """Exports one variant to one target, checks the saved files against eager, and only then names the bundle.
 
     `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights` None: random ones from `seed`. `int8`: how precision int8 is calibrated and
-    gated. `options`: as create_model takes them.
+    (normalised float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively,
+    what to compile for. `int8`: how precision int8 is calibrated and gated. `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
-    not reach the target's tolerance; no bundle is left then.
+    not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
+    is here; elsewhere the result's `state` is "prepared".
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)
     row = get_target(target)
     check_precision(row, precision)
     check_can_export(row)
+    if device is not None and (row.portable or row.built_by):
+        raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     info = None if weights is None else describe_weights(weights)
     if info is not None and info.variant != variant:
@@ -133,7 +143,7 @@ def export(
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
         metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
-        request = Request(precision, contract, outputs, opset, metadata)
+        request = Request(precision, contract, outputs, opset, metadata, device)
 
         def draft(artifact: Artifact) -> Manifest:
             return _draft(model, variant, row, request, artifact, weights, seed, command)
@@ -143,19 +153,31 @@ def export(
         else:
             manifest = draft(run_exporter(row, model, request, folder, tell))
         result = _seal(folder, manifest, model, names, tell)
-    return replace(result, bundle=str(final), seconds=round(time.perf_counter() - start, 1), warnings=warnings)
+    result = replace(result, bundle=str(final), warnings=warnings)
+    if row.built_by:
+        result = _build_here(result, final, tell)
+    return replace(result, seconds=round(time.perf_counter() - start, 1))
+
+
+def _build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
+    """Finishes a prepared bundle where the device is here; elsewhere says what is left to do."""
+    reason = why_no_build()
+    if reason:
+        return replace(result, next_step=f"{reason}; on the device run: {build_command(bundle)}")
+    built = build_bundle(bundle, progress=tell)
+    return replace(result, state=COMPLETE, executed_precision=built.executed_precision)
 
 
 def exportable_targets() -> list[str]:
-    """Targets that can be exported on this machine: their modules and those of the extra [export] are here."""
-    return [name for name, row in TARGETS.items() if not row.missing((*EXPORT_MODULES, *row.modules))]
+    """Portable targets that can be exported on this machine: their modules and those of the extra [export] are here."""
+    return [name for name, row in TARGETS.items() if row.portable and not row.missing(row.export_modules)]
 
 
 def check_can_export(row: Target) -> None:
     """Raises MissingError that names the extra to install."""
     if row.missing(EXPORT_MODULES):
         raise missing_extra("export", f"exporting to {row.name}")
-    if row.missing():
+    if row.missing(row.export_modules):
         raise missing_extra(row.extra, f"exporting to {row.name}")
 
 
@@ -242,6 +264,8 @@ def _draft(
         versions=library_versions(LIBRARIES),
         machine=describe_machine(),
         command=command,
+        state=PREPARED if row.built_by else COMPLETE,
+        build=artifact.build,
     )
 
 
@@ -255,12 +279,13 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         kept = _clear_of_ties(model, eager.normalised(inputs), draft.precision)
         inputs = inputs if kept is None else inputs[kept]
         expected = run_batches(eager, contract, inputs)
-    with load_runner(Bundle(folder, draft)) as runner:
+    checker = get_target(draft.target).checked_by
+    with load_runner(Bundle(folder, replace(draft, target=checker or draft.target))) as runner:
         actual = run_batches(runner, contract, inputs)
         execution = runner.execution()
-    kinds = kind_precision(execution)
+    kinds = {} if checker else kind_precision(execution)
     share, floats = int8_share(draft, execution)
-    if draft.calibration is not None:
+    if draft.calibration is not None and not checker:
         check_executed(
             draft.calibration["planned_int8_mac_share"], share, floats, f"{draft.variant} for {draft.target}"
         )
@@ -278,6 +303,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
             **({} if kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~kept).sum())}}),
             "golden": on_golden,
             "photographs": {"images": len(inputs), **numbers},
+            **({"checked_by": checker} if checker else {}),
         },
     )
     write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
@@ -286,7 +312,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         bundle=str(folder),
         target=draft.target,
         precision=draft.precision,
-        executed_precision=product_precision(kinds),
+        executed_precision="not run" if checker else product_precision(kinds),
         sqnr_db=round(numbers["sqnr_db"], 1),
         top1_agreement=numbers["top1_agreement"],
         int8_mac_share=share,
@@ -294,6 +320,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         size_mib=round(bundle.size_bytes / 2**20, 2),
         seconds=0.0,
         warnings=(),
+        state=manifest.state,
     )
 
 

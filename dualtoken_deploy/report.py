@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
+    from dualtoken_deploy.build import BuildResult
     from dualtoken_deploy.diagnose import Diagnosis
     from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
@@ -71,7 +73,13 @@ def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Each target with what can be done with it here."""
     columns = ("target", "precisions", "export here", "run here", "to have it all")
     cells = [
-        (r["target"], ", ".join(r["precisions"]), _yes(r["can_export"]), _yes(r["can_run"]), r["install"] or "-")
+        (
+            r["target"],
+            ", ".join(r["precisions"]),
+            _yes(r["can_export"]),
+            _yes(r["can_run"]),
+            escape(r["install"] or "-"),
+        )
         for r in rows
     ]
     return table(columns, cells, left=5)
@@ -92,6 +100,15 @@ def export_table(results: Sequence[ExportResult]) -> Table:
         for r in results
     ]
     return table(columns, cells, "exported, and checked on the saved files against eager", left=4)
+
+
+def build_table(result: BuildResult) -> Table:
+    columns = ("bundle", "TensorRT", "GPU", "products run in", "SQNR (dB)", "MiB", "seconds")
+    cells = (
+        result.bundle, result.tensorrt, result.gpu, result.executed_precision, f"{result.sqnr_db:.1f}",
+        f"{result.size_mib:.1f}", f"{result.seconds:.0f}",
+    )  # fmt: skip
+    return table(columns, [cells], "built, and checked on the saved engine against the golden logits", left=4)
 
 
 def validation_table(results: Sequence[Validation]) -> Table:

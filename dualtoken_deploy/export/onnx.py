@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +16,7 @@ from dualtoken_deploy import numerics
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError
-from dualtoken_deploy.export.base import Request, Tell
+from dualtoken_deploy.export.base import Request, Tell, quiet
 from dualtoken_deploy.export.naming import name_after_modules
 from dualtoken_deploy.models.base import ImageModel
 
@@ -99,7 +95,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         "optimize": True,
     }
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(module, (example,), **arguments)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConversionError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
@@ -114,7 +110,7 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     import onnxsim
 
     try:
-        with _quiet():
+        with quiet():
             simplified, ok = onnxsim.simplify(model, skipped_optimizers=SKIPPED_OPTIMIZERS)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise ConversionError(f"onnxsim cannot simplify the model: {_first_line(error)}") from error
@@ -133,7 +129,7 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
-        with _quiet():
+        with quiet():
             converted: onnx.ModelProto = convert_float_to_float16(
                 model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
             )
@@ -176,19 +172,6 @@ def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
     feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
     logits: numerics.Array = session.run(None, {spec.name: feed})[0]
     return logits
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _first_line(error: Exception) -> str:
