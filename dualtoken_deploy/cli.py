@@ -67,7 +67,9 @@ def targets(json_output: Json = False) -> None:
 def export(
     variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
     target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: every one that can be exported.")],
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 or one of the target's own (`dualtoken targets`).")
+    ] = "fp32",
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[str, typer.Option(help="Side or HxW, each at least 64.")] = "224",
@@ -77,6 +79,8 @@ def export(
     classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     json_output: Json = False,
@@ -99,7 +103,8 @@ def export(
             results.append(
                 pipeline.export(
                     variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
-                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force, command=_command(),
+                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force,
+                    deployment_target=deployment_target, layout=layout, command=_command(),
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip

@@ -15,6 +15,7 @@ from dualtoken_deploy.runtimes import Execution, load_runner
 PRODUCT_KINDS = frozenset(
     {
         *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"),
+        *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )

@@ -39,7 +39,20 @@ Tell = Callable[[str], None]
 
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "numpy", "pillow", "dualtoken-deploy")
+LIBRARIES = (
+    *(
+        "torch",
+        "onnx",
+        "onnxscript",
+        "onnxsim",
+        "onnxruntime",
+        "openvino",
+        "coremltools",
+        "coreai-core",
+        "coreai-torch",
+    ),
+    *("numpy", "pillow", "dualtoken-deploy"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,8 @@ def export(
     opset: int | None = None,
     seed: int = DEFAULT_SEED,
     force: bool = False,
+    deployment_target: str | None = None,
+    layout: str | None = None,
     command: str = "dualtoken_deploy.export(...)",
     progress: Tell | None = None,
     **options: Any,
@@ -81,6 +96,7 @@ def export(
 
     `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
     (normalised float32 NCHW). `weights` None: random ones from `seed`. `options`: as create_model takes them.
+    `deployment_target` (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then.
     """
@@ -89,6 +105,7 @@ def export(
     row = get_target(target)
     check_precision(row, precision)
     check_can_export(row)
+    settings = target_settings(row, deployment_target=deployment_target, layout=layout)
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     if labels is not None and "num_classes" not in options:
         options["num_classes"] = len(read_labels(Path(labels)))
@@ -111,7 +128,7 @@ def export(
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
         metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
-        request = Request(precision, contract, outputs, opset, metadata)
+        request = Request(precision, contract, outputs, opset, metadata, names, settings)
         artifact = run_exporter(row, model, request, folder, tell)
         draft = _draft(model, variant, row, request, artifact, weights, seed, command)
         result = _seal(folder, draft, model, names, tell)
@@ -129,6 +146,16 @@ def check_can_export(row: Target) -> None:
         raise missing_extra("export", f"exporting to {row.name}")
     if row.missing():
         raise missing_extra(row.extra, f"exporting to {row.name}")
+
+
+def target_settings(row: Target, **given: str | None) -> dict[str, str]:
+    """The settings that were given. Raises UsageError on one that is not this target's."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    foreign = [name for name in settings if name not in row.settings]
+    if foreign:
+        owners = ", ".join(name for name, other in TARGETS.items() if foreign[0] in other.settings)
+        raise UsageError(f"--{foreign[0].replace('_', '-')} is for target {owners}, not for {row.name}; leave it out")
+    return settings
 
 
 def make_contract(kind: str, size: tuple[int, int], batch: int | None) -> InputContract:

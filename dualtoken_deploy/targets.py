@@ -19,7 +19,8 @@ class Target:
     """One deployment target.
 
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
-    "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export].
+    "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
+    options of export that are this target's own.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Target:
     modules: tuple[str, ...]
     tolerances: Mapping[str, Tolerance]  # by precision; the keys are the precisions on offer
     aliases: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -44,6 +46,19 @@ EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
 _TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolerance(sqnr_db=45.0)})
+
+# Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
+DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
+_COREML_TOLERANCES = MappingProxyType(
+    {
+        "fp32": Tolerance(sqnr_db=90.0),
+        "fp16": Tolerance(sqnr_db=40.0),
+        "int8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
+        "palettized8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
+        "palettized6": Tolerance(sqnr_db=15.0, top1_agreement=0.8),
+        "palettized4": Tolerance(sqnr_db=3.0, top1_agreement=0.0),
+    }
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -67,6 +82,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 source="onnx",
                 modules=("openvino",),
                 tolerances=_TOLERANCES,
+            ),
+            Target(
+                name="coreml",
+                title="Core ML",
+                files=("model.mlpackage",),
+                extra="coreml",
+                source="torch",
+                modules=("coremltools",),
+                tolerances=_COREML_TOLERANCES,
+                settings=("deployment_target", "layout"),
             ),
         )
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
@@ -16,13 +16,16 @@ Tell = Callable[[str], None]  # is told what happens now, for a progress display
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can."""
+    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
+    do `labels`, one a class. `settings`: those of the target's own (`Target.settings`) that were given."""
 
     precision: str
     contract: InputContract
     outputs: tuple[TensorSpec, ...]
     opset: int | None
     metadata: Mapping[str, str]
+    labels: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ class MilProgram:
             raise BundleError(f"{op.kind} {op.name!r} cannot be executed: {error}") from error
         results = result if isinstance(result, tuple) else (result,)
         if len(results) != len(op.outputs):
-            raise BundleError(f"{op.kind} {op.name!r} gives {len(results)} results, the program declares {len(op.outputs)}")
+            raise BundleError(
+                f"{op.kind} {op.name!r} gives {len(results)} results, the program declares {len(op.outputs)}"
+            )
         return {
             name: _checked(op, name, declared, value)
             for (name, declared), value in zip(op.outputs, results, strict=True)

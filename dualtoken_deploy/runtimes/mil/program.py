@@ -1,4 +1,4 @@
-"""A Core ML package as plain data: the main function's operations, their constants decoded from spec and weight file."""
+"""A Core ML package as plain data: the main function's operations, constants decoded from spec and weight file."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Type:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation. `inputs` maps a parameter to the names it reads (several for a variadic one); `constants` holds the
-    parameters that are bound to values in place."""
+    """One operation. `inputs` maps a parameter to the names it reads (several for a variadic one); `constants` holds
+    the parameters that are bound to values in place."""
 
     kind: str
     name: str
@@ -87,7 +87,7 @@ def find_specification(package: Path) -> Path:
     except FileNotFoundError as error:
         raise BundleError(f"{package} has no Manifest.json, so it is no .mlpackage; copy the whole folder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{manifest} cannot be read ({type(error).__name__}: {error}); copy the package anew") from error
+        raise BundleError(f"{manifest} cannot be read ({type(error).__name__}: {error}); copy it anew") from error
     if not path.is_file() or not path.resolve().is_relative_to(package.resolve()):
         raise BundleError(f"{package} lacks {item}, its model; copy the whole .mlpackage folder")
     return path

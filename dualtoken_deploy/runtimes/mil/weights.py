@@ -1,8 +1,8 @@
 """Core ML's weight file: reads the blobs that a program points to.
 
-Layout (storage format version 2, little-endian): a 64-byte header (u32 count, u32 version, zeros); each blob has 64 bytes
-of metadata at the offset that the program names (u32 sentinel, u32 dtype, u64 bytes, u64 offset of the data, u64 bits of
-padding, zeros), and its data aligned to 64 bytes. Elements of less than a byte are packed from the lowest bit on.
+Layout (storage format version 2, little-endian): a 64-byte header (u32 count, u32 version, zeros); each blob has 64
+bytes of metadata at the offset that the program names (u32 sentinel, u32 dtype, u64 bytes, u64 offset of the data, u64
+bits of padding, zeros), and its data aligned to 64 bytes. Elements of less than a byte are packed, the lowest bit first.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ NUMPY_DTYPES: dict[str, tuple[type[np.generic], int]] = {
 def unpack_bits(data: Array, count: int, bits: int, signed: bool = False) -> Array:
     """`count` elements of `bits` bits each from packed bytes, the lowest bit first; uint8, or int8 where signed."""
     flat = np.unpackbits(data.view(np.uint8), bitorder="little")[: count * bits].reshape(count, bits)
-    values = (flat * (1 << np.arange(bits, dtype=np.uint16))).sum(axis=1)
+    values: Array = (flat * (1 << np.arange(bits, dtype=np.uint16))).sum(axis=1)
     if signed:
         values = np.where(values >= 1 << (bits - 1), values.astype(np.int16) - (1 << bits), values)
-        return values.astype(np.int8)
+        signed_out: Array = values.astype(np.int8)
+        return signed_out
     out: Array = values.astype(np.uint8)
     return out
 
@@ -94,7 +95,7 @@ class WeightFile:
                 data = memoryview(self.path.read_bytes())
             except OSError as error:
                 raise BundleError(
-                    f"the package lacks its weight file {self.path} ({error.strerror}); copy the whole .mlpackage folder"
+                    f"the package lacks its weight file {self.path} ({error.strerror}); copy the whole folder"
                 ) from error
             if len(data) < _BLOCK or _HEADER.unpack_from(data)[1] != VERSION:
                 raise self._broken(f"it is no weight file of storage version {VERSION}")

@@ -1,4 +1,5 @@
-"""Element-wise operations. Definitions: coremltools' documentation of MIL, elementwise_unary, elementwise_binary, activation.
+"""Element-wise operations. Definitions: coremltools' documentation of MIL, elementwise_unary, elementwise_binary and
+activation.
 
 A float16 input of a unary function is looked up among all 65,536 float16 values, each computed in float64: exact
 rounding, and faster than arithmetic.

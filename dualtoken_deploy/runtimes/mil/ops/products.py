@@ -56,7 +56,9 @@ def conv(
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     pads = padding(pad_type, pad, x.shape[2:], reach, stride)
     padded = np.pad(x, [(0, 0), (0, 0), *pads]) if any(a or b for a, b in pads) else x
-    out_size = [(size + a + b - r) // s + 1 for size, (a, b), r, s in zip(x.shape[2:], pads, reach, stride, strict=True)]
+    out_size = [
+        (size + a + b - r) // s + 1 for size, (a, b), r, s in zip(x.shape[2:], pads, reach, stride, strict=True)
+    ]
     shifted = _Shifts(padded, out_size, stride, dilation)
     out = _grouped(shifted, weight, int(groups), out_size)
     return out if bias is None else out + bias.reshape(-1, *(1,) * rank)
@@ -83,14 +85,16 @@ def _grouped(shifted: _Shifts, weight: Array, groups: int, size: Sequence[int]) 
     batch = shifted.padded.shape[0]
     if per_group == 1 and outputs == groups:
         total = np.zeros((batch, outputs, *size), shifted.padded.dtype)
-        for element in elements:
-            total += shifted.at(element) * weight[(slice(None), 0, *element)].reshape(-1, *(1,) * len(size))
+        taps = weight.reshape(outputs, len(elements))
+        for number, element in enumerate(elements):
+            total += shifted.at(element) * taps[:, number].reshape(-1, *(1,) * len(size))
         return total
     # (N, C, K, positions) columns: one product for each group
     columns = np.stack([shifted.at(e).reshape(batch, -1, math.prod(size)) for e in elements], axis=2)
     columns = columns.reshape(batch, groups, per_group * len(elements), math.prod(size))
     kernels = weight.reshape(groups, outputs // groups, per_group * len(elements))
-    return np.matmul(kernels, columns).reshape(batch, outputs, *size)
+    out: Array = np.matmul(kernels, columns).reshape(batch, outputs, *size)
+    return out
 
 
 def sizes(values: Array | None, rank: int) -> list[int]:

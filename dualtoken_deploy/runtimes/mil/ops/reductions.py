@@ -48,7 +48,7 @@ def layer_norm(
     beta: Array | None = None,
     epsilon: Array | float = 1e-5,
 ) -> Array:
-    """gamma (x - mean) / sqrt(variance + epsilon) + beta over `axes` (all unless given); gamma and beta span those axes."""
+    """gamma (x - mean) / sqrt(variance + epsilon) + beta over `axes` (all unless given), which gamma and beta span."""
     over = tuple(range(x.ndim)) if axes is None else tuple(sorted(int(a) % x.ndim for a in axes))
     centred = x - x.mean(axis=over, keepdims=True)
     variance = np.mean(centred * centred, axis=over, keepdims=True)
@@ -113,10 +113,9 @@ def avg_pool(
 ) -> Array:
     """Mean of each window, its padding counted as zeros or not at all. (N, C, *D)."""
     windows, inside = _windows(x, kernel_sizes, pad_type, strides, pad, bool(ceil_mode), 0.0)
-    total = np.sum(windows, axis=0)
-    if exclude_padding_from_average:
-        return total / np.sum(inside[0], axis=0)
-    return total / np.sum(inside[1], axis=0)
+    counted = inside[0] if exclude_padding_from_average else inside[1]
+    out: Array = np.sum(windows, axis=0) / np.sum(counted, axis=0)
+    return out
 
 
 def _windows(

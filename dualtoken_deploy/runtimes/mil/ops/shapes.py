@@ -94,9 +94,7 @@ def slice_by_index(
 
 def slice_by_size(x: Array, begin: Array, size: Array) -> Array:
     """`size` elements from `begin` on; -1 takes what is left."""
-    cuts = [
-        slice(int(b), None if int(s) == -1 else int(b) + int(s)) for b, s in zip(begin, size, strict=True)
-    ]
+    cuts = [slice(int(b), None if int(s) == -1 else int(b) + int(s)) for b, s in zip(begin, size, strict=True)]
     return x[tuple(cuts)]
 
 
@@ -118,7 +116,11 @@ def pad(x: Array, pad: Array, mode: str = "constant", constant_val: Array | floa
 
 
 def gather(
-    x: Array, indices: Array, axis: Array | int = 0, batch_dims: Array | int = 0, validate_indices: Array | bool = False
+    x: Array,
+    indices: Array,
+    axis: Array | int = 0,
+    batch_dims: Array | int = 0,
+    validate_indices: Array | bool = False,  # noqa: ARG001 (numpy always validates)
 ) -> Array:
     """x[..., indices, ...] along `axis`; negative indices count from the end."""
     if int(batch_dims):

@@ -1,0 +1,121 @@
+"""Core ML: an ML program from torch.export, converted and compressed by coremltools, saved as an .mlpackage."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dualtoken_deploy.deploy import DeployForm, deploy_form
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.errors import ConversionError, InputError, UsageError
+from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
+from dualtoken_deploy.export.apple.package import describe, save
+from dualtoken_deploy.export.apple.passes import pipeline
+from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, first_line, quiet, trace
+from dualtoken_deploy.export.base import Artifact, Request, Tell
+from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.runtimes.mil.vendor import coremltools
+from dualtoken_deploy.targets import DEPLOYMENT_TARGETS
+
+DEFAULT_DEPLOYMENT_TARGET = "iOS18"
+ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
+CLASS_LABEL = "classLabel"
+ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
+
+
+def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
+    ct = coremltools("exporting to Core ML")
+    deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
+    check_request(request, deployment)
+    tell("rewriting to the deploy form")
+    form = make_form(model, request, deployment)
+    program = convert(ct, form.module, request, deployment, tell)
+    if request.precision in COMPRESSIONS:
+        tell(f"compressing weights to {request.precision}")
+        program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
+    describe(program, request.contract, {**request.metadata, "deployment_target": deployment})
+    save(program, folder / "model.mlpackage")
+    applied = tuple(name for name, count in form.rules.items() if count)
+    return Artifact(applied, {"mil": operator_counts(program)})
+
+
+def check_request(request: Request, deployment: str) -> None:
+    """Raises UsageError, InputError on what Core ML cannot have, with what would do."""
+    if deployment not in DEPLOYMENT_TARGETS:
+        raise UsageError(
+            f"unknown deployment target {deployment!r}; valid deployment targets: {', '.join(DEPLOYMENT_TARGETS)}"
+        )
+    if request.opset is not None:
+        raise UsageError("opset is a matter of ONNX, and Core ML takes none; leave --opset out")
+    if request.contract.batch is None:
+        raise UsageError("a Core ML program here has fixed shapes, for the Neural Engine; give --batch a number")
+    if request.contract.kind == "image":
+        if request.contract.batch != 1:
+            raise UsageError(
+                f"Core ML's image input is one picture, not {request.contract.batch}; use --batch 1 or --input tensor"
+            )
+        repeated = [label for label, count in Counter(request.labels).items() if count > 1]
+        if repeated:
+            raise InputError(
+                f"label {repeated[0]!r} stands for several classes, and Core ML's classifier needs each but once; "
+                "make the labels distinct or use --input tensor"
+            )
+
+
+def make_form(model: DualTokenViT, request: Request, deployment: str) -> DeployForm:
+    """The deploy form; where the target has an attention operation the scale stays in it, which is its own."""
+    rules = [r for r in DEFAULT_RULES if r != "fold_attention_scale" or not _since(deployment, ATTENTION_SINCE)]
+    return deploy_form(model, rules, request.contract.size)
+
+
+def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
+    """The coremltools model of `module` behind the input contract, with uncompressed weights."""
+    contract = request.contract
+    image = contract.kind == "image"
+    tell("tracing with torch.export")
+    program = trace(ImageClassifier(module, contract) if image else module, contract)
+    shape = (contract.batch, 3, *contract.size)
+    if image:
+        inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
+        config = ct.ClassifierConfig(list(request.labels), CLASS_LABEL, PROBABILITIES)
+    else:
+        inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
+        config = None
+    names = [request.outputs[0].name, *([PROBABILITIES] if image else [])]
+    tell(f"converting to Core ML for {deployment}")
+    try:
+        with quiet():
+            return ct.convert(
+                program.run_decompositions({}),
+                source="pytorch",
+                convert_to="mlprogram",
+                minimum_deployment_target=getattr(ct.target, deployment),
+                compute_precision=getattr(ct.precision, ONES.get(request.precision, "FLOAT16")),
+                inputs=inputs,
+                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in names],
+                classifier_config=config,
+                pass_pipeline=copy.deepcopy(pipeline()),
+                skip_model_load=True,
+            )
+    except Exception as error:  # coremltools raises what its front end and its passes raise
+        raise ConversionError(f"coremltools cannot convert the model: {first_line(error)}") from error
+
+
+def operator_counts(model: Any) -> Mapping[str, int]:
+    """Operations of the saved program by kind, constants left out, most frequent first."""
+    function = model.get_spec().mlProgram.functions["main"]
+    operations = function.block_specializations[function.opset].operations
+    return dict(Counter(op.type for op in operations if op.type != "const").most_common())
+
+
+def _since(deployment: str, first: str) -> bool:
+    order = list(DEPLOYMENT_TARGETS)
+    return order.index(deployment) >= order.index(first)
