@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dualtoken_deploy.export.apple.classifier import LABEL, LABEL_PROBABILITIES, add_classifier
+from dualtoken_deploy.export.apple.source import PROBABILITIES
 from dualtoken_deploy.runtimes.mil.program import find_specification
 from dualtoken_deploy.runtimes.mil.vendor import model_proto
 from dualtoken_deploy.spec import InputContract
@@ -15,6 +17,11 @@ from dualtoken_deploy.spec import InputContract
 AUTHOR = "dualtoken-deploy"
 LICENSE = "Code: Apache-2.0. The weights have the licence of whoever trained them."
 _CLUTTER = ("executorch_debug_handle_mapping.json",)  # written for torch.export sources, with names of the tracer
+OUTPUTS = {
+    "logits": "Raw class scores before softmax, (batch, classes), in the order of the labels",
+    LABEL: "Label of the most likely class",
+    LABEL_PROBABILITIES: "Probability of each label",
+}
 _DATE = "com.github.apple.coremltools.conversion_date"  # would make every day's bytes differ
 
 
@@ -28,13 +35,6 @@ def describe(model: Any, contract: InputContract, metadata: Mapping[str, str]) -
         f"weights: {metadata['weights']}"
     )
     model.input_description[contract.tensor.name] = input_text(contract)
-    outputs = {
-        "logits": "Raw class scores before softmax, (batch, classes), in the order of the labels",
-        "classLabel": "Label of the most likely class",
-        "classLabel_probs": "Probability of each label",
-    }
-    for name in (o.name for o in model.get_spec().description.output):
-        model.output_description[name] = outputs[name]
     for key, value in metadata.items():
         model.user_defined_metadata[f"dualtoken.{key}"] = value
     model.user_defined_metadata["dualtoken.preprocessing"] = input_text(contract)
@@ -55,14 +55,19 @@ def input_text(contract: InputContract) -> str:
     )
 
 
-def save(model: Any, package: Path) -> None:
-    """Saves a coremltools model, then takes out what differs from run to run: date, identifiers, order of maps."""
+def save(model: Any, package: Path, labels: Sequence[str] | None) -> None:
+    """Saves a coremltools model, with class labels unless `labels` is None. What differs from run to run goes: the
+    date, random identifiers, the order of maps."""
     model.save(str(package))
     for name in _CLUTTER:
         (package / name).unlink(missing_ok=True)
     path = find_specification(package)
     spec = model_proto("writing a Core ML package").Model()
     spec.ParseFromString(path.read_bytes())
+    if labels is not None:
+        add_classifier(spec, labels, PROBABILITIES)
+    for output in spec.description.output:
+        output.shortDescription = OUTPUTS[output.name]
     spec.description.metadata.userDefined.pop(_DATE, None)
     path.write_bytes(spec.SerializeToString(deterministic=True))
     for made in (package, *package.rglob("*")):  # coremltools leaves some of them private

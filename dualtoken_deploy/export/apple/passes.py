@@ -1,4 +1,4 @@
-"""What coremltools is taught: passes that register themselves once, when a conversion first needs them."""
+"""What coremltools is taught, once, when a conversion first needs it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from typing import Any
 
 
 @lru_cache(maxsize=1)
-def pipeline() -> Any:
-    """coremltools' default pipeline, and one pass behind it.
+def teach_channel_norm() -> None:
+    """Converts `dualtoken::channel_norm` to one layer_norm over axis 1; torch's own has the last axes only."""
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 
-    The names and dtypes asked for of the outputs have been given by then. Left in place they would make its exporter
-    fail on a classifier with a second output: it counts label and probabilities as one of them.
-    """
-    import coremltools as ct
-    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
-    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
-
-    @register_pass(namespace="dualtoken")
-    class forget_output_types(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801 (the registry takes its name)
-        def apply(self, prog: Any) -> None:
-            prog.functions["main"].output_types = None
-
-    passes = ct.PassPipeline()
-    passes.append_pass("dualtoken::forget_output_types")
-    return passes
+    @register_torch_op(torch_alias=["dualtoken::channel_norm", "dualtoken.channel_norm"])  # type: ignore[untyped-decorator]
+    def channel_norm(context: Any, node: Any) -> None:
+        x, weight, bias, epsilon = _get_inputs(context, node, expected=4)
+        affine = {k: v for k, v in (("gamma", weight), ("beta", bias)) if v is not None}
+        context.add(Builder.layer_norm(x=x, axes=[1], epsilon=epsilon.val, name=node.name, **affine))

@@ -2,7 +2,7 @@
 
 Layout (storage format version 2, little-endian): a 64-byte header (u32 count, u32 version, zeros); each blob has 64
 bytes of metadata at the offset that the program names (u32 sentinel, u32 dtype, u64 bytes, u64 offset of the data, u64
-bits of padding, zeros), and its data aligned to 64 bytes. Elements of less than a byte are packed, the lowest bit first.
+bits of padding, zeros), and its data aligned to 64 bytes. Elements of less than a byte are packed, lowest bit first.
 """
 
 from __future__ import annotations

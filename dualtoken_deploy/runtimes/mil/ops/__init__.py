@@ -25,6 +25,7 @@ def _rows() -> dict[str, Implementation]:
         *(getattr(shapes, n) for n in (
             "identity", "transpose", "reshape", "expand_dims", "squeeze", "concat", "stack", "split", "slice_by_index",
             "slice_by_size", "tile", "pad", "gather", "cast",
+            "pixel_unshuffle", "pixel_shuffle",
         )),
         *(getattr(compression, n) for n in (
             "constexpr_affine_dequantize", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense",

@@ -128,6 +128,18 @@ def gather(
     return np.take(x, indices.astype(np.int64), axis=int(axis))
 
 
+def pixel_unshuffle(x: Array, downscale_factor: Array | int) -> Array:
+    """Space to depth: (N, C, H, W) -> (N, C f f, H/f, W/f), a channel's f x f elements side by side, row by row."""
+    (n, c, h, w), f = x.shape, int(downscale_factor)
+    return x.reshape(n, c, h // f, f, w // f, f).transpose(0, 1, 3, 5, 2, 4).reshape(n, c * f * f, h // f, w // f)
+
+
+def pixel_shuffle(x: Array, upscale_factor: Array | int) -> Array:
+    """Depth to space, the inverse: (N, C f f, H, W) -> (N, C, H f, W f)."""
+    (n, c, h, w), f = x.shape, int(upscale_factor)
+    return x.reshape(n, c // f**2, f, f, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(n, c // f**2, h * f, w * f)
+
+
 def cast(x: Array, dtype: str) -> Array:
     """Another dtype; a float becomes an integer by truncation, anything but zero is true."""
     if dtype not in CASTS:
