@@ -29,7 +29,7 @@ from dualtoken_deploy.models.registry import (
     random_model,
     weights_sha256,
 )
-from dualtoken_deploy.runtimes import RunnerOptions, load_runner
+from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, Target, check_precision, get_target
@@ -132,7 +132,9 @@ def export(
         artifact = run_exporter(row, model, request, folder, tell)
         draft = _draft(model, variant, row, request, artifact, weights, seed, command)
         result = _seal(folder, draft, model, names, tell)
-    return replace(result, bundle=str(final), seconds=round(time.perf_counter() - start, 1), warnings=warnings)
+    return replace(
+        result, bundle=str(final), seconds=round(time.perf_counter() - start, 1), warnings=warnings + result.warnings
+    )
 
 
 def exportable_targets() -> list[str]:
@@ -252,7 +254,7 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
         expected = run_batches(eager, contract, inputs)
     with load_runner(Bundle(folder, draft)) as runner:
         actual = run_batches(runner, contract, inputs)
-        kinds = kind_precision(runner.execution())
+        kinds, engine = kind_precision(runner.execution()), engine_of(runner)
     numbers = measure(expected, actual)
     golden_size = contract.batch or 1
     golden = [_fill(array, golden_size) for array in (inputs, expected)]
@@ -261,7 +263,8 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
     manifest = replace(
         draft,
         executed_precision=kinds,
-        measured={**draft.measured, "golden": on_golden, "photographs": {"images": len(inputs), **numbers}},
+        measured={**draft.measured, "golden": on_golden, "photographs": {"images": len(inputs), **numbers}}
+        | ({"engine": engine} if engine else {}),
     )
     write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
     bundle = Bundle.open(folder)
@@ -274,7 +277,7 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
         top1_agreement=numbers["top1_agreement"],
         size_mib=round(bundle.size_bytes / 2**20, 2),
         seconds=0.0,
-        warnings=(),
+        warnings=(f"{draft.target}: checked by {engine}",) if engine else (),
     )
 
 
