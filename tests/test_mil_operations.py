@@ -289,7 +289,7 @@ def test_erf_is_math_erf() -> None:
 def test_split(arguments: dict[str, Any], sizes: list[int], axis: int) -> None:
     x = r(2, 6, 3)
     parts = OPERATIONS["split"].function(x=x, axis=np.int32(axis), **arguments)
-    for part, want in zip(parts, torch.split(torch.from_numpy(x), sizes, axis), strict=True):  # type: ignore[no-untyped-call]
+    for part, want in zip(parts, torch.split(torch.from_numpy(x), sizes, axis), strict=True):
         np.testing.assert_array_equal(part, want.numpy())
 
 
