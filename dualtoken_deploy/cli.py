@@ -76,7 +76,9 @@ def targets(json_output: Json = False) -> None:
 def export(
     variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
     target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: the portable ones that are here.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8; aotinductor takes bf16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8 or one of the target's own (`dualtoken targets`).")
+    ] = "fp32",
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[str, typer.Option(help="Side or HxW, each at least 64.")] = "224",
@@ -96,6 +98,8 @@ def export(
     quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
     search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
+    deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     json_output: Json = False,
@@ -123,7 +127,9 @@ def export(
                 pipeline.export(
                     variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
                     batch=batch, input_kind=input_kind, opset=opset, seed=seed, device=device, force=force,
-                    int8=int8, command=_command(), progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
+                    int8=int8 if len(names) == 1 or name in pipeline.BACKENDS else None,
+                    deployment_target=deployment_target, layout=layout, command=_command(),
+                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip
     for warning in dict.fromkeys(w for r in results for w in r.warnings):

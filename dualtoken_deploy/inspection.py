@@ -9,7 +9,7 @@ from typing import Any
 
 from dualtoken_deploy.bundle import Bundle, Manifest
 from dualtoken_deploy.errors import ToleranceError
-from dualtoken_deploy.runtimes import Execution, load_runner
+from dualtoken_deploy.runtimes import Execution, engine_of, load_runner
 
 # Kinds that hold a model's matrix products, by the names that the runtimes give to what they execute.
 PRODUCT_KINDS = frozenset(
@@ -17,6 +17,7 @@ PRODUCT_KINDS = frozenset(
         *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"),
         *("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger"),
         *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
+        *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )
@@ -36,6 +37,7 @@ class Inspection:
     float_products: tuple[str, ...] = ()  # of an INT8 bundle, the products that do not run in it here
     float32_share: float | None = None
     notes: tuple[str, ...] = ()
+    engine: str | None = None  # what stood in for the target's own runtime, if anything did
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +48,7 @@ class Inspection:
             "int8_mac_share": self.int8_mac_share,
             "float_products": list(self.float_products),
             "notes": list(self.notes),
+            "engine": self.engine,
         }
 
 
@@ -54,11 +57,11 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     opened.verify()
     with load_runner(opened, device) as runner:
-        execution = runner.execution()
+        execution, engine = runner.execution(), engine_of(runner)
     share, others = int8_share(opened.manifest, execution)
     return Inspection(
         opened.manifest, True, execution.operators, kind_precision(execution), share, others,
-        execution.float32_share, execution.notes,
+        execution.float32_share, execution.notes, engine,
     )  # fmt: skip
 
 
@@ -82,13 +85,20 @@ def product_precision(kinds: Mapping[str, str]) -> str:
     return "+".join(sorted({dtype for kind, dtype in kinds.items() if kind in PRODUCT_KINDS})) or "unknown"
 
 
+def _bare(dtype: str) -> str:
+    """The dtype without the remark on who executed it: "float16 (reference)" is float16."""
+    return dtype.partition(" (")[0]
+
+
 def check_promise(inspection: Inspection) -> None:
     """Raises ToleranceError where the matrix products run in another dtype than the manifest says."""
-    if inspection.manifest.precision == "int8":
+    if inspection.manifest.precision == "int8" and inspection.manifest.calibration is not None:
         _check_int8(inspection)
         return
-    promised = product_precision(inspection.manifest.executed_precision)
-    found = product_precision(inspection.executed_precision)
+    promised, found = (
+        product_precision({kind: _bare(dtype) for kind, dtype in kinds.items()})
+        for kinds in (inspection.manifest.executed_precision, inspection.executed_precision)
+    )
     if promised != found:
         raise ToleranceError(
             f"matrix products run in {found} here, the manifest promises {promised}; export on this kind of machine"

@@ -32,8 +32,9 @@ from dualtoken_deploy.models.registry import (
 )
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.pipeline_int8 import check_executed, write_int8
+from dualtoken_deploy.quantize.backends import BACKENDS
 from dualtoken_deploy.quantize.gate import Int8Options
-from dualtoken_deploy.runtimes import RunnerOptions, load_runner
+from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, Target, check_precision, get_target
@@ -46,7 +47,10 @@ TIE_MARGIN = 1e-6
 
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "numpy", "pillow", "dualtoken-deploy")
+LIBRARIES = (
+    *("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "coremltools", "coreai-core"),
+    *("coreai-torch", "numpy", "pillow", "dualtoken-deploy"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def export(
     device: str | None = None,
     force: bool = False,
     int8: Int8Options | None = None,
+    deployment_target: str | None = None,
+    layout: str | None = None,
     command: str = "dualtoken_deploy.export(...)",
     progress: Tell | None = None,
     **options: Any,
@@ -97,7 +103,9 @@ def export(
 
     `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
     (normalised float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively,
-    what to compile for. `int8`: how precision int8 is calibrated and gated. `options`: as create_model takes them.
+    what to compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so.
+    `deployment_target` (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as
+    create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
     is here; elsewhere the result's `state` is "prepared".
@@ -109,6 +117,7 @@ def export(
     check_can_export(row)
     if device is not None and (row.portable or row.built_by):
         raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
+    settings = target_settings(row, deployment_target=deployment_target, layout=layout)
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     info = None if weights is None else describe_weights(weights)
     if info is not None and info.variant != variant:
@@ -124,8 +133,9 @@ def export(
         config = make_config(variant, image_size=contract.size, **options)
     except TypeError as error:  # text where a number belongs
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
-    if (precision == "int8") != (int8 is not None):
-        raise UsageError("precision int8 needs a calibration set (--calibration), and other precisions take none")
+    if (precision == "int8" and row.name in BACKENDS) != (int8 is not None):
+        needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration)"
+        raise UsageError(f"{row.name} {precision} {needs}")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
     if labels is None and info is not None and len(info.labels) == config.num_classes:
@@ -143,7 +153,7 @@ def export(
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
         metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
-        request = Request(precision, contract, outputs, opset, metadata, device)
+        request = Request(precision, contract, outputs, opset, metadata, device, names, settings)
 
         def draft(artifact: Artifact) -> Manifest:
             return _draft(model, variant, row, request, artifact, weights, seed, command)
@@ -153,7 +163,7 @@ def export(
         else:
             manifest = draft(run_exporter(row, model, request, folder, tell))
         result = _seal(folder, manifest, model, names, tell)
-    result = replace(result, bundle=str(final), warnings=warnings)
+    result = replace(result, bundle=str(final), warnings=warnings + result.warnings)
     if row.built_by:
         result = _build_here(result, final, tell)
     return replace(result, seconds=round(time.perf_counter() - start, 1))
@@ -179,6 +189,16 @@ def check_can_export(row: Target) -> None:
         raise missing_extra("export", f"exporting to {row.name}")
     if row.missing(row.export_modules):
         raise missing_extra(row.extra, f"exporting to {row.name}")
+
+
+def target_settings(row: Target, **given: str | None) -> dict[str, str]:
+    """The settings that were given. Raises UsageError on one that is not this target's."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    foreign = [name for name in settings if name not in row.settings]
+    if foreign:
+        owners = ", ".join(name for name, other in TARGETS.items() if foreign[0] in other.settings)
+        raise UsageError(f"--{foreign[0].replace('_', '-')} is for target {owners}, not for {row.name}; leave it out")
+    return settings
 
 
 def make_contract(kind: str, size: tuple[int, int], batch: int | None) -> InputContract:
@@ -282,7 +302,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
     checker = get_target(draft.target).checked_by
     with load_runner(Bundle(folder, replace(draft, target=checker or draft.target))) as runner:
         actual = run_batches(runner, contract, inputs)
-        execution = runner.execution()
+        execution, engine = runner.execution(), engine_of(runner)
     kinds = {} if checker else kind_precision(execution)
     share, floats = int8_share(draft, execution)
     if draft.calibration is not None and not checker:
@@ -304,6 +324,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
             "golden": on_golden,
             "photographs": {"images": len(inputs), **numbers},
             **({"checked_by": checker} if checker else {}),
+            **({"engine": engine} if engine else {}),
         },
     )
     write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
@@ -319,7 +340,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         drop=None if draft.calibration is None else draft.calibration["drop"],
         size_mib=round(bundle.size_bytes / 2**20, 2),
         seconds=0.0,
-        warnings=(),
+        warnings=(f"{draft.target}: checked by {engine}",) if engine else (),
         state=manifest.state,
     )
 

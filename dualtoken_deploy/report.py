@@ -118,7 +118,7 @@ def validation_table(results: Sequence[Validation]) -> Table:
          share(r.top1_agreement), share(r.top1), share(r.top5))
         for r in results
     ]  # fmt: skip
-    return table(columns, cells, left=2)
+    return table(columns, cells, _engines(results), left=2)
 
 
 def bench_table(report: BenchReport) -> Table:
@@ -131,7 +131,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
         for p in predictions
         for rank, g in enumerate(p.guesses)
     ]
-    return table(("image", "label", "probability"), cells, left=2)
+    return table(("image", "label", "probability"), cells, _engines(predictions), left=2)
 
 
 def inspection_table(inspection: Inspection) -> Table:
@@ -140,6 +140,8 @@ def inspection_table(inspection: Inspection) -> Table:
     cells = [(kind, inspection.executed_precision.get(kind, "-"), str(count)) for kind, count in ranked]
     m = inspection.manifest
     title = f"{m.variant} for {m.target} {m.precision}; files verified; what executes here:"
+    if inspection.engine:
+        title += f" ({inspection.engine})"
     return table(("operator", "runs in", "count"), cells, title, left=2)
 
 
@@ -165,6 +167,11 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
     cells += [(d.name, d.kind, f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", f"{d.lost_db:.1f}") for d in worst]
     title = f"{found.bundle} over {found.images} pictures; {found.unseen} values have no name in it"
     return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
+
+
+def _engines(results: Sequence[Validation] | Sequence[Prediction]) -> str | None:
+    """A title that says what stood in for a target's own runtime."""
+    return "; ".join(dict.fromkeys(r.engine for r in results if r.engine)) or None
 
 
 def _or_dash(value: float | None) -> str:

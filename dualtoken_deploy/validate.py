@@ -15,7 +15,7 @@ from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.runtimes import Runner, RunnerOptions, load_runner
+from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.spec import InputContract
 
 Array = numerics.Array
@@ -29,6 +29,7 @@ class Validation:
 
     `reference` "eager": the model rebuilt from its weights, on every image. "golden": the logits stored at export, for
     the one golden input; agreement is then over that input alone, top1 and top5 over the labelled images.
+    `engine`: what stood in for the target's own runtime, if anything did.
     """
 
     bundle: str
@@ -41,6 +42,7 @@ class Validation:
     top1_agreement: float
     top1: float | None
     top5: float | None
+    engine: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(self).items()}
@@ -132,6 +134,7 @@ def _validate(
 ) -> Validation:
     contract = bundle.manifest.input
     with load_runner(bundle, device, threads) as runner:
+        engine = engine_of(runner)
         golden = run_batches(runner, contract, bundle.golden["input"])
         logits = None if images is None else _over(images, contract, runner)
     labels = None if images is None or images.labels is None else np.array(match_labels(images, bundle.labels))
@@ -149,6 +152,7 @@ def _validate(
         images=len(bundle.golden["input"]) if images is None else len(images),
         top1=None if hits is None or labels is None else hits[0] / len(labels),
         top5=None if hits is None or labels is None else hits[1] / len(labels),
+        engine=engine,
         **numbers,
     )
 

@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ Tell = Callable[[str], None]  # is told what happens now, for a progress display
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can.
-    `device`: what to compile for, where the target compiles (None: the CPU)."""
+    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
+    do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
+    those of the target's own (`Target.settings`) that were given."""
 
     precision: str
     contract: InputContract
@@ -30,6 +31,8 @@ class Request:
     opset: int | None
     metadata: Mapping[str, str]
     device: str | None = None
+    labels: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,12 @@ class Runner(Protocol):
         ...
 
 
+def engine_of(runner: Runner) -> str | None:
+    """What stands in for the target's own runtime, in words to be shown with every result; None where nothing does."""
+    engine: str | None = getattr(runner, "engine", None)
+    return engine
+
+
 @runtime_checkable
 class AsyncRunner(Runner, Protocol):
     """A runner whose runtime can keep several requests in flight."""
