@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dualtoken_deploy.errors import DualTokenError, UsageError, missing_extra
+from dualtoken_deploy.serve.cli import serve
 
 app = typer.Typer(
     name="dualtoken",
@@ -189,6 +190,9 @@ def predict(
 
     predictions = run(bundle, images, top, device, threads)
     _print(json_output, [p.to_json() for p in predictions], lambda r: r.prediction_table(predictions))
+
+
+app.command()(serve)
 
 
 class _Stop:
