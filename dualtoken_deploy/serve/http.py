@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -340,12 +341,11 @@ class _Closing(Response):
         self.headers["connection"] = "close"
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        try:
+        left = THROWN_AWAY_BYTES
+        with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
-                    pass
-        except TimeoutError:
-            pass
+                while left > 0 and (message := await receive()).get("more_body", False):
+                    left -= len(message["body"])
         await send({"type": "http.response.body", "body": b""})
 
 
