@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.serve.errors import ModelFailed, ModelHung, ServeError, Unavailable
 from dualtoken_deploy.serve.pool import Launch, Worker, WorkerDied
 
@@ -78,6 +79,7 @@ class Batcher:
         self._up = 0
         self._failures = 0
         self._reason: str | None = None
+        self._exit_code = BundleError.exit_code
         self._changed = asyncio.Event()
         self._closing = False
         self._tasks = [asyncio.create_task(self._keep_worker()) for _ in range(workers)]
@@ -95,7 +97,9 @@ class Batcher:
         """Returns when a worker is up. Raises Unavailable with its reason once one could not start."""
         while not self._up:
             if self._failures:
-                raise Unavailable(self._reason or "no worker could start")
+                error = Unavailable(self._reason or "no worker could start")
+                error.exit_code = self._exit_code
+                raise error
             self._changed.clear()
             await self._changed.wait()
 
@@ -129,6 +133,7 @@ class Batcher:
                 worker = await self._start(self._launch)
             except (WorkerDied, ModelHung, OSError) as error:
                 self._failures += 1
+                self._exit_code = getattr(error, "exit_code", BundleError.exit_code)
                 self._lost(f"a worker could not start: {error}")
                 if not self._up and self._failures >= FAILURES_UNTIL_REFUSAL:
                     self._refuse(self._reason or "")

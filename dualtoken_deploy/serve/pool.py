@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.bundle import MANIFEST, Bundle, sha256
-from dualtoken_deploy.errors import DualTokenError
+from dualtoken_deploy.errors import BundleError, DualTokenError
 from dualtoken_deploy.serve.errors import ModelFailed, ModelHung
 from dualtoken_deploy.serve.protocol import elements
 from dualtoken_deploy.serve.worker import FRAME
@@ -25,7 +25,11 @@ Array = NDArray[Any]
 
 
 class WorkerDied(DualTokenError):
-    """The process ended, or its socket did."""
+    """The process ended, or its socket did. While it loads, that is held against the bundle unless it says more."""
+
+    def __init__(self, message: str, exit_code: int = BundleError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Worker:
             raise
         if "error" in answer:
             await worker.kill()
-            raise WorkerDied(answer["error"])
+            raise WorkerDied(answer["error"], answer["exit_code"])
         return worker
 
     async def run(self, arrays: Sequence[Array]) -> tuple[dict[str, Array], float]:

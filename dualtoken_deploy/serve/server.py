@@ -101,6 +101,9 @@ async def _drain(handler: Handler, settings: Settings, stop: _Stop) -> None:
         task.cancel()
     if handler.gate.inside:
         logs.warning("drain ended before all requests did", in_hand=handler.gate.inside)
+        await handler.repository.close()  # has them refused, while the transports can still say so
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(handler.drained(), GRPC_GRACE_SECONDS)
 
 
 class _Stop:

@@ -46,7 +46,7 @@ def main() -> None:
                 send(link, {"ready": True})
                 serve(link, runner, spec, memory)
         except DualTokenError as error:
-            send(link, {"error": str(error)})
+            send(link, {"error": str(error), "exit_code": error.exit_code})
 
 
 def open_unchanged(path: str, digest: str) -> Bundle:
