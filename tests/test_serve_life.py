@@ -287,7 +287,8 @@ def test_admin_unloads_and_loads_what_was_named_at_the_start(start: Callable[...
     assert infer(server).code == 404
     assert server.post(index, {}).json[0]["state"] == "UNAVAILABLE"
     assert server.get("/v2/health/ready").code == 503
-    for body in ({"parameters": {"config": "{}"}}, {"parameters": {"file:1/model.onnx": "AAAA"}}, []):
+    overrides: list[Any] = [{"parameters": {"config": "{}"}}, {"parameters": {"file:1/model.onnx": "AAAA"}}, []]
+    for body in overrides:
         assert server.post("/v2/repository/models/m/load", body).code == 400
     assert server.post("/v2/repository/models/m/load", {}, Origin="http://elsewhere.example").code == 403
     assert server.post("/v2/repository/models/..%2fm/load", {}).code == 404
@@ -333,7 +334,7 @@ def test_tls_on_both_transports(start: Callable[..., Server], tmp_path: Path) ->
         assert secure.recv(4096).startswith(b"HTTP/1.1 200")
     credentials = grpc.ssl_channel_credentials(cert.read_bytes())
     with grpc.secure_channel(server.grpc, credentials) as channel:
-        call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        call: Any = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
         assert pb.ServerLiveResponse.FromString(call(b"", timeout=5)).live
 
 
@@ -391,7 +392,7 @@ def test_the_golden_input_over_grpc(start: Callable[..., Server], small_bundle: 
     message = pb.ModelInferRequest(model_name="m", id="7", raw_input_contents=[golden["input"].tobytes()])
     message.inputs.add(name="image", datatype="UINT8", shape=golden["input"].shape)
     with grpc.insecure_channel(server.grpc) as channel:
-        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         answer = pb.ModelInferResponse.FromString(call(message.SerializeToString(), timeout=10))
     assert (answer.model_name, answer.model_version, answer.id) == ("m", "1", "7")
     assert not answer.outputs[0].HasField("contents")

@@ -62,6 +62,8 @@ def test_binary_data_is_little_endian_row_major() -> None:
 
 @pytest.mark.parametrize("name", sorted(protocol.DATATYPES))
 def test_every_datatype_arrives_as_it_was_sent(name: str) -> None:
+    got: Any
+    sent: dict[str, Any]
     spec = TensorSpec("x", name, "N", (3,))
     values = np.array([0, 1, 1], name)
     sent = {

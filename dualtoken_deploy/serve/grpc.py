@@ -87,8 +87,12 @@ class Servicer:
         return pb.ServerReadyResponse(ready=self._handler.ready)
 
     async def model_ready(self, request: pb.ModelReadyRequest, context: Context) -> Message:
+        """An unknown model is not ready: clients of other servers expect that, and no error."""
         self._check_key(context)
-        model = self._handler.repository.find(request.name, request.version)
+        try:
+            model = self._handler.repository.find(request.name, request.version)
+        except NotFound:
+            return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=model.ready and not self._handler.draining)
 
     async def server_metadata(self, _request: pb.ServerMetadataRequest, context: Context) -> Message:
