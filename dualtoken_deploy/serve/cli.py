@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dualtoken_deploy.errors import missing_extra
+from dualtoken_deploy.errors import UsageError, missing_extra
 
 Seconds = typer.Option(min=0.05)
 
@@ -37,6 +37,11 @@ def serve(
     reload_seconds: Annotated[float, typer.Option(min=0, help="Look for changed bundles this often; 0: never.")] = 2.0,
     max_image_mib: Annotated[float, typer.Option(min=0.01, help="Largest body with a picture.")] = 16.0,
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Largest picture.")] = 24.0,
+    engine: Annotated[str, typer.Option(help="local, or ray: replicas on Ray Serve, HTTP only.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, e.g. auto; one of this machine unless given.")
+    ] = None,
+    replicas: Annotated[str, typer.Option(help="Ray replicas of each bundle: a number, or auto.")] = "1",
 ) -> None:
     """Serves bundles: Open Inference Protocol over HTTP and gRPC, and a page to drop a photo on."""
     try:
@@ -54,4 +59,27 @@ def serve(
         body_seconds=body_seconds, run_seconds=run_seconds, reload_seconds=reload_seconds, max_image_mib=max_image_mib,
         max_megapixels=max_megapixels,
     )  # fmt: skip
-    server.run(parse_sources(bundles), settings, lambda line: print(line, flush=True))
+    sources = parse_sources(bundles)
+    if engine == "ray":
+        from dualtoken_deploy.serve import ray
+
+        ray.run(sources, settings, address, _replicas(replicas), _tell)
+    elif engine == "local":
+        if address is not None or replicas != "1":
+            raise UsageError("--address and --replicas are for --engine ray; on one machine give --workers")
+        server.run(sources, settings, _tell)
+    else:
+        raise UsageError(f"unknown engine {engine!r}; valid engines: local, ray")
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _replicas(text: str) -> int | None:
+    """A number of at least 1, or None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"replicas {text!r} is neither a number of at least 1 nor 'auto'")
+    return int(text)
