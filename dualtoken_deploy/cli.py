@@ -80,6 +80,7 @@ def export(
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
     json_output: Json = False,
 ) -> None:
     """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
@@ -94,6 +95,8 @@ def export(
         raise missing_extra("all", "exporting to any target")
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
+    if triton_repository is not None:
+        _check_triton(names)
     results = []
     with _progress() as tell:
         for name in names:
@@ -104,6 +107,8 @@ def export(
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip
+            if triton_repository is not None:
+                _lay_out(results[-1].bundle, triton_repository, force)
     for warning in dict.fromkeys(w for r in results for w in r.warnings):
         _say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
@@ -297,6 +302,21 @@ def _bundles(given: list[Path] | None) -> list[Path]:
     if not found:
         raise UsageError("no bundle was named and there is none under ./bundles; make one with: dualtoken export")
     return list(found)
+
+
+def _check_triton(targets: Sequence[str]) -> None:
+    """Said before the export, not after it."""
+    from dualtoken_deploy.triton import check_target
+
+    for target in targets:
+        check_target(target)
+
+
+def _lay_out(bundle: str, repository: Path, force: bool) -> None:
+    from dualtoken_deploy.bundle import Bundle
+    from dualtoken_deploy.triton import lay_out
+
+    _say(f"for Triton: {lay_out(Bundle.open(bundle), repository, force=force)}")
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

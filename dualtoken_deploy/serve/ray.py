@@ -128,7 +128,7 @@ class Application:
     async def __init__(self, sources: Sequence[Source], settings: Settings, handles: dict[str, Any]) -> None:  # type: ignore[misc]
         metrics = Metrics()
         repository = Repository(sources, settings, metrics)
-        repository.make_engine = lambda bundle, source, settings, metrics: RayEngine(handles[_key(source)])
+        repository.make_engine = lambda bundle, source, settings, metrics: RayEngine(handles[_key(source)])  # noqa: ARG005  # its names are the call's
         await repository.load_all()
         self._handler = Handler(repository, settings, metrics)
 
