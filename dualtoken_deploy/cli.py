@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dualtoken_deploy.errors import DualTokenError, MissingError, UsageError, missing_extra
+from dualtoken_deploy.serve.cli import serve
 
 app = typer.Typer(
     name="dualtoken",
@@ -102,6 +103,7 @@ def export(
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
     json_output: Json = False,
 ) -> None:
     """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
@@ -120,6 +122,8 @@ def export(
     if calibration is not None:
         settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
         int8 = pipeline.Int8Options(*settings)
+    if triton_repository is not None:
+        _check_triton(names)
     results = []
     with _progress() as tell:
         for name in names:
@@ -132,6 +136,8 @@ def export(
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip
+            if triton_repository is not None:
+                _lay_out(results[-1].bundle, triton_repository, force)
     for warning in dict.fromkeys(w for r in results for w in r.warnings):
         _say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
@@ -353,6 +359,9 @@ def visualize(
     _say(f"drawn: {output}")
 
 
+app.command()(serve)
+
+
 class _Stop:
     """Remembers that a signal asked us to stop: a converter may wrap the KeyboardInterrupt in an error of its own."""
 
@@ -467,6 +476,21 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         parts = [_number(part) for part in text.split(",")]
         settings[name] = parts[0] if len(parts) == 1 else tuple(parts)
     return settings
+
+
+def _check_triton(targets: Sequence[str]) -> None:
+    """Said before the export, not after it."""
+    from dualtoken_deploy.triton import check_target
+
+    for target in targets:
+        check_target(target)
+
+
+def _lay_out(bundle: str, repository: Path, force: bool) -> None:
+    from dualtoken_deploy.bundle import Bundle
+    from dualtoken_deploy.triton import lay_out
+
+    _say(f"for Triton: {lay_out(Bundle.open(bundle), repository, force=force)}")
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
