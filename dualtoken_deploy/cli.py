@@ -77,7 +77,9 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
-    image_size: Annotated[str, typer.Option(help="Side or HxW, each at least 64.")] = "224",
+    image_size: Annotated[
+        str, typer.Option(help="Side or HxW, each at least 64, or `dynamic` (ONNX Runtime, OpenVINO).")
+    ] = "224",
     batch: Annotated[str, typer.Option(help="Batch size, or `dynamic`.")] = "1",
     input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's own choice unless given.")] = None,

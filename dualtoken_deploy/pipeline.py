@@ -27,11 +27,12 @@ from dualtoken_deploy.models.registry import (
     options_of,
     parse_image_size,
     random_model,
+    takes_any_size,
     weights_sha256,
 )
 from dualtoken_deploy.runtimes import RunnerOptions, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
-from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
+from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, Target, check_precision, get_target
 from dualtoken_deploy.validate import measure, run_batches
 
@@ -42,6 +43,7 @@ TIE_MARGIN = 1e-6
 
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
+NOMINAL_SIZE = 224  # at which a bundle of any size is checked and timed
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "numpy", "pillow", "dualtoken-deploy")
 
 
@@ -82,8 +84,9 @@ def export(
 ) -> ExportResult:
     """Exports one variant to one target, checks the saved files against eager, and only then names the bundle.
 
-    `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights` None: random ones from `seed`. `options`: as create_model takes them.
+    `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it. `input_kind`: "image" (uint8 NHWC
+    RGB, normalised in the graph) or "tensor" (normalised float32 NCHW). `weights` None: random ones from `seed`.
+    `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then.
     """
@@ -92,7 +95,13 @@ def export(
     row = get_target(target)
     check_precision(row, precision)
     check_can_export(row)
-    contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
+    any_size = image_size == DYNAMIC
+    if any_size and not row.any_size:
+        offered = ", ".join(name for name, target in TARGETS.items() if target.any_size)
+        raise UsageError(f"{row.name} takes no dynamic image size; targets that do: {offered}")
+    contract = make_contract(
+        input_kind, parse_image_size(NOMINAL_SIZE if any_size else image_size), parse_batch(batch), any_size
+    )
     if labels is not None and "num_classes" not in options:
         options["num_classes"] = len(read_labels(Path(labels)))
     # what is wrong with names and values is said before anything is built or written
@@ -100,6 +109,8 @@ def export(
         config = make_config(variant, image_size=contract.size, **options)
     except TypeError as error:  # text where a number belongs
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
+    if any_size and not takes_any_size(config):
+        raise UsageError(f"{variant} with window attention takes no dynamic image size; give --image-size HxW")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
     names = _labels(labels, config.num_classes)
@@ -134,13 +145,14 @@ def check_can_export(row: Target) -> None:
         raise missing_extra(row.extra, f"exporting to {row.name}")
 
 
-def make_contract(kind: str, size: tuple[int, int], batch: int | None) -> InputContract:
-    """The input contract of a kind from INPUT_KINDS; `batch` None is dynamic."""
+def make_contract(kind: str, size: tuple[int, int], batch: int | None, any_size: bool = False) -> InputContract:
+    """The input contract of a kind from INPUT_KINDS; `batch` None is dynamic, and so are the sides with `any_size`."""
     first = "batch" if batch is None else batch
+    sides: tuple[Dim, Dim] = ("height", "width") if any_size else size
     if kind == "image":
-        return InputContract(TensorSpec("image", "uint8", "NHWC", (first, *size, 3)), kind, size)
+        return InputContract(TensorSpec("image", "uint8", "NHWC", (first, *sides, 3)), kind, size)
     if kind == "tensor":
-        return InputContract(TensorSpec("input", "float32", "NCHW", (first, 3, *size)), kind, size)
+        return InputContract(TensorSpec("input", "float32", "NCHW", (first, 3, *sides)), kind, size)
     raise UsageError(f"unknown input {kind!r}; valid inputs: {', '.join(INPUT_KINDS)}")
 
 

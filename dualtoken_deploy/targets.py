@@ -30,6 +30,7 @@ class Target:
     modules: tuple[str, ...]
     tolerances: Mapping[str, Tolerance]  # by precision; the keys are the precisions on offer
     aliases: tuple[str, ...] = ()
+    any_size: bool = False  # offers --image-size dynamic
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -58,6 +59,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 modules=("onnxruntime",),
                 tolerances=_TOLERANCES,
                 aliases=("onnx",),
+                any_size=True,
             ),
             Target(
                 name="openvino",
@@ -67,6 +69,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 source="onnx",
                 modules=("openvino",),
                 tolerances=_TOLERANCES,
+                any_size=True,
             ),
         )
     }

@@ -114,6 +114,18 @@ class MatrixResize(nn.Module):
         return self.matrix @ x_ga
 
 
+class AnyResize(nn.Module):
+    """TokenResize for every grid: always interpolates, which at G's own grid changes nothing."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x_ga: Tensor, grid: Grid) -> Tensor:
+        target = (self.side, self.side)
+        return to_tokens(F.interpolate(to_map(x_ga, grid), target, mode="bilinear", align_corners=False))
+
+
 class NoResize(nn.Module):
     """TokenResize where the grid is that of G already."""
 
