@@ -49,7 +49,7 @@ HEADS: Mapping[str, Head] = MappingProxyType(
 def create_dense_model(
     head: str, variant: str | None = None, classes: int | None = None, seed: int = registry.DEFAULT_SEED, **options: Any
 ) -> nn.Module:
-    """A dense model in evaluation mode, freshly initialised from `seed`; variant and classes are the paper's by default.
+    """A dense model in evaluation mode, freshly initialised from `seed`; variant and classes default to the paper's.
 
     `options` are the classifier's. Raises UsageError on an unknown name or option.
     """

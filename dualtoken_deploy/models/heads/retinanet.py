@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualtoken_deploy.boxes import make_anchors
+from dualtoken_deploy.detection import RATIOS, SCALES
 from dualtoken_deploy.models.heads.neck import Backbone, FeaturePyramid
 
-STRIDES = (8, 16, 32, 64, 128)
-SCALES = tuple(4 * 2 ** (i / 3) for i in range(3))  # three a octave, the smallest four strides wide (section 4)
-RATIOS = (0.5, 1.0, 2.0)
 PRIOR = 0.01  # probability that an untrained head gives to every class (section 4.1)
 
 
@@ -34,7 +29,10 @@ class Tower(nn.Module):
 
 
 class RetinaNet(nn.Module):
-    """Normalised image (B, 3, H, W) -> class logits (B, A, classes) and box offsets (B, A, 4), for A `anchors`."""
+    """Normalised image (B, 3, H, W) -> class logits (B, A, classes) and box offsets (B, A, 4).
+
+    A are the anchors of `detection.anchors`, in their order.
+    """
 
     def __init__(self, backbone: Backbone, channels: tuple[int, int, int], classes: int, width: int = 256) -> None:
         super().__init__()
@@ -56,12 +54,3 @@ class RetinaNet(nn.Module):
 def _by_anchor(x: Tensor, values: int) -> Tensor:
     """(B, A * values, h, w) -> (B, h * w * A, values)."""
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, values)
-
-
-def anchors(image_size: tuple[int, int]) -> NDArray[np.float64]:
-    """Anchors (A, 4) of an image of (H, W) in the order of RetinaNet's outputs: level by level, the finest first."""
-    height, width = (side + -side % 32 for side in image_size)
-    grids = [(height // s, width // s) for s in (8, 16, 32)]
-    for _ in range(2):  # a 3x3 stride-2 convolution with padding 1 rounds up
-        grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))
-    return np.concatenate([make_anchors(g, s, SCALES, RATIOS) for g, s in zip(grids, STRIDES, strict=True)])
