@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +17,8 @@ from dualtoken_deploy import numerics
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError
-from dualtoken_deploy.export.base import Request, Tell
+from dualtoken_deploy.export.base import Request, Tell, quiet
+from dualtoken_deploy.export.naming import name_after_modules
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.registry import MIN_IMAGE_SIZE
 
@@ -70,6 +67,7 @@ def export_onnx(model: ImageModel, request: Request, rules: Iterable[str], opset
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
+    name_after_modules(exported, wrapped=module is not form.module)
     tell("simplifying")
     simplified = simplify(exported, request)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
@@ -107,7 +105,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         "optimize": True,
     }
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(module, (example,), **arguments)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConversionError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
@@ -122,7 +120,7 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     import onnxsim
 
     try:
-        with _quiet():
+        with quiet():
             simplified, ok = onnxsim.simplify(model, skipped_optimizers=SKIPPED_OPTIMIZERS)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise ConversionError(f"onnxsim cannot simplify the model: {_first_line(error)}") from error
@@ -141,7 +139,7 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
-        with _quiet():
+        with quiet():
             converted: onnx.ModelProto = convert_float_to_float16(
                 model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
             )
@@ -189,19 +187,6 @@ def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
     values = np.random.default_rng(0).random(spec.concrete(batch=2, side=160))
     feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
     return np.concatenate([np.ravel(output) for output in run_all(model, {spec.name: feed})])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _first_line(error: Exception) -> str:

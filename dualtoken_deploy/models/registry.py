@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dualtoken_deploy.bundle import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
@@ -19,6 +18,7 @@ from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
+from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
 DEFAULT_SEED = 0
@@ -173,10 +173,10 @@ def create_model(
 ) -> ImageModel:
     """A variant's model in evaluation mode, float32, on the CPU.
 
-    `weights`: a safetensors file, or a torch checkpoint (read with weights_only=True; a dict under "model" or
-    "state_dict" is looked into); None initialises at random from `seed`. `replace_head`: take weights of another
-    class count and leave the last layer as initialised. `options`: those of the variant's family; DualToken-ViT has
-    global_tokens, token_method, downsampling, local_attention, token_mlp, alpha, drop_path.
+    `weights`: a word of BUILT_IN_WEIGHTS, a safetensors file, or a torch checkpoint (read with weights_only=True; a
+    dict under "model" or "state_dict" is looked into); None initialises at random from `seed`. `replace_head`: take
+    weights of another class count and leave the last layer as initialised. `options`: those of the variant's family;
+    DualToken-ViT has global_tokens, token_method, downsampling, local_attention, token_mlp, alpha, drop_path.
     Raises UsageError on names and values, WeightsError on the file.
     """
     config = make_config(variant, num_classes=num_classes, image_size=image_size, **options)
@@ -184,7 +184,7 @@ def create_model(
         torch.manual_seed(seed)
         model = build(config)
     if weights is not None:
-        load_weights(model, Path(weights), replace_head, variant)
+        load_weights(model, weights_path(weights), replace_head, variant)
     return model.eval()
 
 
@@ -212,45 +212,6 @@ def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> Imag
             elif tensor.ndim == 1 or name.endswith("position_bias"):
                 tensor.copy_(0.1 * noise)
     return model
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a torch checkpoint. Never runs code from the file; else WeightsError."""
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_checkpoint(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors, and loading it could run code; save model.state_dict() instead"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a whole torch checkpoint ({first}); copy or save it again") from error
-    for key in ("model", "state_dict"):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
-    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
-        raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
-    return {str(k): v for k, v in data.items()}
 
 
 def load_weights(model: ImageModel, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
@@ -302,8 +263,7 @@ def rebuild(manifest: Manifest) -> ImageModel:
     if weights["source"] == "random":
         model = random_model(manifest.variant, weights["seed"], **manifest.options)
     else:
-        path = Path(weights["source"])
-        model = create_model(manifest.variant, weights=path, **manifest.options)
+        model = create_model(manifest.variant, weights=weights["source"], **manifest.options)
     if weights_sha256(model) != weights["sha256"]:
         raise WeightsError(
             f"the eager weights of {manifest.variant} from {weights['source']!r} are not those that the bundle was "
