@@ -83,7 +83,8 @@ def export(
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[
-        str | None, typer.Option(help="Side or HxW, each at least 64; that of trained weights, or 224.")
+        str | None,
+        typer.Option(help="Side or HxW, or `dynamic` (ONNX Runtime, OpenVINO); that of trained weights, or 224."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or `dynamic`.")] = "1",
     input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",

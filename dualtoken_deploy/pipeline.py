@@ -28,6 +28,7 @@ from dualtoken_deploy.models.registry import (
     options_of,
     parse_image_size,
     random_model,
+    takes_any_size,
     weights_sha256,
 )
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
@@ -36,7 +37,7 @@ from dualtoken_deploy.quantize.backends import BACKENDS
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
-from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
+from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, Target, check_precision, get_target
 from dualtoken_deploy.validate import measure, run_batches
 
@@ -47,6 +48,7 @@ TIE_MARGIN = 1e-6
 
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
+NOMINAL_SIZE = 224  # at which a bundle of any size is checked and timed
 LIBRARIES = (
     *("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "coremltools", "coreai-core"),
     *("coreai-torch", "numpy", "pillow", "dualtoken-deploy"),
@@ -101,12 +103,11 @@ def export(
 ) -> ExportResult:
     """Exports one variant to one target, checks the saved files against eager, and only then names the bundle.
 
-    `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights` None: random ones from `seed`. `image_size` None: that of
-    the weights, where they say it, or 224. `device`: for a target that compiles natively,
-    what to compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so.
-    `deployment_target` (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as
-    create_model takes them.
+    `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it; None: that of the weights, where
+    they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor" (normalised
+    float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively, what to
+    compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so. `deployment_target`
+    (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
     is here; elsewhere the result's `state` is "prepared".
@@ -122,7 +123,15 @@ def export(
     info = None if weights is None else describe_weights(weights)
     if image_size is None:
         image_size = 224 if info is None else info.image_size
-    contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
+    any_size = image_size == DYNAMIC
+    if any_size and not row.any_size:
+        offered = ", ".join(name for name, target in TARGETS.items() if target.any_size)
+        raise UsageError(f"{row.name} takes no dynamic image size; targets that do: {offered}")
+    if any_size and precision == "int8":
+        raise UsageError("int8 is calibrated at one image size; give --image-size HxW, or fp32 or fp16 with dynamic")
+    contract = make_contract(
+        input_kind, parse_image_size(NOMINAL_SIZE if any_size else image_size), parse_batch(batch), any_size
+    )
     if info is not None and info.variant != variant:
         raise WeightsError(
             f"{weights} are weights of variant {info.variant}, not of {variant}; give --variant {info.variant}"
@@ -136,6 +145,8 @@ def export(
         config = make_config(variant, image_size=contract.size, **options)
     except TypeError as error:  # text where a number belongs
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
+    if any_size and not takes_any_size(config):
+        raise UsageError(f"{variant} with window attention takes no dynamic image size; give --image-size HxW")
     if (precision == "int8" and row.name in BACKENDS) != (int8 is not None):
         needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration)"
         raise UsageError(f"{row.name} {precision} {needs}")
@@ -204,13 +215,14 @@ def target_settings(row: Target, **given: str | None) -> dict[str, str]:
     return settings
 
 
-def make_contract(kind: str, size: tuple[int, int], batch: int | None) -> InputContract:
-    """The input contract of a kind from INPUT_KINDS; `batch` None is dynamic."""
+def make_contract(kind: str, size: tuple[int, int], batch: int | None, any_size: bool = False) -> InputContract:
+    """The input contract of a kind from INPUT_KINDS; `batch` None is dynamic, and so are the sides with `any_size`."""
     first = "batch" if batch is None else batch
+    sides: tuple[Dim, Dim] = ("height", "width") if any_size else size
     if kind == "image":
-        return InputContract(TensorSpec("image", "uint8", "NHWC", (first, *size, 3)), kind, size)
+        return InputContract(TensorSpec("image", "uint8", "NHWC", (first, *sides, 3)), kind, size)
     if kind == "tensor":
-        return InputContract(TensorSpec("input", "float32", "NCHW", (first, 3, *size)), kind, size)
+        return InputContract(TensorSpec("input", "float32", "NCHW", (first, 3, *sides)), kind, size)
     raise UsageError(f"unknown input {kind!r}; valid inputs: {', '.join(INPUT_KINDS)}")
 
 

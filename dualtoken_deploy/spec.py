@@ -21,6 +21,10 @@ class TensorSpec:
     layout: str
     shape: tuple[Dim, ...]
 
+    def concrete(self, batch: int = 1, side: int = 224) -> tuple[int, ...]:
+        """The shape with numbers for its names: `batch` for "batch", `side` for every other."""
+        return tuple(d if isinstance(d, int) else batch if d == "batch" else side for d in self.shape)
+
     @staticmethod
     def from_json(data: dict[str, Any]) -> TensorSpec:
         return TensorSpec(data["name"], data["dtype"], data["layout"], tuple(data["shape"]))
@@ -47,6 +51,11 @@ class InputContract:
     def baked(self) -> tuple[str, ...]:
         """Preprocessing steps that the graph itself performs."""
         return ("cast", "scale", "mean", "std", "transpose") if self.kind == "image" else ()
+
+    @property
+    def any_size(self) -> bool:
+        """Whether the graph takes images of any size; `size` is then only what our own preprocessing makes."""
+        return any(isinstance(dim, str) for dim in self.tensor.shape[1:])
 
     @property
     def batch(self) -> int | None:

@@ -36,6 +36,7 @@ class Target:
     modules: tuple[str, ...]
     tolerances: Mapping[str, Tolerance]  # by precision; the keys are the precisions on offer
     aliases: tuple[str, ...] = ()
+    any_size: bool = False  # offers --image-size dynamic
     portable: bool = True
     built_by: str | None = None
     checked_by: str | None = None
@@ -91,6 +92,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 modules=("onnxruntime",),
                 tolerances=_TOLERANCES_INT8,
                 aliases=("onnx",),
+                any_size=True,
             ),
             Target(
                 name="openvino",
@@ -100,6 +102,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 source="onnx",
                 modules=("openvino",),
                 tolerances=_TOLERANCES_INT8,
+                any_size=True,
             ),
             Target(
                 name="tensorrt",

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualtoken_deploy import Bundle, load_runner
+from dualtoken_deploy import Bundle, export, load_runner
 from dualtoken_deploy.deploy import RULES, deploy_form
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.count import count_macs, count_params
 from dualtoken_deploy.models.lightvit import Block, BroadcastAttention
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model
-from dualtoken_deploy.targets import TARGETS
 from dualtoken_deploy.validate import validate
+from tests.conftest import PORTABLE
 from tests.numerics import assert_close
 
 PARITY = 1e-10  # relative, float64; measured 1e-15
@@ -146,7 +146,7 @@ def test_counts_of_rules() -> None:
     assert filled["fold_attention_scale"] == filled["split_bidim"] == 14
 
 
-@pytest.mark.parametrize(("target", "precision"), [*((t, "fp32") for t in TARGETS), ("onnxruntime", "fp16")])
+@pytest.mark.parametrize(("target", "precision"), [*((t, "fp32") for t in PORTABLE), ("onnxruntime", "fp16")])
 def test_bundles_compute_what_eager_computes(small_bundle: Callable[..., Path], target: str, precision: str) -> None:
     bundle = Bundle.open(small_bundle(target, precision, variant="tiny-lightvit", image_size=96))
     (result,) = validate([bundle], "photographs", limit=4)
@@ -165,3 +165,19 @@ def test_a_dynamic_batch_gives_each_image_its_own_logits(small_bundle: Callable[
 def test_options_of_another_family_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"valid options: global_tokens|2, 4, 8, 16, 24, 32"):
         create_model("lightvit-t", **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("tiny-lightvit", {}), ("tiny-dualformer", {}), ("tiny-mix", {"token_method": "normal", "global_tokens": 8})],
+)
+def test_core_mls_layout_is_plain_where_there_is_no_other(
+    variant: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("coremltools", reason="the extra [coreml] is not installed")
+    from dualtoken_deploy.export.coreml import default_layout
+
+    assert default_layout(create_model(variant, **options)) == "plain"
+    assert default_layout(create_model("tiny-mix")) == "ane"
+    with pytest.raises(UsageError, match="use --layout plain"):
+        export(variant, "coreml", image_size=64, layout="ane", output=tmp_path / "b", **options)

@@ -114,6 +114,18 @@ class MatrixResize(nn.Module):
         return self.matrix @ x_ga
 
 
+class AnyResize(nn.Module):
+    """TokenResize for every grid: always interpolates, which at G's own grid changes nothing."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x_ga: Tensor, grid: Grid) -> Tensor:
+        target = (self.side, self.side)
+        return to_tokens(F.interpolate(to_map(x_ga, grid), target, mode="bilinear", align_corners=False))
+
+
 class NoResize(nn.Module):
     """TokenResize where the grid is that of G already."""
 
@@ -180,9 +192,9 @@ class OneHotPartition(nn.Module):
         d = x.shape[3]
         one_hot = self.one_hot(x)  # (B, heads, N, K)
         weight = torch.sigmoid(x)
-        both = torch.cat((weight, value, torch.ones_like(x[..., :1])), dim=-1)
-        sums = one_hot.transpose(2, 3) @ both  # (B, heads, K, 2d + 1)
-        weights, values, count = sums[..., :d], sums[..., d : 2 * d], sums[..., 2 * d :]
+        sums = one_hot.transpose(2, 3) @ torch.cat((weight, value), dim=-1)  # (B, heads, K, 2d)
+        weights, values = sums[..., :d], sums[..., d:]
+        count = one_hot.sum(2).unsqueeze(-1)  # (B, heads, K, 1)
         empty = (count < 0.5).to(x.dtype)  # no clamp: the float16 converter breaks on its constants
         descriptor = values / (count + empty)  # eq. 8
         m = self.importance(descriptor) * (1 - empty)
@@ -195,8 +207,8 @@ class OneHotPartition(nn.Module):
     def one_hot(self, x: Tensor) -> Tensor:
         """(B, heads, N, d) -> (B, heads, N, K): the outer product of (not b, b) over the sides b of the hyperplanes."""
         sides = (x @ self.planes >= 0).to(x.dtype)  # (B, heads, N, hyperplanes), 0 or 1
-        out = torch.ones_like(sides[..., :1])
-        for i in range(sides.shape[3]):  # the later hyperplane is the higher bit: it becomes the slower index
+        out = torch.cat((1 - sides[..., :1], sides[..., :1]), dim=-1)
+        for i in range(1, sides.shape[3]):  # the later hyperplane is the higher bit: it becomes the slower index
             side = sides[..., i : i + 1]
             out = torch.cat((out * (1 - side), out * side), dim=-1)
         return out

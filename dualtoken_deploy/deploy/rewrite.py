@@ -45,16 +45,16 @@ from dualtoken_deploy.models.layers import (
 )
 from dualtoken_deploy.models.lightvit import BroadcastAttention
 
-Size = tuple[int, int]  # (H, W) of the image
+Size = tuple[int, int]  # (H, W) of the image or of a map
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`apply(model, image size)` rewrites the model and returns how many places it changed."""
+    """`apply(model, image size)` rewrites the model and returns how many places it changed; size None: any size."""
 
     name: str
-    apply: Callable[[ImageModel, Size], int]
+    apply: Callable[[ImageModel, Size | None], int]
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,12 @@ class DeployForm:
     rules: Mapping[str, int]
 
 
-def deploy_form(model: ImageModel, rules: Iterable[str] | None = None, image_size: Size | None = None) -> DeployForm:
+def deploy_form(
+    model: ImageModel, rules: Iterable[str] | None = None, image_size: Size | None = None, any_size: bool = False
+) -> DeployForm:
     """Rewrites a copy of the model for one image size (the model's own unless given); the model is left as it is.
+
+    `any_size`: for all sizes instead, without what only holds at one.
 
     `rules`: names from RULES, applied in the order of that table whatever the order given; None: DEFAULT_RULES.
     Folding is done in float64, the result has the model's dtype. Raises UsageError on an unknown rule.
@@ -76,7 +80,7 @@ def deploy_form(model: ImageModel, rules: Iterable[str] | None = None, image_siz
         raise UsageError(f"unknown deploy rules {', '.join(sorted(unknown))}; valid rules: {', '.join(RULES)}")
     dtype = next(model.parameters()).dtype
     working = copy.deepcopy(model).eval().requires_grad_(False).double()
-    size = image_size or model.config.image_size
+    size = None if any_size else image_size or model.config.image_size
     with torch.no_grad():
         counts = {name: rule.apply(working, size) for name, rule in RULES.items() if name in wanted}
     return DeployForm(working.to(dtype), MappingProxyType(counts))
@@ -116,7 +120,7 @@ def _scale_rows(layer: nn.Linear, start: int, stop: int, gain: Tensor | float) -
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def fold_batch_norm(model: ImageModel, size: Size) -> int:
+def fold_batch_norm(model: ImageModel, size: Size | None) -> int:
     """BN(W * x) = (r W) * x + (beta - r mean), r = gamma / sqrt(var + eps): the stem's four normalisations go."""
     for block in _modules(model, ConvNormAct):
         conv, norm = block.conv, block.norm
@@ -129,7 +133,7 @@ def fold_batch_norm(model: ImageModel, size: Size) -> int:
     return len(_modules(model, ConvNormAct))
 
 
-def fold_layer_scale(model: ImageModel, size: Size) -> int:
+def fold_layer_scale(model: ImageModel, size: Size | None) -> int:
     """gamma (W h + b) = (diag(gamma) W) h + gamma b: layer scale goes into the Conv Encoder's last linear layer."""
     for encoder in _modules(model, ConvEncoder):
         _scale_rows(encoder.pw2, 0, encoder.pw2.out_features, encoder.scale.gamma)
@@ -137,7 +141,7 @@ def fold_layer_scale(model: ImageModel, size: Size) -> int:
     return len(_modules(model, ConvEncoder))
 
 
-def fold_attention_scale(model: ImageModel, size: Size) -> int:
+def fold_attention_scale(model: ImageModel, size: Size | None) -> int:
     """(s q) . k with q = W x + b: s = 1/sqrt(d) goes into the rows of W and b that give q."""
     queries: dict[type, tuple[str, ...]] = {  # the linear layers whose first rows give q
         GlobalAggregation: ("qkv",),
@@ -155,7 +159,7 @@ def fold_attention_scale(model: ImageModel, size: Size) -> int:
     return len(attentions)
 
 
-def fold_fusion(model: ImageModel, size: Size) -> int:
+def fold_fusion(model: ImageModel, size: Size | None) -> int:
     """alpha MLP(G) + (1 - alpha) R A v: alpha goes into the MLP's last linear layer, 1 - alpha into v = W x + b.
 
     Attention weights A and interpolation R are linear in v, so the factor passes through both.
@@ -172,7 +176,7 @@ def fold_fusion(model: ImageModel, size: Size) -> int:
     return len(modules)
 
 
-def fold_norm_affine(model: ImageModel, size: Size) -> int:
+def fold_norm_affine(model: ImageModel, size: Size | None) -> int:
     """W (gamma z + beta) + b = (W diag(gamma)) z + (W beta + b): LayerNorm's gain and shift go into what reads it.
 
     Average pooling and the mean over tokens commute with both. A zero-padded convolution or window does not: its
@@ -218,17 +222,18 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _on_grids(model: ImageModel, size: Size, kind: type[M]) -> list[tuple[M, Size]]:
+def _on_grids(model: ImageModel, size: Size | None, kind: type[M]) -> list[tuple[M, Size | None]]:
     """Every module of that very type with the (rows, columns) of its stage's map."""
+    grids = [None] * len(model.strides) if size is None else model.grids(size)
     return [
         (module, grid)
-        for stage, grid in enumerate(model.grids(size), 1)
+        for stage, grid in enumerate(grids, 1)
         for module in _modules(model.get_submodule(f"stage{stage}"), kind)
     ]
 
 
-def _fills(grid: Size, window: int) -> bool:
-    return grid[0] % window == 0 and grid[1] % window == 0
+def _fills(grid: Size | None, window: int) -> bool:
+    return grid is not None and grid[0] % window == 0 and grid[1] % window == 0
 
 
 def _move_affine(owner: nn.Module, name: str, layers: list[tuple[nn.Module, str]]) -> None:
@@ -243,7 +248,7 @@ def _move_affine(owner: nn.Module, name: str, layers: list[tuple[nn.Module, str]
     owner.set_submodule(name, plain)
 
 
-def split_bidim(model: ImageModel, size: Size) -> int:
+def split_bidim(model: ImageModel, size: Size | None) -> int:
     """W [local; global] + b = W_l local + (W_g global + b): the concatenation goes, the second term broadcasts."""
 
     def make(module: nn.Module) -> nn.Module | None:
@@ -258,7 +263,7 @@ def split_bidim(model: ImageModel, size: Size) -> int:
     return _replace(model, BiDimAttention, make)
 
 
-def reshape_merge(model: ImageModel, size: Size) -> int:
+def reshape_merge(model: ImageModel, size: Size | None) -> int:
     """reduce(norm(P z)) with P a permutation of the patches: the weights' columns (and the norm's affine) in P's order.
 
     Row-major patches are one reshape and transpose of the map; LayerNorm's statistics do not depend on the order.
@@ -276,7 +281,7 @@ def reshape_merge(model: ImageModel, size: Size) -> int:
     return _replace(model, PatchMerge, make)
 
 
-def constant_tokens(model: ImageModel, size: Size) -> int:
+def constant_tokens(model: ImageModel, size: Size | None) -> int:
     """In the first block G is the learned parameter, so MLP(G) is a constant, or the query q(MLP(G)), or q(LN(G))."""
     g: Any = getattr(model, "global_tokens", None)
     if g is None:
@@ -293,21 +298,26 @@ def constant_tokens(model: ImageModel, size: Size) -> int:
     return 1
 
 
-def constant_resize(model: ImageModel, size: Size) -> int:
-    """interpolate(X_ga) = R X_ga with a constant R at a fixed size; where the grid is G's own, R = I and goes."""
-    grid = model.grids(size)[-1]  # every stage pools to that of the last
+def constant_resize(model: ImageModel, size: Size | None) -> int:
+    """interpolate(X_ga) = R X_ga with a constant R at a fixed size; where the grid is G's own, R = I and goes.
+
+    For any size it stays an interpolation, without the question whether the grid is G's own.
+    """
+    grid = None if size is None else model.grids(size)[-1]  # every stage pools to that of the last
 
     def make(module: nn.Module) -> nn.Module | None:
         assert isinstance(module, TokenResize)  # noqa: S101
         target = (module.side, module.side)
         if module.side == 0 or grid == target:
             return forms.NoResize()
+        if grid is None:
+            return forms.AnyResize(module.side)
         return forms.MatrixResize(algebra.resize_matrix(grid, target))
 
     return _replace(model, TokenResize, make)
 
 
-def join_queries(model: ImageModel, size: Size) -> int:
+def join_queries(model: ImageModel, size: Size | None) -> int:
     """[W_qkv; W_q] x: stage 3 does not downsample, so its two attentions read the same tokens; one product for both."""
 
     def make(module: nn.Module) -> nn.Module | None:
@@ -326,7 +336,7 @@ def join_queries(model: ImageModel, size: Size) -> int:
     return _replace(model, PositionAwareTokenModule, make)
 
 
-def fold_projection(model: ImageModel, size: Size) -> int:
+def fold_projection(model: ImageModel, size: Size | None) -> int:
     """sum_h P_h (A_h v_h) = sum_h A_h (P_h v_h): the broadcast's output projection goes into its values.
 
     Shorter where heads * tokens < tokens + C (stage 1), longer elsewhere; a broadcast that `join_queries` took stays.
@@ -344,7 +354,7 @@ def fold_projection(model: ImageModel, size: Size) -> int:
     return _replace(model, GlobalBroadcast, make)
 
 
-def one_hot_partitions(model: ImageModel, size: Size) -> int:
+def one_hot_partitions(model: ImageModel, size: Size | None) -> int:
     """sum over group k of x_i = (O^T x)_k, and what belongs to token i's group = (O y)_i, with one-hot rows O (N, K).
 
     Two matrix products for DualFormer's scattered sums and look-ups: nothing depends on the data in its shape.

@@ -21,6 +21,7 @@ from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier,
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
 from dualtoken_deploy.targets import DEPLOYMENT_TARGETS
@@ -35,7 +36,11 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
     ct = coremltools("exporting to Core ML")
     deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
-    layout = request.settings.get("layout", DEFAULT_LAYOUT)
+    layout = request.settings.get("layout") or default_layout(model)
+    if layout == DEFAULT_LAYOUT != default_layout(model):
+        raise UsageError(
+            f"layout {layout} exists for DualToken-ViT with position-aware tokens alone; use --layout plain"
+        )
     check_request(request, deployment, layout)
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
@@ -49,6 +54,12 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
     return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)})
+
+
+def default_layout(model: ImageModel) -> str:
+    """The Neural Engine's layout where there is one for the model, else plain."""
+    own = isinstance(model, DualTokenViT) and model.config.token_method == "position-aware"
+    return DEFAULT_LAYOUT if own else "plain"
 
 
 def check_request(request: Request, deployment: str, layout: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.export.base import Request, Tell, quiet
 from dualtoken_deploy.export.naming import name_after_modules
 from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.registry import MIN_IMAGE_SIZE
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
@@ -32,6 +34,15 @@ SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_in
 
 # Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
 FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
+
+
+_DIMS: Mapping[str, Any] = MappingProxyType(
+    {
+        "batch": torch.export.Dim("batch", min=1, max=1024),
+        "height": torch.export.Dim("height", min=MIN_IMAGE_SIZE, max=4096),
+        "width": torch.export.Dim("width", min=MIN_IMAGE_SIZE, max=4096),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ def export_onnx(model: ImageModel, request: Request, rules: Iterable[str], opset
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not offered; choose one of {OPSETS.start} to {OPSETS.stop - 1}")
     tell("rewriting to the deploy form")
-    form = deploy_form(model, rules, request.contract.size)
+    form = deploy_form(model, rules, request.contract.size, any_size=request.contract.any_size)
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
@@ -78,13 +89,12 @@ def with_input(module: nn.Module, request: Request) -> nn.Module:
 
 
 def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
-    """ONNX through torch.export. A dynamic batch becomes a named dimension; every other size is fixed."""
+    """ONNX through torch.export. Dimensions with a name stay dynamic; the others are fixed."""
     spec = request.contract.tensor
-    fixed = request.contract.batch
-    # two, because torch.export takes a batch of one for a constant
-    shape = [2 if fixed is None and axis == 0 else int(size) for axis, size in enumerate(spec.shape)]
-    example = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},) if fixed is None else None
+    # two and 96, because torch.export takes a batch of one for a constant, and as well what a size happens to equal
+    example = torch.zeros(spec.concrete(batch=2, side=96), dtype=getattr(torch, spec.dtype))
+    named = {axis: _DIMS[name] for axis, name in enumerate(spec.shape) if isinstance(name, str)}
+    dynamic = (named,) if named else None
     arguments: dict[str, Any] = {
         "dynamo": True,
         "opset_version": opset,
@@ -160,18 +170,23 @@ def _finish(model: onnx.ModelProto, request: Request) -> None:
         raise ConversionError(f"the exported ONNX does not check: {_first_line(error)}") from error
 
 
-def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
+def run_all(model: onnx.ModelProto, feeds: Mapping[str, numerics.Array]) -> list[numerics.Array]:
+    """Every output of the graph in its order, by ONNX Runtime on the CPU."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    outputs: list[numerics.Array] = session.run(None, dict(feeds))
+    return outputs
+
+
+def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
+    """All outputs for a fixed random input, in one row."""
     spec = request.contract.tensor
-    shape = [size if isinstance(size, int) else 2 for size in spec.shape]
-    values = np.random.default_rng(0).random(shape)
+    values = np.random.default_rng(0).random(spec.concrete(batch=2, side=160))
     feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
-    logits: numerics.Array = session.run(None, {spec.name: feed})[0]
-    return logits
+    return np.concatenate([np.ravel(output) for output in run_all(model, {spec.name: feed})])
 
 
 def _first_line(error: Exception) -> str:

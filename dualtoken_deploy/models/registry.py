@@ -152,6 +152,11 @@ def make_config(variant: str, **options: Any) -> ModelConfig:
     return config
 
 
+def takes_any_size(config: ModelConfig) -> bool:
+    """Whether one graph can serve every image size: windows cannot be cut out of a map whose sides are symbols."""
+    return not isinstance(config, LightViTConfig) and getattr(config, "local_attention", "") != "window"
+
+
 def build(config: ModelConfig) -> ImageModel:
     """The model of a configuration, freshly initialised."""
     return family_of(config).model(config)

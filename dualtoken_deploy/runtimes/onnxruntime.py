@@ -63,7 +63,7 @@ class OnnxRuntimeRunner:
         """Kinds from the optimised model that the session writes, dtypes from one profiled run of zeros."""
         import numpy as np
 
-        feed = {s.name: np.zeros([d if isinstance(d, int) else 1 for d in s.shape], s.dtype) for s in self._inputs}
+        feed = {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs}
         with tempfile.TemporaryDirectory() as folder:
             session = _session(self._path, self._provider, self._options, profile=Path(folder) / "run")
             session.run(None, feed)

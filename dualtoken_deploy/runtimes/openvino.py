@@ -75,8 +75,7 @@ class OpenVinoRunner:
         import numpy as np
 
         request = _compile(self._path, self._options, profile=True).create_infer_request()
-        shapes = ([d if isinstance(d, int) else 1 for d in s.shape] for s in self._inputs)
-        request.infer({s.name: np.zeros(shape, s.dtype) for s, shape in zip(self._inputs, shapes, strict=True)})
+        request.infer({s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs})
         operators: Counter[str] = Counter()
         dtypes: dict[str, Counter[str]] = {}
         nodes: dict[str, str] = {}
