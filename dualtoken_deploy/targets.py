@@ -58,8 +58,8 @@ EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
 _TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolerance(sqnr_db=45.0)})
-# bf16 keeps 8 bits of a number, each rounding at -53 dB or so of it: 30 dB over a whole network.
-_TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": Tolerance(sqnr_db=22.0)})
+# bf16 keeps 8 bits of a number; measured 46 dB on S, 19 dB less than fp16 with its 11, as three bits should be.
+_TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": Tolerance(sqnr_db=30.0)})
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {

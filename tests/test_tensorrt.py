@@ -214,6 +214,18 @@ def test_a_prepared_bundle_does_not_run(
     assert ("tensorrt is not installed" if command == ["build"] else "prepared, not built") in capsys.readouterr().err
 
 
+def test_without_names_prepared_bundles_are_left_out_and_named(
+    small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "later").symlink_to(small_bundle("tensorrt", "fp16"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["validate"])
+    assert caught.value.code == 2
+    assert "note: bundles/later is prepared, not built, and left out" in capsys.readouterr().err
+
+
 # --- build and run, on the fake device ---
 
 
