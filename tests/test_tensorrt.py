@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,28 @@ import onnxruntime
 import pytest
 
 from dualtoken_deploy import Bundle, load_runner, predict, validate
-from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches
+from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches, why_no_build
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
+from dualtoken_deploy.export import Artifact, Request
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.nvidia.engine import Host, doubts, obstacles
 from dualtoken_deploy.nvidia.inspector import read_layers
 from dualtoken_deploy.runtimes import Runner, RunnerOptions
 from dualtoken_deploy.runtimes.eager import load as load_eager
+from dualtoken_deploy.targets import Target
 from tests.conftest import SMALL
 from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
 from tests.tensorrt_api import VERSIONS
 
 MakeBundle = Callable[..., Path]
+
+no_device = why_no_build()
+on_the_device = pytest.mark.skipif(no_device is not None, reason=f"no engine can be built here: {no_device}")
+without_tensorrt = pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 DATA = Path(__file__).parent / "data"
 
 # Measured 126 dB (fp32) and 64 dB (fp16) on the small model; the gates of the target are 100 and 45.
@@ -103,6 +110,15 @@ def test_the_parser_takes_every_operator_type_and_attribute(small_bundle: MakeBu
             assert node.input[1] in constants
         if node.op_type == "Gelu":
             assert attributes.get("approximate", b"none") == b"none"
+
+
+def test_the_documented_table_has_every_operator(small_bundle: MakeBundle) -> None:
+    text = (DATA.parent.parent / "docs" / "tensorrt.md").read_text()
+    table = text[text.index("| operator | types in our graphs") :].split("\n\n")[0]
+    documented = {name.strip() for row in table.splitlines()[2:] for name in row.split("|")[1].split(",")}
+    listed = json.loads((DATA / "onnx_tensorrt_operators.json").read_text())["operators"]
+    used = {n.op_type for options in GRAPHS for n in graph_of(small_bundle("tensorrt", **options)).graph.node}
+    assert used <= documented <= set(listed)
 
 
 @pytest.mark.parametrize("options", GRAPHS, ids=str)
@@ -186,9 +202,17 @@ def test_a_quantized_source_keeps_its_pairs(small_bundle: MakeBundle, tmp_path: 
     assert_close(run[1], run[0], sqnr_db=20)
 
 
+@without_tensorrt
 def test_export_without_a_device_says_what_is_left_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = small_bundle("tensorrt", "fp16")
+
+    def copy(row: Target, model: Any, request: Request, folder: Path, tell: Any) -> Artifact:
+        shutil.copy(made / "model.onnx", folder)  # spares the tracing; checking it and what follows are the real ones
+        return Artifact((), {})
+
+    monkeypatch.setattr("dualtoken_deploy.pipeline.run_exporter", copy)
     folder = tmp_path / "b"
     arguments = ["export", "--variant", SMALL["variant"], "--target", "tensorrt", "--precision", "fp16"]
     more = ["--image-size", "64", "--classes", "10", "--output", str(folder), "--json"]
@@ -204,6 +228,7 @@ def test_export_without_a_device_says_what_is_left_to_do(
     assert Bundle.open(folder).manifest.state == "prepared"
 
 
+@without_tensorrt
 @pytest.mark.parametrize("command", [["build"], ["inspect"], ["validate"]])
 def test_a_prepared_bundle_does_not_run(
     command: list[str], small_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
@@ -224,6 +249,21 @@ def test_without_names_prepared_bundles_are_left_out_and_named(
         main(["validate"])
     assert caught.value.code == 2
     assert "note: bundles/later is prepared, not built, and left out" in capsys.readouterr().err
+
+
+# --- build and run, on the device itself ---
+
+
+@on_the_device
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_real_engine(small_bundle: MakeBundle, precision: str) -> None:
+    """Where TensorRT and a GPU are: export has built the engine; it reaches golden and runs in what it promises."""
+    bundle = Bundle.open(small_bundle("tensorrt", precision))
+    assert bundle.manifest.state == "complete"
+    with load_runner(bundle) as runner:
+        logits = runner.run({"image": bundle.golden["input"]})["logits"]
+    assert_close(logits, bundle.golden["logits"], sqnr_db=bundle.manifest.tolerance.sqnr_db)
+    check_promise(inspect_bundle(bundle))
 
 
 # --- build and run, on the fake device ---
@@ -430,6 +470,28 @@ def test_a_device_that_is_not_here(name: str, device_11: Device, prepared: Calla
         load_runner(folder, device=name)
 
 
+def test_inspect_fails_where_float32_layers_are_beyond_the_share(
+    device_11: Device, prepared: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepared()
+    build_bundle(folder)
+    products = [
+        {
+            "LayerType": "gemm",
+            "Name": "x",
+            "Metadata": f"[ONNX Layer: {kind}_{i}]",
+            "Inputs": [{"Format/Datatype": word}],
+        }
+        for kind in ("MatMul", "Conv", "Gemm")
+        for i, word in enumerate(["Half"] * 17 + ["Float"])
+    ]
+    device_11.layers = json.dumps({"Layers": products})  # 1 of 18 is 5.6 %, and each kind runs in float16 for the most
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(folder)])
+    assert caught.value.code == 5
+    assert "6% of the layers with matrix products run in float32, fp16 allows 5%" in capsys.readouterr().err
+
+
 def test_another_gpu_of_the_same_kind_loads_with_a_note(device_11: Device, prepared: Callable[..., Path]) -> None:
     folder = prepared()
     build_bundle(folder)
@@ -439,6 +501,7 @@ def test_another_gpu_of_the_same_kind_loads_with_a_note(device_11: Device, prepa
     assert "tuned for Fake GPU, this is Other GPU" in note
 
 
+@without_tensorrt
 def test_the_lean_runtime_takes_version_compatible_engines_alone(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
