@@ -73,6 +73,14 @@ def types_of(model: onnx.ModelProto) -> dict[str, str]:
     return {name: str(onnx.helper.tensor_dtype_to_np_dtype(kind)) for name, kind in found.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def prepared_only() -> Iterator[None]:
+    """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualtoken_deploy.pipeline.why_no_build", lambda: no_device or "the tests build by themselves")
+        yield
+
+
 # --- prepare ---
 
 
@@ -256,9 +264,11 @@ def test_without_names_prepared_bundles_are_left_out_and_named(
 
 @on_the_device
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_real_engine(small_bundle: MakeBundle, precision: str) -> None:
-    """Where TensorRT and a GPU are: export has built the engine; it reaches golden and runs in what it promises."""
-    bundle = Bundle.open(small_bundle("tensorrt", precision))
+def test_a_real_engine(small_bundle: MakeBundle, precision: str, tmp_path: Path) -> None:
+    """Where TensorRT and a GPU are: an engine reaches golden and runs in what it promises."""
+    shutil.copytree(small_bundle("tensorrt", precision), tmp_path / "bundle")
+    build_bundle(tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.state == "complete"
     with load_runner(bundle) as runner:
         logits = runner.run({"image": bundle.golden["input"]})["logits"]
@@ -267,14 +277,6 @@ def test_a_real_engine(small_bundle: MakeBundle, precision: str) -> None:
 
 
 # --- build and run, on the fake device ---
-
-
-@pytest.fixture(scope="session")
-def stocked(small_bundle: MakeBundle) -> None:
-    """The bundles that are built below, exported before a device is plugged in: with one, export would build them."""
-    small_bundle("tensorrt", "fp32")
-    small_bundle("tensorrt", "fp16")
-    small_bundle("tensorrt", "fp16", batch="dynamic")
 
 
 @pytest.fixture
@@ -290,13 +292,13 @@ def prepared(small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(params=VERSIONS)
-def device(stocked: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with plugged_in(request.param, monkeypatch) as plugged:
         yield plugged
 
 
 @pytest.fixture
-def device_11(stocked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device_11(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with plugged_in("11.4.0", monkeypatch) as plugged:
         yield plugged
 
@@ -441,9 +443,12 @@ def test_built_already_and_other_targets(
         build_bundle(small_bundle("onnxruntime"))
 
 
-def test_export_builds_where_the_device_is_here(device_11: Device, prepared: Callable[..., Path]) -> None:
+def test_export_builds_where_the_device_is_here(
+    device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dualtoken_deploy.pipeline import ExportResult, _build_here
 
+    monkeypatch.setattr("dualtoken_deploy.pipeline.why_no_build", why_no_build)
     folder = prepared()
     exported = ExportResult(str(folder), "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
     result = _build_here(exported, folder, lambda _: None)
