@@ -148,7 +148,7 @@ def exportable_targets() -> list[str]:
 
 def check_can_export(row: Target) -> None:
     """Raises MissingError that names the extra to install."""
-    if row.missing(EXPORT_MODULES):
+    if row.missing(EXPORT_MODULES if row.source == "onnx" else ("torch",)):
         raise missing_extra("export", f"exporting to {row.name}")
     if row.missing(row.export_modules):
         raise missing_extra(row.extra, f"exporting to {row.name}")

@@ -50,8 +50,9 @@ class Target:
 
     @property
     def export_modules(self) -> tuple[str, ...]:
-        """Modules that exporting needs."""
-        return EXPORT_MODULES if self.built_by else (*EXPORT_MODULES, *self.modules)
+        """Modules that exporting needs: those of its source, and of the target itself where that takes part."""
+        source = EXPORT_MODULES if self.source == "onnx" else ("torch",)
+        return source if self.built_by else tuple(dict.fromkeys((*source, *self.modules)))
 
 
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
