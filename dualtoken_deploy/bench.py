@@ -22,6 +22,7 @@ from dualtoken_deploy.bench_report import BenchReport, Contestant, Latency, Rati
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.machine import available_cores, busy_cores, describe_machine, library_versions
+from dualtoken_deploy.runtimes import check_latency
 from dualtoken_deploy.targets import get_target
 
 __all__ = ["EAGER", "GEMM", "BenchReport", "Contestant", "Latency", "Ratio", "bench"]
@@ -81,6 +82,9 @@ def bench(
     opened = [_open(bundle) for bundle in bundles]
     _check(opened, rounds, seconds, threads)
     entrants, baseline = enter(opened, against)
+    for entrant in entrants:
+        if entrant.kind == "bundle":
+            check_latency(entrant.bundle, device)
     setting = Setting(
         common_batch([e.bundle for e in entrants], batch), threads or available_cores(), device, rounds, seconds
     )

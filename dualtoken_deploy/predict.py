@@ -11,7 +11,7 @@ from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.numerics import softmax
-from dualtoken_deploy.runtimes import load_runner
+from dualtoken_deploy.runtimes import engine_of, load_runner
 from dualtoken_deploy.validate import run_batches
 
 
@@ -30,6 +30,7 @@ class Prediction:
 
     image: str
     guesses: tuple[Guess, ...]
+    engine: str | None = None  # what stood in for the target's own runtime, if anything did
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,9 +50,10 @@ def predict(
     contract = opened.manifest.input
     inputs = load_batch(images, contract)
     with load_runner(opened, device, threads) as runner:
+        engine = engine_of(runner)
         probabilities = softmax(run_batches(runner, contract, inputs).astype("float64"))
     labels = opened.labels
     return [
-        Prediction(str(image), tuple(Guess(int(i), labels[i], float(row[i])) for i in (-row).argsort()[:top]))
+        Prediction(str(image), tuple(Guess(int(i), labels[i], float(row[i])) for i in (-row).argsort()[:top]), engine)
         for image, row in zip(images, probabilities, strict=True)
     ]

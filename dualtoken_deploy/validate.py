@@ -12,10 +12,10 @@ import numpy as np
 
 from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle import Bundle
-from dualtoken_deploy.datasets import ImageSet, open_dataset
-from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
+from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
+from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.runtimes import Runner, RunnerOptions, load_runner
+from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.spec import InputContract
 
 Array = numerics.Array
@@ -29,6 +29,7 @@ class Validation:
 
     `reference` "eager": the model rebuilt from its weights, on every image. "golden": the logits stored at export, for
     the one golden input; agreement is then over that input alone, top1 and top5 over the labelled images.
+    `engine`: what stood in for the target's own runtime, if anything did.
     """
 
     bundle: str
@@ -41,6 +42,7 @@ class Validation:
     top1_agreement: float
     top1: float | None
     top5: float | None
+    engine: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(self).items()}
@@ -132,10 +134,10 @@ def _validate(
 ) -> Validation:
     contract = bundle.manifest.input
     with load_runner(bundle, device, threads) as runner:
+        engine = engine_of(runner)
         golden = run_batches(runner, contract, bundle.golden["input"])
         logits = None if images is None else _over(images, contract, runner)
-    if images is not None and images.labels is not None:
-        _check_classes(bundle, images, golden.shape[1])
+    labels = None if images is None or images.labels is None else np.array(match_labels(images, bundle.labels))
     if reference == "golden" or images is None or logits is None:
         numbers = measure(bundle.golden["logits"], golden)
     else:
@@ -143,7 +145,6 @@ def _validate(
 
         with eager.load(bundle, RunnerOptions(threads=threads)) as model:
             numbers = measure(_over(images, contract, model), logits)
-    labels = None if images is None or images.labels is None else np.array(images.labels)
     hits = None if labels is None or logits is None else [numerics.top_k_hits(logits, labels, k) for k in (1, 5)]
     return Validation(
         bundle=str(bundle.path),
@@ -151,6 +152,7 @@ def _validate(
         images=len(bundle.golden["input"]) if images is None else len(images),
         top1=None if hits is None or labels is None else hits[0] / len(labels),
         top5=None if hits is None or labels is None else hits[1] / len(labels),
+        engine=engine,
         **numbers,
     )
 
@@ -165,12 +167,3 @@ def _inputs(images: ImageSet, contract: InputContract) -> Iterator[Array]:
     )
     for start in range(0, len(images), step):
         yield load_batch(images.images[start : start + step], contract)
-
-
-def _check_classes(bundle: Bundle, images: ImageSet, classes: int) -> None:
-    found = len(images.classes or ())
-    if found > classes:
-        raise DatasetError(
-            f"{images.name} has {found} class folders, {bundle.name} only {classes} classes; use the data that the "
-            "model was trained for"
-        )

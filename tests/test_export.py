@@ -180,6 +180,8 @@ def test_a_fixed_batch_and_a_size_that_32_does_not_divide(small_bundle: MakeBund
 OPTIONS: list[dict[str, Any]] = [
     {"global_tokens": 3},
     {"global_tokens": 0, "local_attention": "window", "downsampling": "onestep"},
+    {"global_tokens": 8, "token_method": "normal"},
+    {"global_tokens": 8, "token_method": "normal-star", "batch": 2},
 ]
 
 

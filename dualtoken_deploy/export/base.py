@@ -8,11 +8,11 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets import Target
 
@@ -21,8 +21,9 @@ Tell = Callable[[str], None]  # is told what happens now, for a progress display
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can.
-    `device`: what to compile for, where the target compiles (None: the CPU)."""
+    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
+    do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
+    those of the target's own (`Target.settings`) that were given."""
 
     precision: str
     contract: InputContract
@@ -30,6 +31,8 @@ class Request:
     opset: int | None
     metadata: Mapping[str, str]
     device: str | None = None
+    labels: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Artifact:
     build: Mapping[str, Any] | None = None
 
 
-def run_exporter(target: Target, model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def run_exporter(target: Target, model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
     module = importlib.import_module(f"dualtoken_deploy.export.{target.name}")
     artifact: Artifact = module.export(model, request, folder, tell)

@@ -17,7 +17,8 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.export.base import Request, Tell, quiet
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.export.naming import name_after_modules
+from dualtoken_deploy.models.base import ImageModel
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
@@ -42,7 +43,7 @@ class OnnxExport:
     operators: Mapping[str, Mapping[str, int]]
 
 
-def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
+def export_onnx(model: ImageModel, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
     """The deploy form of `model` as a checked ONNX model in the precision asked for.
 
     Raises UsageError on an opset outside of OPSETS, ConversionError where an exporter, the simplifier or the checker
@@ -55,6 +56,7 @@ def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], ops
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
+    name_after_modules(exported, wrapped=module is not form.module)
     tell("simplifying")
     simplified = simplify(exported, request)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}

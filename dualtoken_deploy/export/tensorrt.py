@@ -16,7 +16,7 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 
 RULES = DEFAULT_RULES
 
@@ -26,7 +26,7 @@ OPSET = DECOMPOSED_OPSET
 FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
 
 
-def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.onnx: float32, or float16 with float32 softmax, normalisation, inputs and outputs.
 
     Raises UsageError on an opset that TensorRT 10.3 does not parse.

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from dualtoken_deploy.bundle import Bundle
-from dualtoken_deploy.runtimes.base import AsyncRunner, Execution, Runner, RunnerOptions
+from dualtoken_deploy.errors import MissingError
+from dualtoken_deploy.runtimes.base import AsyncRunner, Execution, Runner, RunnerOptions, engine_of
 from dualtoken_deploy.targets import get_target
 
-__all__ = ["AsyncRunner", "Execution", "Runner", "RunnerOptions", "load_runner"]
+__all__ = ["AsyncRunner", "Execution", "Runner", "RunnerOptions", "check_latency", "engine_of", "load_runner"]
 
 
 def load_runner(
@@ -29,3 +30,11 @@ def load_runner(
     module = importlib.import_module(f"dualtoken_deploy.runtimes.{target.name}")
     runner: Runner = module.load(opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None))
     return runner
+
+
+def check_latency(bundle: Bundle, device: str | None = None) -> None:
+    """Raises MissingError where a bundle runs here by something whose time is not its device's."""
+    module = importlib.import_module(f"dualtoken_deploy.runtimes.{get_target(bundle.manifest.target).name}")
+    reason = getattr(module, "why_no_latency", None)
+    if reason is not None and (why := reason(device)) is not None:
+        raise MissingError(f"{bundle.name} is not timed: {why}")

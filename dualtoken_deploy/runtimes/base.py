@@ -30,12 +30,14 @@ class Execution:
     """What a loaded model really executes, read from the runtime and not from the file.
 
     `operators` counts executed operators by kind, `precision` maps a kind to the dtypes it runs in, the most frequent
-    first. `float32_share`: the share in float32 of what holds matrix products, where a runtime tells it. `notes`: how
-    well this machine fits what was built.
+    first. `nodes` maps the name of an executed node to its dtype, where the runtime keeps the names of the graph.
+    `float32_share`: the share in float32 of what holds matrix products, where a runtime tells it. `notes`: how well
+    this machine fits what was built.
     """
 
     operators: Mapping[str, int] = field(default_factory=dict)
     precision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    nodes: Mapping[str, str] = field(default_factory=dict)
     float32_share: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -63,6 +65,12 @@ class Runner(Protocol):
     def execution(self) -> Execution:
         """Operators and dtypes that this runtime executes for the loaded model."""
         ...
+
+
+def engine_of(runner: Runner) -> str | None:
+    """What stands in for the target's own runtime, in words to be shown with every result; None where nothing does."""
+    engine: str | None = getattr(runner, "engine", None)
+    return engine
 
 
 @runtime_checkable

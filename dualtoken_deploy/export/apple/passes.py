@@ -1,0 +1,20 @@
+"""What coremltools is taught, once, when a conversion first needs it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+
+@lru_cache(maxsize=1)
+def teach_channel_norm() -> None:
+    """Converts `dualtoken::channel_norm` to one layer_norm over axis 1; torch's own has the last axes only."""
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+
+    @register_torch_op(torch_alias=["dualtoken::channel_norm", "dualtoken.channel_norm"])  # type: ignore[untyped-decorator]
+    def channel_norm(context: Any, node: Any) -> None:
+        x, weight, bias, epsilon = _get_inputs(context, node, expected=4)
+        affine = {k: v for k, v in (("gamma", weight), ("beta", bias)) if v is not None}
+        context.add(Builder.layer_norm(x=x, axes=[1], epsilon=epsilon.val, name=node.name, **affine))

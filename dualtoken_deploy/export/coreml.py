@@ -1,0 +1,127 @@
+"""Core ML: an ML program from torch.export, converted and compressed by coremltools, saved as an .mlpackage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dualtoken_deploy.deploy import deploy_form
+from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.errors import ConversionError, InputError, UsageError
+from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
+from dualtoken_deploy.export.apple.package import describe, save
+from dualtoken_deploy.export.apple.passes import teach_channel_norm
+from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, first_line, quiet, trace
+from dualtoken_deploy.export.apple.structure import structure
+from dualtoken_deploy.export.base import Artifact, Request, Tell
+from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.runtimes.mil.program import load_program
+from dualtoken_deploy.runtimes.mil.vendor import coremltools
+from dualtoken_deploy.targets import DEPLOYMENT_TARGETS
+
+DEFAULT_DEPLOYMENT_TARGET = "iOS18"
+DEFAULT_LAYOUT = "ane"
+ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
+ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
+
+
+def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
+    ct = coremltools("exporting to Core ML")
+    deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
+    layout = request.settings.get("layout", DEFAULT_LAYOUT)
+    check_request(request, deployment, layout)
+    tell("rewriting to the deploy form")
+    module, rules = make_form(model, request, deployment, layout)
+    program = convert(ct, module, request, deployment, tell)
+    if request.precision in COMPRESSIONS:
+        tell(f"compressing weights to {request.precision}")
+        program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
+    describe(program, request.contract, {**request.metadata, "deployment_target": deployment, "layout": layout})
+    package = folder / "model.mlpackage"
+    save(program, package, request.labels if request.contract.kind == "image" else None)
+    saved = load_program(package)
+    kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
+    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)})
+
+
+def check_request(request: Request, deployment: str, layout: str) -> None:
+    """Raises UsageError, InputError on what Core ML cannot have, with what would do."""
+    if deployment not in DEPLOYMENT_TARGETS:
+        raise UsageError(
+            f"unknown deployment target {deployment!r}; valid deployment targets: {', '.join(DEPLOYMENT_TARGETS)}"
+        )
+    if layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {layout!r}; valid layouts: {', '.join(LAYOUTS)}")
+    if request.opset is not None:
+        raise UsageError("opset is a matter of ONNX, and Core ML takes none; leave --opset out")
+    if request.contract.batch is None:
+        raise UsageError("a Core ML program here has fixed shapes, for the Neural Engine; give --batch a number")
+    if request.contract.kind == "image":
+        if request.contract.batch != 1:
+            raise UsageError(
+                f"Core ML's image input is one picture, not {request.contract.batch}; use --batch 1 or --input tensor"
+            )
+        repeated = [label for label, count in Counter(request.labels).items() if count > 1]
+        if repeated:
+            raise InputError(
+                f"label {repeated[0]!r} stands for several classes, and Core ML's classifier needs each but once; "
+                "make the labels distinct or use --input tensor"
+            )
+
+
+def make_form(model: ImageModel, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The deploy form in its layout, and the rules that applied.
+
+    Where the target has an attention operation the scale stays in it, since it is the operation's own.
+    """
+    whole = _since(deployment, ATTENTION_SINCE)
+    form = deploy_form(
+        model, [r for r in DEFAULT_RULES if r != "fold_attention_scale" or not whole], request.contract.size
+    )
+    applied = tuple(name for name, count in form.rules.items() if count)
+    if layout == "plain":
+        return form.module, applied
+    to_ane_layout(form.module, whole)
+    return form.module, (*applied, "ane_layout")
+
+
+def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
+    """The coremltools model of `module` behind the input contract, with uncompressed weights."""
+    contract = request.contract
+    image = contract.kind == "image"
+    teach_channel_norm()
+    tell("tracing with torch.export")
+    program = trace(ImageClassifier(module, contract) if image else module, contract)
+    shape = (contract.batch, 3, *contract.size)
+    if image:
+        inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
+    else:
+        inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
+    names = [request.outputs[0].name, *([PROBABILITIES] if image else [])]
+    tell(f"converting to Core ML for {deployment}")
+    try:
+        with quiet():
+            return ct.convert(
+                program.run_decompositions({}),
+                source="pytorch",
+                convert_to="mlprogram",
+                minimum_deployment_target=getattr(ct.target, deployment),
+                compute_precision=getattr(ct.precision, ONES.get(request.precision, "FLOAT16")),
+                inputs=inputs,
+                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in names],
+                skip_model_load=True,
+            )
+    except Exception as error:  # coremltools raises what its front end and its passes raise
+        raise ConversionError(f"coremltools cannot convert the model: {first_line(error)}") from error
+
+
+def _since(deployment: str, first: str) -> bool:
+    order = list(DEPLOYMENT_TARGETS)
+    return order.index(deployment) >= order.index(first)
