@@ -27,6 +27,7 @@ from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.nvidia.engine import Host, doubts, obstacles
 from dualtoken_deploy.nvidia.inspector import read_layers
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import Runner, RunnerOptions
 from dualtoken_deploy.runtimes.eager import load as load_eager
 from dualtoken_deploy.targets import Target
@@ -160,11 +161,16 @@ def test_float16_but_for_softmax_normalisation_and_the_border(small_bundle: Make
             assert {dtypes[n] for n in (*node.input, *node.output)} == {"float16"}, node.name
 
 
-def test_nodes_are_named_for_the_inspector(small_bundle: MakeBundle) -> None:
-    seen: Counter[str] = Counter()
+def test_products_are_named_for_the_inspector(small_bundle: MakeBundle) -> None:
+    names = [n.name for n in graph_of(small_bundle("tensorrt", "fp16")).graph.node]
+    assert len(set(names)) == len(names)
     for node in graph_of(small_bundle("tensorrt", "fp16")).graph.node:
-        assert node.name == f"{node.op_type}_{seen[node.op_type]}"
-        seen[node.op_type] += 1
+        if node.op_type in ("MatMul", "Conv", "Gemm"):
+            assert node.name in (node.output[0], f"{node.output[0]}@{node.op_type}")
+            assert node.name.endswith((f"/{node.op_type}", f"@{node.op_type}"))
+    assert {"stem.proj@Conv", "stage1.block1.ffn.fc1/MatMul", "stage1.block1.token.aggregate/attention/MatMul"} <= {
+        *names
+    }
 
 
 def test_an_opset_that_10_3_does_not_parse_is_refused() -> None:
@@ -257,6 +263,46 @@ def test_without_names_prepared_bundles_are_left_out_and_named(
         main(["validate"])
     assert caught.value.code == 2
     assert "note: bundles/later is prepared, not built, and left out" in capsys.readouterr().err
+
+
+def test_int8_is_prepared_within_its_budget_and_built(
+    small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantized, searched and measured on the CPU on the file that is built; the fake engine runs all of it in INT8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = Int8Options("random", size=10, metric="sqnr", max_drop=15)
+    shutil.copytree(small_bundle("tensorrt", "int8", int8=options), tmp_path / "bundle")
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert manifest.calibration is not None
+    planned = manifest.calibration["planned_int8_mac_share"]
+    assert manifest.calibration["drop"] <= 15
+    assert planned > 0.3
+    model = graph_of(tmp_path / "bundle")
+    dtypes = types_of(model)
+    pairs = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    assert len(pairs) > 20
+    assert {dtypes[n.input[0]] for n in pairs} == {"int8"}
+    zeros = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and "zero_point" in t.name]
+    assert not any(onnx.numpy_helper.to_array(t).any() for t in zeros)
+    with plugged_in("11.4.0", monkeypatch) as device:
+        layers = [
+            {"LayerType": "gemm", "Name": "x", "Metadata": f"[ONNX Layer: {n.name}]",
+             "Inputs": [{"Format/Datatype": "Int8" if "DequantizeLinear" in n.input[0] else "Half"}]}
+            for n in model.graph.node if n.op_type in ("MatMul", "Conv", "Gemm")
+        ]  # fmt: skip
+        device.layers = json.dumps({"Layers": layers})
+        build_bundle(tmp_path / "bundle")
+        built = inspect_bundle(tmp_path / "bundle")
+        # the fake takes a product with a quantized input for INT8, whatever its weight is
+        assert built.int8_mac_share == pytest.approx(planned, abs=1e-3)
+        check_promise(built)
+        for layer in layers:
+            layer["Inputs"] = [{"Format/Datatype": "Half"}]
+        device.layers = json.dumps({"Layers": layers})
+        with pytest.raises(ToleranceError, match=r"0\.0 % of the MACs run in INT8"):
+            check_promise(inspect_bundle(tmp_path / "bundle"))
+        with pytest.raises(ToleranceError, match=r"were quantized, the engine runs 0\.0 % in INT8"):
+            build_bundle(tmp_path / "bundle", rebuild=True)
 
 
 # --- build and run, on the device itself ---
@@ -405,7 +451,7 @@ def test_what_fails_leaves_the_bundle(device_11: Device, prepared: Callable[...,
     device_11.parse_error, device_11.plan = None, b"something else"
     unchanged(folder, lambda: build_bundle(folder), ConversionError, "cannot load the engine .* another version")
     device_11.plan = None
-    layer = {"LayerType": "gemm", "Name": "x", "Metadata": "[ONNX Layer: MatMul_3]"}
+    layer = {"LayerType": "gemm", "Name": "x", "Metadata": "[ONNX Layer: a.fc1/MatMul]"}
     device_11.layers = json.dumps({"Layers": [{**layer, "Inputs": [{"Format/Datatype": "Row major linear FP32"}]}]})
     unchanged(folder, lambda: build_bundle(folder), ToleranceError, "100% of .* run in float32, fp16 allows 5%")
     device_11.layers = json.dumps({"Layers": [{"LayerType": "Reformat", "Name": "r"}]})
@@ -484,7 +530,7 @@ def test_inspect_fails_where_float32_layers_are_beyond_the_share(
         {
             "LayerType": "gemm",
             "Name": "x",
-            "Metadata": f"[ONNX Layer: {kind}_{i}]",
+            "Metadata": f"[ONNX Layer: l{i}/{kind}]",
             "Inputs": [{"Format/Datatype": word}],
         }
         for kind in ("MatMul", "Conv", "Gemm")
@@ -588,14 +634,15 @@ def test_layers_with_products_are_told_by_origin_and_kind() -> None:
         return {"LayerType": kind, "Name": name, "Metadata": metadata, "Inputs": [{"Format/Datatype": word}]}
 
     found = read_layers(json.dumps({"Layers": [
-        layer("kgen", "[ONNX Layer: LayerNormalization_0]\x1e[ONNX Layer: MatMul_7]", "Float"),
+        layer("kgen", "[ONNX Layer: a.norm]\x1e[ONNX Layer: a.fc1/MatMul]", "Float"),
         layer("CaskConvolution", "", "Half"),
-        layer("kgen", "[ONNX Layer: Softmax_0]", "Float"),
-        layer("Reformat", "", "Float", "Reformatting for Conv_0_weight"),
-        layer("gemm", "[ONNX Layer: Gemm_0]", "Half"),
+        layer("kgen", "[ONNX Layer: a/attention/Softmax]", "Float"),
+        layer("Reformat", "", "Float", "Reformatting for stem/Conv"),
+        layer("gemm", "[ONNX Layer: head.fc@Gemm]", "Half"),
     ]}))  # fmt: skip
     assert found.operators == {"MatMul": 1, "Conv": 1, "kgen": 1, "Reformat": 1, "Gemm": 1}
     assert found.float32_share == pytest.approx(1 / 3)
+    assert found.nodes == {"a.fc1/MatMul": "float32", "head.fc": "float16"}
 
 
 @pytest.mark.parametrize("text", ["1,2", "a,b,c", "", "1,2,3,4"])
