@@ -484,11 +484,23 @@ def _print(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
 
 
 def _bundles(given: list[Path] | None) -> list[Path]:
-    """The bundles named, or every one under ./bundles. Raises UsageError where there is none."""
+    """The bundles named, or every one under ./bundles that can be run. Raises UsageError where there is none."""
     found = given or sorted(p.parent for p in Path("bundles").glob("*/manifest.json") if p.parent.name[0] != ".")
+    if given is None:
+        found = [path for path in found if not _left_out(path)]
     if not found:
         raise UsageError("no bundle was named and there is none under ./bundles; make one with: dualtoken export")
     return list(found)
+
+
+def _left_out(path: Path) -> bool:
+    """Whether a bundle still has to be built; says so."""
+    from dualtoken_deploy.bundle import PREPARED, Bundle
+
+    prepared = Bundle.open(path, verify=False).manifest.state == PREPARED
+    if prepared:
+        _say(f"note: {path} is prepared, not built, and left out; on the device run: dualtoken build {path}")
+    return prepared
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

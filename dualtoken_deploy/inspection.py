@@ -94,6 +94,7 @@ def check_promise(inspection: Inspection) -> None:
     """Raises ToleranceError where the matrix products run in another dtype than the manifest says."""
     if inspection.manifest.precision == "int8" and inspection.manifest.calibration is not None:
         _check_int8(inspection)
+        _check_float32(inspection)
         return
     promised, found = (
         product_precision({kind: _bare(dtype) for kind, dtype in kinds.items()})
@@ -103,6 +104,10 @@ def check_promise(inspection: Inspection) -> None:
         raise ToleranceError(
             f"matrix products run in {found} here, the manifest promises {promised}; export on this kind of machine"
         )
+    _check_float32(inspection)
+
+
+def _check_float32(inspection: Inspection) -> None:
     allowed = (inspection.manifest.build or {}).get("float32_share_allowed")
     if allowed is not None:
         check_share(inspection.manifest.precision, inspection.float32_share, allowed)

@@ -53,8 +53,9 @@ class Target:
 
     @property
     def export_modules(self) -> tuple[str, ...]:
-        """Modules that exporting needs."""
-        return EXPORT_MODULES if self.built_by else (*EXPORT_MODULES, *self.modules)
+        """Modules that exporting needs: those of its source, and of the target itself where that takes part."""
+        source = EXPORT_MODULES if self.source == "onnx" else ("torch",)
+        return source if self.built_by else tuple(dict.fromkeys((*source, *self.modules)))
 
 
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
@@ -62,9 +63,9 @@ EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
 # int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
 _TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolerance(sqnr_db=45.0)})
+# bf16 keeps 8 bits of a number; measured 46 dB on S, 19 dB less than fp16 with its 11, as three bits should be.
+_TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": Tolerance(sqnr_db=30.0)})
 _TOLERANCES_INT8 = MappingProxyType({**_TOLERANCES, "int8": Tolerance(sqnr_db=3.0, top1_agreement=0.0)})
-# bf16 keeps 8 bits of a number, each rounding at -53 dB or so of it: 30 dB over a whole network.
-_TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": Tolerance(sqnr_db=22.0)})
 
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
 DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
@@ -111,7 +112,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="tensorrt",
                 source="onnx",
                 modules=("tensorrt", "cuda"),
-                tolerances=_TOLERANCES,
+                tolerances=_TOLERANCES_INT8,
                 aliases=("trt",),
                 portable=False,
                 built_by="build",
