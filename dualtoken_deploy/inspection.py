@@ -16,6 +16,7 @@ PRODUCT_KINDS = frozenset(
     {
         *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"),
         *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
+        *("batch_matmul", "conv2d"),  # Core AI's
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )

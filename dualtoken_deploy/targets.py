@@ -20,7 +20,8 @@ class Target:
 
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
-    options of export that are this target's own.
+    options of export that are this target's own. `check_images`: photographs that export checks on, where
+    the runtime is too slow here for all of them.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Target:
     tolerances: Mapping[str, Tolerance]  # by precision; the keys are the precisions on offer
     aliases: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    check_images: int | None = None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -59,6 +61,8 @@ _COREML_TOLERANCES = MappingProxyType(
         "palettized4": Tolerance(sqnr_db=3.0, top1_agreement=0.0),
     }
 )
+
+_COREAI_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=90.0), "fp16": Tolerance(sqnr_db=35.0)})
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -92,6 +96,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 modules=("coremltools",),
                 tolerances=_COREML_TOLERANCES,
                 settings=("deployment_target", "layout"),
+            ),
+            Target(
+                name="coreai",
+                title="Core AI",
+                files=("model.aimodel",),
+                extra="coreai",
+                source="torch",
+                modules=("coreai", "coreai_torch"),
+                tolerances=_COREAI_TOLERANCES,
+                check_images=2,  # float16 takes 38 s an image on two cores
             ),
         )
     }
