@@ -56,6 +56,7 @@ _COREML_TOLERANCES = MappingProxyType(
         "fp32": Tolerance(sqnr_db=90.0),
         "fp16": Tolerance(sqnr_db=40.0),
         "int8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
+        "int8-w8a8": Tolerance(sqnr_db=10.0, top1_agreement=0.8),
         "palettized8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
         "palettized6": Tolerance(sqnr_db=15.0, top1_agreement=0.8),
         "palettized4": Tolerance(sqnr_db=3.0, top1_agreement=0.0),

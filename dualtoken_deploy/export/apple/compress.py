@@ -77,7 +77,13 @@ def _first_centres(at: Array, counts: Array, number: int) -> Array:
 GROUP = 32  # output channels that share a table
 ITERATIONS = 300
 COMPRESSIONS: Mapping[str, Callable[[Any, bool], Any]] = MappingProxyType(
-    {"int8": _int8, "palettized4": _palettize(4), "palettized6": _palettize(6), "palettized8": _palettize(8)}
+    {
+        "int8": _int8,
+        "int8-w8a8": _int8,
+        "palettized4": _palettize(4),
+        "palettized6": _palettize(6),
+        "palettized8": _palettize(8),
+    }
 )
 
 
