@@ -28,6 +28,7 @@ from dualtoken_deploy.errors import BundleError, OutputError, UsageError
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 
 SCHEMA_VERSION = 1
+COMPLETE, PREPARED = "complete", "prepared"
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
 
 
@@ -37,6 +38,7 @@ class Manifest:
 
     `weights` has "source" ("random" or the file's path), "seed" for random ones and "sha256" of the tensors.
     `products` lists the model's matrix products at batch 1 as [batch, m, k, n, count]; bench times them alone.
+    `state` "prepared": a step on the device (`dualtoken build`) is still to come; `build` says how that one was done.
     """
 
     variant: str
@@ -56,6 +58,8 @@ class Manifest:
     machine: Mapping[str, Any]
     command: str
     calibration: Mapping[str, Any] | None = None
+    state: str = COMPLETE
+    build: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -107,8 +111,11 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the artifact itself: what an app ships besides manifest, golden and labels."""
-        return sum(_size(self.path / name) for name in self.manifest.files if name not in (GOLDEN, LABELS))
+        """Size of the artifact itself: what an app ships besides manifest, golden and labels. Where a build came after
+        the export, that is what `ships` of the build names."""
+        ships = (self.manifest.build or {}).get("ships")
+        names = ships or [name for name in self.manifest.files if name not in (GOLDEN, LABELS)]
+        return sum(_size(self.path / name) for name in names)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

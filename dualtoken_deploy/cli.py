@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dualtoken_deploy.errors import DualTokenError, UsageError, missing_extra
+from dualtoken_deploy.errors import DualTokenError, MissingError, UsageError, missing_extra
+from dualtoken_deploy.serve.cli import serve
 
 app = typer.Typer(
     name="dualtoken",
@@ -34,8 +35,15 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 
 @app.command()
-def models(json_output: Json = False) -> None:
+def models(
+    ablations: Annotated[bool, typer.Option("--ablations", help="Tables 6 to 9 of DualToken-ViT instead.")] = False,
+    json_output: Json = False,
+) -> None:
     """Lists the variants, with counted parameters and MACs beside the paper's."""
+    if ablations:
+        rows = _with_torch("counting models", _count_ablations)
+        _print(json_output, rows, lambda r: r.ablations_table(rows))
+        return
     rows = _with_torch("counting models", _count_models)
     _print(json_output, rows, lambda r: r.models_table(rows))
 
@@ -47,9 +55,11 @@ def targets(json_output: Json = False) -> None:
 
     rows = []
     for row in TARGETS.values():
-        can_run, can_export = not row.missing(), not row.missing((*EXPORT_MODULES, *row.modules))
+        can_run, can_export = not row.missing(), not row.missing(row.export_modules)
         extras = [e for e, here in ((row.extra, can_run), ("export", not row.missing(EXPORT_MODULES))) if not here]
         install = f"pip install 'dualtoken-deploy[{','.join(extras)}]'" if extras else None
+        if install and row.vendor and not can_run:
+            install = f"{install} and {row.vendor}"
         rows.append(
             {
                 "target": row.name,
@@ -66,9 +76,9 @@ def targets(json_output: Json = False) -> None:
 @app.command()
 def export(
     variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
-    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: every one that can be exported.")],
+    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: the portable ones that are here.")],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16 or one of the target's own (`dualtoken targets`).")
+        str, typer.Option(help="fp32, fp16, int8 or one of the target's own (`dualtoken targets`).")
     ] = "fp32",
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
@@ -79,10 +89,21 @@ def export(
     classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    calibration: Annotated[
+        str | None, typer.Option(help="int8: folder, or digits, shapes, photographs; `random` only to try the path.")
+    ] = None,
+    calibration_size: Annotated[int, typer.Option(min=1, help="int8: images that ranges are taken from.")] = 300,
+    calibrator: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
+    max_drop: Annotated[float, typer.Option(help="int8: points of the metric that may be lost.")] = 0.5,
+    metric: Annotated[str | None, typer.Option(help="int8: top1, agreement or sqnr.")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
+    search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
     json_output: Json = False,
 ) -> None:
     """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
@@ -97,21 +118,32 @@ def export(
         raise missing_extra("all", "exporting to any target")
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
+    int8 = None
+    if calibration is not None:
+        settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
+        int8 = pipeline.Int8Options(*settings)
+    if triton_repository is not None:
+        _check_triton(names)
     results = []
     with _progress() as tell:
         for name in names:
             results.append(
                 pipeline.export(
                     variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
-                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, force=force,
+                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, device=device, force=force,
+                    int8=int8 if len(names) == 1 or name in pipeline.BACKENDS else None,
                     deployment_target=deployment_target, layout=layout, command=_command(),
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip
+            if triton_repository is not None:
+                _lay_out(results[-1].bundle, triton_repository, force)
     for warning in dict.fromkeys(w for r in results for w in r.warnings):
         _say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
     _print(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
+    if left := [r for r in results if r.next_step]:
+        raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
 
 
 @app.command()
@@ -177,7 +209,37 @@ def inspect(bundle: OneBundle, device: Device = None, json_output: Json = False)
         shape = "x".join(map(str, contract.tensor.shape))
         print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
         print(f"weights: {inspection.manifest.weights['source']}")
+    for note in inspection.notes:
+        _say(f"note: {note}")
     check_promise(inspection)
+
+
+@app.command()
+def build(
+    bundle: OneBundle,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of the builder, MiB.")] = None,
+    optimization: Annotated[int, typer.Option(min=0, max=5, help="Builder optimisation level.")] = 3,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="The engine loads in later TensorRT versions too.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="none, ampere-plus or same-compute-capability: GPUs that the engine loads on.")
+    ] = "none",
+    batches: Annotated[
+        str, typer.Option(help="Smallest, best and largest batch of a dynamic one, MIN,BEST,MAX.")
+    ] = "1,1,8",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build anew where there is an engine already.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Builds the engine of a prepared TensorRT bundle, on the device that will run it."""
+    from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches
+
+    options = BuildOptions(
+        workspace, optimization, version_compatible, hardware_compatibility, parse_batches(batches)
+    )  # fmt: skip
+    with _progress() as tell:
+        result = build_bundle(bundle, options, rebuild, tell)
+    _print(json_output, result.to_json(), lambda r: r.build_table(result))
 
 
 @app.command()
@@ -194,6 +256,110 @@ def predict(
 
     predictions = run(bundle, images, top, device, threads)
     _print(json_output, [p.to_json() for p in predictions], lambda r: r.prediction_table(predictions))
+
+
+@app.command()
+def train(
+    variant: Annotated[str | None, typer.Option(help="Model variant; see `dualtoken models`.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with train/ and val/ of class folders, or digits, or shapes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's own folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run after its last whole epoch.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the train part; 300 unless given.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in an optimiser step, over all processes; 1024 unless given.")
+    ] = None,
+    image_size: Annotated[str | None, typer.Option(help="Side or HxW; 224 unless given.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate at a batch of 1024; 1e-3 unless given.")] = None,
+    init: Annotated[str | None, typer.Option(help="Start from these weights; another class count is fine.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of the recipe, NAME=VALUE; see docs/train.md.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Trains a variant with the paper's recipe; every setting can be overridden."""
+    module = _with_torch("training", _train)
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init}
+    settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | _settings(setting or [])
+    with _progress() as tell:
+        if resume is not None:
+            if variant or data or output or image_size or option:
+                raise UsageError("--resume takes variant, data, size and options from the run; leave them out")
+            result = module.resume(resume, tell, **settings)
+        else:
+            if not (variant and data and output):
+                raise UsageError("training needs --variant, --data and --output (or --resume RUN)")
+            if image_size is not None:
+                settings["image_size"] = module.image_size(image_size)
+            config = module.make_config(variant=variant, data=data, options=_options(option or []), **settings)
+            result = module.train(config, output, tell)
+    _print(json_output, result.to_json(), lambda r: r.training_table(result))
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
+    data: Annotated[str, typer.Option(help="Labelled folder (its val part where it has two), or digits, or shapes.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Checked against what the weights say.")] = None,
+    confusion: Annotated[Path | None, typer.Option(help="Draw the confusion matrix here (.png, .svg, .pdf).")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Top-1, top-5 and accuracy per class of a bundle, or of weights in eager PyTorch."""
+    from dualtoken_deploy.evaluate import evaluate as run
+
+    with _progress() as tell:
+        result = run(source, data, limit, variant, device, threads, progress=tell)
+    _print(json_output, result.to_json(), lambda r: r.evaluation_table(result))
+    if confusion is not None:
+        import numpy as np
+
+        from dualtoken_deploy.plots import plot_confusion
+
+        title = f"{result.source} on {result.data}: top-1 {100 * result.top1:.2f} %"
+        plot_confusion(np.array(result.confusion), result.labels, confusion, title)
+
+
+@app.command()
+def diagnose(
+    bundle: OneBundle,
+    data: Annotated[str | None, typer.Option(help="Pictures; the photographs unless given.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Take this many pictures.")] = 4,
+    threshold: Annotated[float | None, typer.Option(help="SQNR in dB below which a layer counts as drifted.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw SQNR over the layers here (.png, .svg, .pdf).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Layers to show, those that lose most first.")] = 15,
+    json_output: Json = False,
+) -> None:
+    """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
+    module = _with_torch("diagnosing a bundle", _diagnose)
+    with _progress() as tell:
+        found = module.diagnose(bundle, data, limit, threshold, progress=tell)
+    _print(json_output, found.to_json(), lambda r: r.drift_table(found, rows))
+    if not json_output:
+        past = "no layer is past the threshold" if found.first is None else f"first past it: {found.first}"
+        print(f"threshold {found.threshold_db:g} dB: {past}")
+        if found.suspect is not None:
+            print(f"loses most by itself: {found.suspect}")
+    if picture is not None:
+        module.draw(found, picture)
+
+
+@app.command()
+def visualize(
+    source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
+    image: Annotated[Path, typer.Argument(help="Picture.")],
+    output: Annotated[Path, typer.Option(help="Where to draw it (.png, .svg, .pdf).")],
+) -> None:
+    """Draws which global tokens the image tokens read in the last block (the paper's Figure 4)."""
+    _with_torch("looking into a model", _visualize)(source, image, output)
+    _say(f"drawn: {output}")
+
+
+app.command()(serve)
 
 
 class _Stop:
@@ -300,6 +466,33 @@ def _bundles(given: list[Path] | None) -> list[Path]:
     return list(found)
 
 
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs of the training recipe; "a,b" is a pair of numbers."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise UsageError(f"setting {pair!r} is not NAME=VALUE, e.g. warmup_epochs=5")
+        parts = [_number(part) for part in text.split(",")]
+        settings[name] = parts[0] if len(parts) == 1 else tuple(parts)
+    return settings
+
+
+def _check_triton(targets: Sequence[str]) -> None:
+    """Said before the export, not after it."""
+    from dualtoken_deploy.triton import check_target
+
+    for target in targets:
+        check_target(target)
+
+
+def _lay_out(bundle: str, repository: Path, force: bool) -> None:
+    from dualtoken_deploy.bundle import Bundle
+    from dualtoken_deploy.triton import lay_out
+
+    _say(f"for Triton: {lay_out(Bundle.open(bundle), repository, force=force)}")
+
+
 def _options(pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs as keyword arguments: numbers where they read as such."""
     options: dict[str, Any] = {}
@@ -349,7 +542,31 @@ def _pipeline() -> Any:
     return pipeline
 
 
+def _train() -> Any:
+    from dualtoken_deploy import train
+
+    return train
+
+
+def _visualize() -> Any:
+    from dualtoken_deploy.visualize import visualize as run
+
+    return run
+
+
+def _diagnose() -> Any:
+    import importlib
+
+    return importlib.import_module("dualtoken_deploy.diagnose")
+
+
 def _count_models() -> list[dict[str, Any]]:
     from dualtoken_deploy.models.registry import describe_variants
 
     return describe_variants()
+
+
+def _count_ablations() -> list[dict[str, Any]]:
+    from dualtoken_deploy.models.ablations import describe_ablations
+
+    return describe_ablations()

@@ -62,20 +62,21 @@ KERNEL_RADIUS = 2  # of the Keys cubic, in pixels of the coarser side
 Pixels = NDArray[np.uint8]
 
 
-def load_image(source: str | Path | bytes) -> Pixels:
+def load_image(source: str | Path | bytes, max_pixels: int | None = None) -> Pixels:
     """Decodes a picture: a path, or the bytes of a file, to uint8 RGB (H, W, 3).
 
     JPEG, PNG, WebP, and the first frame of GIF, BMP and TIFF. It is turned upright by its EXIF orientation; an EXIF
     block that cannot be read says nothing of the orientation. Grey of 16 bits is scaled to 8, palettes and CMYK are
     converted, transparency is laid over white, ICC profiles are ignored.
-    Raises ImageError on what is missing, not a picture, damaged, truncated, empty, or over MAX_PIXELS (read from the
-    header, before anything is decoded).
+    Raises ImageError on what is missing, not a picture, damaged, truncated, empty, or over `max_pixels`
+    (MAX_PIXELS unless given; read from the header, before anything is decoded).
     """
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), "the picture")
+        return _decode(io.BytesIO(source), "the picture", limit)
     path = Path(source)
     with _open(path) as file:
-        return _decode(file, str(path))
+        return _decode(file, str(path), limit)
 
 
 def resize_and_crop(image: Pixels, size: tuple[int, int], crop_ratio: float) -> Pixels:
@@ -143,7 +144,7 @@ def _open(path: Path) -> IO[bytes]:
         raise ImageError(f"{path} cannot be opened ({_line(error)}); check the path and its permissions") from error
 
 
-def _decode(file: IO[bytes], name: str) -> Pixels:
+def _decode(file: IO[bytes], name: str, limit: int) -> Pixels:
     try:
         start = file.read(16)
         file.seek(0)
@@ -153,26 +154,26 @@ def _decode(file: IO[bytes], name: str) -> Pixels:
         if decoder is None:
             raise ImageError(f"{name} is not a JPEG, PNG, WebP, GIF, BMP or TIFF picture; save it as one of them")
         with decoder(file, name) as picture:
-            _check_size(picture, name)
+            _check_size(picture, name, limit)
             picture.load()
             return _to_rgb(_upright(picture), name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, _line(error)) from error
+        raise _too_large(name, _line(error), limit) from error
     except DAMAGE as error:
         raise ImageError(f"{name} is damaged, truncated or without pixels ({_line(error)}); save it again") from error
 
 
-def _check_size(picture: ImageFile.ImageFile, name: str) -> None:
+def _check_size(picture: ImageFile.ImageFile, name: str, limit: int) -> None:
     width, height = picture.size
     if isinstance(picture, TiffImageFile):  # which decodes whole tiles, and they may exceed the picture
         width = max(width, picture.tag_v2.get(Tag.TileWidth, 0))
         height = max(height, picture.tag_v2.get(Tag.TileLength, 0))
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width}x{height}")
+    if width * height > limit:
+        raise _too_large(name, f"{width}x{height}", limit)
 
 
-def _too_large(name: str, size: str) -> ImageError:
-    return ImageError(f"{name} is too large ({size}); at most {MAX_PIXELS // 1_000_000} megapixels: scale it down")
+def _too_large(name: str, size: str, limit: int) -> ImageError:
+    return ImageError(f"{name} is too large ({size}); at most {limit / 1_000_000:.3g} megapixels: scale it down")
 
 
 def _line(error: BaseException) -> str:

@@ -11,24 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from dualtoken_deploy.bundle import Bundle, Manifest, new_folder, write_bundle
+from dualtoken_deploy.build import build_bundle, build_command, why_no_build
+from dualtoken_deploy.bundle import COMPLETE, PREPARED, Bundle, Manifest, new_folder, write_bundle
 from dualtoken_deploy.datasets import open_dataset
-from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, missing_extra
+from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.inspection import kind_precision, product_precision
+from dualtoken_deploy.inspection import int8_share, kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.models.registry import (
     DEFAULT_SEED,
-    OPTIONS,
     create_model,
     make_config,
+    options_of,
     parse_image_size,
     random_model,
     weights_sha256,
 )
+from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
+from dualtoken_deploy.pipeline_int8 import check_executed, write_int8
+from dualtoken_deploy.quantize.backends import BACKENDS
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
@@ -37,27 +42,23 @@ from dualtoken_deploy.validate import measure, run_batches
 
 Tell = Callable[[str], None]
 
+# float32 and float64 runs of DualFormer-T differ by about 1e-7 of a token's feature (133 dB and more).
+TIE_MARGIN = 1e-6
+
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
 LIBRARIES = (
-    *(
-        "torch",
-        "onnx",
-        "onnxscript",
-        "onnxsim",
-        "onnxruntime",
-        "openvino",
-        "coremltools",
-        "coreai-core",
-        "coreai-torch",
-    ),
-    *("numpy", "pillow", "dualtoken-deploy"),
-)
+    *("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "coremltools", "coreai-core"),
+    *("coreai-torch", "numpy", "pillow", "dualtoken-deploy"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped."""
+    """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped.
+
+    `state` "prepared": the bundle is whole but for a step that needs the device; `next_step` says which and why.
+    """
 
     bundle: str
     target: str
@@ -68,6 +69,10 @@ class ExportResult:
     size_mib: float
     seconds: float
     warnings: tuple[str, ...]
+    state: str = COMPLETE
+    next_step: str | None = None
+    int8_mac_share: float = 0.0
+    drop: float | None = None  # points of the metric that int8 loses on the held-out pictures
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,7 +90,9 @@ def export(
     input_kind: str = "image",
     opset: int | None = None,
     seed: int = DEFAULT_SEED,
+    device: str | None = None,
     force: bool = False,
+    int8: Int8Options | None = None,
     deployment_target: str | None = None,
     layout: str | None = None,
     command: str = "dualtoken_deploy.export(...)",
@@ -95,28 +102,46 @@ def export(
     """Exports one variant to one target, checks the saved files against eager, and only then names the bundle.
 
     `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights` None: random ones from `seed`. `options`: as create_model takes them.
-    `deployment_target` (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own.
+    (normalised float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively,
+    what to compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so.
+    `deployment_target` (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as
+    create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
-    not reach the target's tolerance; no bundle is left then.
+    not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
+    is here; elsewhere the result's `state` is "prepared".
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)
     row = get_target(target)
     check_precision(row, precision)
     check_can_export(row)
+    if device is not None and (row.portable or row.built_by):
+        raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
     settings = target_settings(row, deployment_target=deployment_target, layout=layout)
     contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
+    info = None if weights is None else describe_weights(weights)
+    if info is not None and info.variant != variant:
+        raise WeightsError(
+            f"{weights} are weights of variant {info.variant}, not of {variant}; give --variant {info.variant}"
+        )
     if labels is not None and "num_classes" not in options:
         options["num_classes"] = len(read_labels(Path(labels)))
+    if info is not None:  # what the file says of itself, unless told otherwise
+        options = {"num_classes": len(info.labels), **info.options, **options}
     # what is wrong with names and values is said before anything is built or written
     try:
         config = make_config(variant, image_size=contract.size, **options)
     except TypeError as error:  # text where a number belongs
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
+    if (precision == "int8" and row.name in BACKENDS) != (int8 is not None):
+        needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration)"
+        raise UsageError(f"{row.name} {precision} {needs}")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
-    names = _labels(labels, config.num_classes)
+    if labels is None and info is not None and len(info.labels) == config.num_classes:
+        names = info.labels
+    else:
+        names = _labels(labels, config.num_classes)
     final = Path(output) if output is not None else Path("bundles") / f"{variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
@@ -128,25 +153,41 @@ def export(
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
         metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
-        request = Request(precision, contract, outputs, opset, metadata, names, settings)
-        artifact = run_exporter(row, model, request, folder, tell)
-        draft = _draft(model, variant, row, request, artifact, weights, seed, command)
-        result = _seal(folder, draft, model, names, tell)
-    return replace(
-        result, bundle=str(final), seconds=round(time.perf_counter() - start, 1), warnings=warnings + result.warnings
-    )
+        request = Request(precision, contract, outputs, opset, metadata, device, names, settings)
+
+        def draft(artifact: Artifact) -> Manifest:
+            return _draft(model, variant, row, request, artifact, weights, seed, command)
+
+        if int8 is not None:
+            manifest = write_int8(model, row, request, int8, names, folder, draft, tell)
+        else:
+            manifest = draft(run_exporter(row, model, request, folder, tell))
+        result = _seal(folder, manifest, model, names, tell)
+    result = replace(result, bundle=str(final), warnings=warnings + result.warnings)
+    if row.built_by:
+        result = _build_here(result, final, tell)
+    return replace(result, seconds=round(time.perf_counter() - start, 1))
+
+
+def _build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
+    """Finishes a prepared bundle where the device is here; elsewhere says what is left to do."""
+    reason = why_no_build()
+    if reason:
+        return replace(result, next_step=f"{reason}; on the device run: {build_command(bundle)}")
+    built = build_bundle(bundle, progress=tell)
+    return replace(result, state=COMPLETE, executed_precision=built.executed_precision)
 
 
 def exportable_targets() -> list[str]:
-    """Targets that can be exported on this machine: their modules and those of the extra [export] are here."""
-    return [name for name, row in TARGETS.items() if not row.missing((*EXPORT_MODULES, *row.modules))]
+    """Portable targets that can be exported on this machine: their modules and those of the extra [export] are here."""
+    return [name for name, row in TARGETS.items() if row.portable and not row.missing(row.export_modules)]
 
 
 def check_can_export(row: Target) -> None:
     """Raises MissingError that names the extra to install."""
     if row.missing(EXPORT_MODULES):
         raise missing_extra("export", f"exporting to {row.name}")
-    if row.missing():
+    if row.missing(row.export_modules):
         raise missing_extra(row.extra, f"exporting to {row.name}")
 
 
@@ -199,7 +240,7 @@ def _labels(path: str | Path | None, classes: int) -> tuple[str, ...]:
     return names
 
 
-def _check_space(folder: Path, model: DualTokenViT) -> None:
+def _check_space(folder: Path, model: ImageModel) -> None:
     """Some converters leave a short file behind when space runs out, and say nothing: so ask before."""
     needed = 4 * count_params(model) * 5 // 4 + (
         8 << 20
@@ -213,7 +254,7 @@ def _check_space(folder: Path, model: DualTokenViT) -> None:
 
 
 def _draft(
-    model: DualTokenViT,
+    model: ImageModel,
     variant: str,
     row: Target,
     request: Request,
@@ -222,11 +263,13 @@ def _draft(
     seed: int,
     command: str,
 ) -> Manifest:
-    config = model.config
-    source = {"source": "random", "seed": seed} if weights is None else {"source": str(Path(weights).resolve())}
+    if weights is None:
+        source: dict[str, Any] = {"source": "random", "seed": seed}
+    else:
+        source = {"source": weights if weights in BUILT_IN_WEIGHTS else str(Path(weights).resolve())}
     return Manifest(
         variant=variant,
-        options={name: getattr(config, name) for name in OPTIONS},
+        options=options_of(model.config),
         weights={**source, "sha256": weights_sha256(model)},
         target=row.name,
         precision=request.precision,
@@ -241,20 +284,31 @@ def _draft(
         versions=library_versions(LIBRARIES),
         machine=describe_machine(),
         command=command,
+        state=PREPARED if row.built_by else COMPLETE,
+        build=artifact.build,
     )
 
 
-def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str, ...], tell: Tell) -> ExportResult:
+def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, ...], tell: Tell) -> ExportResult:
     """Runs the saved files against eager on golden and on photographs, and writes the manifest if they hold."""
     contract = draft.input
     photographs = open_dataset("photographs").images[: get_target(draft.target).check_images]
     inputs = load_batch(photographs, contract)
     tell(f"checking the saved files against eager on {len(inputs)} photographs")
     with EagerRunner(model, contract, draft.outputs, RunnerOptions()) as eager:
+        kept = _clear_of_ties(model, eager.normalised(inputs), draft.precision)
+        inputs = inputs if kept is None else inputs[kept]
         expected = run_batches(eager, contract, inputs)
-    with load_runner(Bundle(folder, draft)) as runner:
+    checker = get_target(draft.target).checked_by
+    with load_runner(Bundle(folder, replace(draft, target=checker or draft.target))) as runner:
         actual = run_batches(runner, contract, inputs)
-        kinds, engine = kind_precision(runner.execution()), engine_of(runner)
+        execution, engine = runner.execution(), engine_of(runner)
+    kinds = {} if checker else kind_precision(execution)
+    share, floats = int8_share(draft, execution)
+    if draft.calibration is not None and not checker:
+        check_executed(
+            draft.calibration["planned_int8_mac_share"], share, floats, f"{draft.variant} for {draft.target}"
+        )
     numbers = measure(expected, actual)
     golden_size = contract.batch or 1
     golden = [_fill(array, golden_size) for array in (inputs, expected)]
@@ -263,8 +317,15 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
     manifest = replace(
         draft,
         executed_precision=kinds,
-        measured={**draft.measured, "golden": on_golden, "photographs": {"images": len(inputs), **numbers}}
-        | ({"engine": engine} if engine else {}),
+        measured={
+            **draft.measured,
+            "int8_mac_share": share,
+            **({} if kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~kept).sum())}}),
+            "golden": on_golden,
+            "photographs": {"images": len(inputs), **numbers},
+            **({"checked_by": checker} if checker else {}),
+            **({"engine": engine} if engine else {}),
+        },
     )
     write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
     bundle = Bundle.open(folder)
@@ -272,13 +333,38 @@ def _seal(folder: Path, draft: Manifest, model: DualTokenViT, labels: tuple[str,
         bundle=str(folder),
         target=draft.target,
         precision=draft.precision,
-        executed_precision=product_precision(kinds),
+        executed_precision="not run" if checker else product_precision(kinds),
         sqnr_db=round(numbers["sqnr_db"], 1),
         top1_agreement=numbers["top1_agreement"],
+        int8_mac_share=share,
+        drop=None if draft.calibration is None else draft.calibration["drop"],
         size_mib=round(bundle.size_bytes / 2**20, 2),
         seconds=0.0,
         warnings=(f"{draft.target}: checked by {engine}",) if engine else (),
+        state=manifest.state,
     )
+
+
+def _clear_of_ties(model: ImageModel, images: np.ndarray[Any, Any], precision: str) -> np.ndarray[Any, Any] | None:
+    """Which images stay TIE_MARGIN away from every point where the model jumps; None where it never does.
+
+    Nearer, two exact float32 programs may round to different sides, and neither is wrong. In another precision hardly
+    an image is clear of the ties, so there all are kept and the target's tolerance has to hold with the jumps.
+    """
+    import torch
+
+    if precision != "fp32":
+        return None
+    parts = [model.smallest_margin(torch.from_numpy(image[None])) for image in images]
+    margins = [float(part) for part in parts if part is not None]
+    if len(margins) < len(parts):
+        return None
+    kept = np.array(margins) >= TIE_MARGIN
+    if not kept.any():
+        raise ToleranceError(
+            f"all {len(kept)} photographs come within {TIE_MARGIN:g} of a tie: nothing can be compared"
+        )
+    return kept
 
 
 def _fill(array: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:

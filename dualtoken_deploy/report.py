@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
+    from dualtoken_deploy.build import BuildResult
+    from dualtoken_deploy.diagnose import Diagnosis
+    from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
     from dualtoken_deploy.pipeline import ExportResult
     from dualtoken_deploy.predict import Prediction
+    from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.validate import Validation
 
 
@@ -46,24 +51,64 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(columns, cells, "224 x 224, 1000 classes; counted here and printed in the paper")
 
 
+def ablations_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The paper's ablations: which row of which table, how to make it, counted figures beside the paper's."""
+    columns = ("table", "row", "variant and options", "params (M)", "paper", "MACs (G)", "paper")
+    cells = [
+        (
+            str(r["table"]),
+            r["row"],
+            " ".join([r["variant"], *(f"{name}={value}" for name, value in r["options"].items())]),
+            f"{r['params'] / 1e6:.2f}",
+            f"{r['paper_params_m']:.1f}",
+            f"{r['macs'] / 1e9:.3f}",
+            f"{r['paper_macs_g']:.2f}",
+        )
+        for r in rows
+    ]
+    return table(columns, cells, "DualToken-ViT's ablations, 224 x 224, 1000 classes", left=3)
+
+
 def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Each target with what can be done with it here."""
     columns = ("target", "precisions", "export here", "run here", "to have it all")
     cells = [
-        (r["target"], ", ".join(r["precisions"]), _yes(r["can_export"]), _yes(r["can_run"]), r["install"] or "-")
+        (
+            r["target"],
+            ", ".join(r["precisions"]),
+            _yes(r["can_export"]),
+            _yes(r["can_run"]),
+            escape(r["install"] or "-"),
+        )
         for r in rows
     ]
     return table(columns, cells, left=5)
 
 
 def export_table(results: Sequence[ExportResult]) -> Table:
-    columns = ("bundle", "target", "precision", "executes", "SQNR (dB)", "equal top-1", "MiB", "seconds")
+    columns = ("bundle", "target", "precision", "executes", "INT8 MACs", "lost", "SQNR (dB)", "equal top-1", "MiB", "s")
     cells = [
-        (r.bundle, r.target, r.precision, r.executed_precision, f"{r.sqnr_db:.1f}", share(r.top1_agreement),
-         f"{r.size_mib:.1f}", f"{r.seconds:.0f}")
+        (
+            *(r.bundle, r.target, r.precision, r.executed_precision),
+            share(r.int8_mac_share if r.precision == "int8" else None),
+            "-" if r.drop is None else f"{r.drop:.2f}",
+            f"{r.sqnr_db:.1f}",
+            share(r.top1_agreement),
+            f"{r.size_mib:.1f}",
+            f"{r.seconds:.0f}",
+        )
         for r in results
-    ]  # fmt: skip
+    ]
     return table(columns, cells, "exported, and checked on the saved files against eager", left=4)
+
+
+def build_table(result: BuildResult) -> Table:
+    columns = ("bundle", "TensorRT", "GPU", "products run in", "SQNR (dB)", "MiB", "seconds")
+    cells = (
+        result.bundle, result.tensorrt, result.gpu, result.executed_precision, f"{result.sqnr_db:.1f}",
+        f"{result.size_mib:.1f}", f"{result.seconds:.0f}",
+    )  # fmt: skip
+    return table(columns, [cells], "built, and checked on the saved engine against the golden logits", left=4)
 
 
 def validation_table(results: Sequence[Validation]) -> Table:
@@ -98,6 +143,30 @@ def inspection_table(inspection: Inspection) -> Table:
     if inspection.engine:
         title += f" ({inspection.engine})"
     return table(("operator", "runs in", "count"), cells, title, left=2)
+
+
+def training_table(result: TrainResult) -> Table:
+    cells = [
+        (result.weights, str(result.epochs), share(result.top1), share(result.best_top1), str(result.best_epoch),
+         f"{result.seconds:.0f}")
+    ]  # fmt: skip
+    return table(("best weights", "epochs", "last top-1", "best top-1", "in epoch", "seconds"), cells)
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """The whole set in the first row, then each class."""
+    rows = [(f"{result.data}, all {result.images}", share(result.top1), share(result.top5), f"{result.images_per_s:g}")]
+    rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
+    return table(("class", "top-1", "top-5", "images/s"), rows, result.source)
+
+
+def drift_table(found: Diagnosis, rows: int) -> Table:
+    """The ends of the blocks, then the layers that lose most by themselves."""
+    worst = sorted(found.layers, key=lambda layer: -layer.lost_db)[:rows]
+    cells = [(d.name, "end of block", f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", "") for d in found.blocks]
+    cells += [(d.name, d.kind, f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", f"{d.lost_db:.1f}") for d in worst]
+    title = f"{found.bundle} over {found.images} pictures; {found.unseen} values have no name in it"
+    return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
 
 
 def _engines(results: Sequence[Validation] | Sequence[Prediction]) -> str | None:

@@ -22,6 +22,11 @@ class Target:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
     options of export that are this target's own. `check_images`: photographs that export checks on, where
     the runtime is too slow here for all of them.
+
+    `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
+    make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
+    then needs none of `modules`, and the files are checked with the runner of the target `checked_by` instead. `vendor`
+    is what running needs besides the extra, from no package index.
     """
 
     name: str
@@ -32,6 +37,10 @@ class Target:
     modules: tuple[str, ...]
     tolerances: Mapping[str, Tolerance]  # by precision; the keys are the precisions on offer
     aliases: tuple[str, ...] = ()
+    portable: bool = True
+    built_by: str | None = None
+    checked_by: str | None = None
+    vendor: str | None = None
     settings: tuple[str, ...] = ()
     check_images: int | None = None
 
@@ -43,11 +52,20 @@ class Target:
         """Modules that are not installed here; those that running needs unless others are named."""
         return [m for m in modules or self.modules if importlib.util.find_spec(m) is None]
 
+    @property
+    def export_modules(self) -> tuple[str, ...]:
+        """Modules that exporting needs."""
+        return EXPORT_MODULES if self.built_by else (*EXPORT_MODULES, *self.modules)
+
 
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
+# int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
 _TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolerance(sqnr_db=45.0)})
+_TOLERANCES_INT8 = MappingProxyType({**_TOLERANCES, "int8": Tolerance(sqnr_db=3.0, top1_agreement=0.0)})
+# bf16 keeps 8 bits of a number, each rounding at -53 dB or so of it: 30 dB over a whole network.
+_TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": Tolerance(sqnr_db=22.0)})
 
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
 DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
@@ -76,7 +94,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="onnxruntime",
                 source="onnx",
                 modules=("onnxruntime",),
-                tolerances=_TOLERANCES,
+                tolerances=_TOLERANCES_INT8,
                 aliases=("onnx",),
             ),
             Target(
@@ -86,7 +104,32 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="openvino",
                 source="onnx",
                 modules=("openvino",),
+                tolerances=_TOLERANCES_INT8,
+            ),
+            Target(
+                name="tensorrt",
+                title="TensorRT",
+                files=("model.onnx",),  # `dualtoken build` puts model.engine beside it, on the device
+                extra="tensorrt",
+                source="onnx",
+                modules=("tensorrt", "cuda"),
                 tolerances=_TOLERANCES,
+                aliases=("trt",),
+                portable=False,
+                built_by="build",
+                checked_by="onnxruntime",
+                vendor="TensorRT from NVIDIA (docs/tensorrt.md)",
+            ),
+            Target(
+                name="aotinductor",
+                title="AOTInductor",
+                files=("model.pt2",),
+                extra="export",
+                source="torch",
+                modules=("torch",),
+                tolerances=_TOLERANCES_INDUCTOR,
+                aliases=("aoti",),
+                portable=False,
             ),
             Target(
                 name="coreml",

@@ -12,8 +12,8 @@ import numpy as np
 
 from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle import Bundle
-from dualtoken_deploy.datasets import ImageSet, open_dataset
-from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
+from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
+from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.spec import InputContract
@@ -137,8 +137,7 @@ def _validate(
         engine = engine_of(runner)
         golden = run_batches(runner, contract, bundle.golden["input"])
         logits = None if images is None else _over(images, contract, runner)
-    if images is not None and images.labels is not None:
-        _check_classes(bundle, images, golden.shape[1])
+    labels = None if images is None or images.labels is None else np.array(match_labels(images, bundle.labels))
     if reference == "golden" or images is None or logits is None:
         numbers = measure(bundle.golden["logits"], golden)
     else:
@@ -146,7 +145,6 @@ def _validate(
 
         with eager.load(bundle, RunnerOptions(threads=threads)) as model:
             numbers = measure(_over(images, contract, model), logits)
-    labels = None if images is None or images.labels is None else np.array(images.labels)
     hits = None if labels is None or logits is None else [numerics.top_k_hits(logits, labels, k) for k in (1, 5)]
     return Validation(
         bundle=str(bundle.path),
@@ -169,12 +167,3 @@ def _inputs(images: ImageSet, contract: InputContract) -> Iterator[Array]:
     )
     for start in range(0, len(images), step):
         yield load_batch(images.images[start : start + step], contract)
-
-
-def _check_classes(bundle: Bundle, images: ImageSet, classes: int) -> None:
-    found = len(images.classes or ())
-    if found > classes:
-        raise DatasetError(
-            f"{images.name} has {found} class folders, {bundle.name} only {classes} classes; use the data that the "
-            "model was trained for"
-        )

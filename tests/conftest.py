@@ -10,20 +10,30 @@ from types import MappingProxyType
 
 import pytest
 
-from dualtoken_deploy.models import dualtoken_vit, registry
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets import TARGETS
 
 # T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
 TINY = Variant("tiny-mix", "one block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
+TINY_LIGHT = Variant(
+    "tiny-lightvit",
+    "one block a stage",
+    replace(lightvit.T, channels=(32, 64, 96), blocks=(1, 1, 1), heads=(2, 2, 4), global_tokens=4),
+)
+TINY_DUAL = Variant(
+    "tiny-dualformer",
+    "one block a stage",
+    replace(dualformer.T, channels=(32, 48, 64, 96), blocks=(1, 1, 1, 1), expansion=(2, 2, 2, 2), heads=4),
+)
 SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def tiny_variant() -> Iterator[None]:
-    """Makes TINY known to this process; tests that start another use a real variant."""
+    """Makes the small variants known to this process; tests that start another use a real variant."""
     real = registry.VARIANTS
-    registry.VARIANTS = MappingProxyType({**real, TINY.name: TINY})
+    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL)}})
     yield
     registry.VARIANTS = real
 
@@ -80,4 +90,5 @@ def s_bundle(bundle_store: Path) -> Callable[[str], Path]:
     return make
 
 
-ROWS = [(target.name, precision) for target in TARGETS.values() for precision in target.precisions]
+PORTABLE = [target.name for target in TARGETS.values() if target.portable]  # the others have test files of their own
+ROWS = [(name, precision) for name in PORTABLE for precision in TARGETS[name].precisions]

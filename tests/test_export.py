@@ -26,7 +26,7 @@ from dualtoken_deploy.runtimes.eager import load as load_eager
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.targets import TARGETS
 from dualtoken_deploy.validate import gate, validate
-from tests.conftest import ROWS, SMALL
+from tests.conftest import PORTABLE, ROWS, SMALL
 from tests.numerics import assert_close
 
 MakeBundle = Callable[..., Path]
@@ -50,7 +50,7 @@ def test_saved_files_compute_what_eager_computes(small_bundle: MakeBundle, targe
             assert_close(runner.run(feed)["logits"], eager.run(feed)["logits"], sqnr_db=SQNR_DB[precision])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_the_real_s_at_224(s_bundle: Callable[[str], Path], target: str) -> None:
     """S itself: tolerance, golden, and the matrix products in the precision that was asked for."""
     bundle = Bundle.open(s_bundle(target))
@@ -62,7 +62,7 @@ def test_the_real_s_at_224(s_bundle: Callable[[str], Path], target: str) -> None
     assert 44 <= bundle.size_bytes / 2**20 <= 50  # 11.85 M float32 weights are 45.2 MiB
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_fp16_halves_the_file_and_says_what_executes(small_bundle: MakeBundle, target: str) -> None:
     full, half = (Bundle.open(small_bundle(target, p)) for p in ("fp32", "fp16"))
     assert 0.4 < half.size_bytes / full.size_bytes < 0.6
@@ -147,7 +147,7 @@ def test_fp16_keeps_float32_at_the_border_and_in_the_statistics(small_bundle: Ma
     assert seen["MatMul"] > 30
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_tensor_input_takes_the_normalised_image(small_bundle: MakeBundle, target: str, photograph: Path) -> None:
     image, tensor = (Bundle.open(small_bundle(target, input_kind=kind)) for kind in ("image", "tensor"))
     assert tensor.manifest.input.baked == ()
@@ -159,7 +159,7 @@ def test_tensor_input_takes_the_normalised_image(small_bundle: MakeBundle, targe
     assert_close(from_tensor, from_image, sqnr_db=105)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_a_dynamic_batch_gives_each_image_its_own_logits(small_bundle: MakeBundle, target: str) -> None:
     bundle = Bundle.open(small_bundle(target, batch="dynamic"))
     images = np.random.default_rng(3).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
@@ -168,7 +168,7 @@ def test_a_dynamic_batch_gives_each_image_its_own_logits(small_bundle: MakeBundl
         assert_close(runner.run({"image": images})["logits"], alone, sqnr_db=105)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_a_fixed_batch_and_a_size_that_32_does_not_divide(small_bundle: MakeBundle, target: str) -> None:
     bundle = Bundle.open(small_bundle(target, batch=2, image_size="70x101"))
     assert bundle.manifest.input.tensor.shape == (2, 70, 101, 3)
@@ -180,6 +180,8 @@ def test_a_fixed_batch_and_a_size_that_32_does_not_divide(small_bundle: MakeBund
 OPTIONS: list[dict[str, Any]] = [
     {"global_tokens": 3},
     {"global_tokens": 0, "local_attention": "window", "downsampling": "onestep"},
+    {"global_tokens": 8, "token_method": "normal"},
+    {"global_tokens": 8, "token_method": "normal-star", "batch": 2},
 ]
 
 
@@ -232,13 +234,13 @@ def test_a_simplifier_that_changes_the_result_is_an_error(monkeypatch: pytest.Mo
 # --- runners and validate ---
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_a_device_that_is_not_here_is_missing_and_no_fallback(small_bundle: MakeBundle, target: str) -> None:
     with pytest.raises(MissingError, match=r"cuda|GPU"):
         load_runner(small_bundle(target), device={"onnxruntime": "cuda", "openvino": "GPU"}[target])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_runners_keep_the_protocol(small_bundle: MakeBundle, target: str) -> None:
     with load_runner(small_bundle(target), threads=1) as runner:
         assert isinstance(runner, Runner)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from dualtoken_deploy import create_model
 from dualtoken_deploy.errors import UsageError, WeightsError
+from dualtoken_deploy.models.ablations import describe_ablations
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.dualtoken_vit import TokenResize, WindowAttention
 from dualtoken_deploy.models.registry import make_config, parse_image_size, random_model
@@ -94,6 +95,50 @@ def test_window_attention_equals_a_loop_over_windows_and_pairs() -> None:
                         expected[place][part] = out[a]
         expected = x + expected[:9, :15].reshape(1, -1, 8)
     assert_close(actual, expected, relative=1e-12)
+
+
+@pytest.mark.parametrize("method", ["normal", "normal-star"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_normal_global_tokens_read_x_and_are_read(method: str, stage: int) -> None:
+    """Figure 3 (c), (d) written out with torch's own multi-head attention: G reads X or X_ga, then X reads G_new."""
+    model = random_model("t", token_method=method, global_tokens=8, **SMALL).double()
+    block = model.get_submodule(f"stage{stage}.block1")
+    token, grid = block.get_submodule("token"), (8 >> stage - 1, 8 >> stage - 1)
+    channels = (48, 96, 192)[stage - 1]
+    x = torch.randn(2, grid[0] * grid[1], channels, dtype=torch.float64)
+    g = torch.randn(2, 8, channels, dtype=torch.float64)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attention = torch.nn.MultiheadAttention(channels, (2, 4, 8)[stage - 1], batch_first=True).double()
+        attention.in_proj_weight.copy_(torch.eye(channels).repeat(3, 1))
+        attention.in_proj_bias.zero_()
+        attention.out_proj.weight.copy_(torch.eye(channels))
+        attention.out_proj.bias.zero_()
+        out: torch.Tensor = attention(q, k, v, need_weights=False)[0]
+        return out
+
+    with torch.no_grad():
+        z = token.get_submodule("norm")(x)
+        source = z
+        if method == "normal-star" or stage == 3:
+            pooled = token.get_submodule("downsample")(z, grid)
+            source = attend(*token.get_submodule("aggregate.qkv")(pooled).chunk(3, dim=-1))
+        query = token.get_submodule("fuse.q")(token.get_submodule("fuse.mlp")(g))
+        g_new = attend(query, *token.get_submodule("fuse.kv")(source).chunk(2, dim=-1))
+        q = token.get_submodule("broadcast.q")(z)
+        read = attend(q, *token.get_submodule("broadcast.kv")(g_new).chunk(2, dim=-1))
+        x_global, actual = token(x, g, grid)
+    assert_close(actual, g_new, relative=1e-12)
+    assert_close(x_global, token.get_submodule("broadcast.proj")(read).detach(), relative=1e-12)
+
+
+def test_ablations_are_the_papers_tables() -> None:
+    rows = {(r["table"], r["row"]): r for r in describe_ablations()}
+    assert {table for table, _ in rows} == {6, 7, 8, 9}
+    assert len(rows) == 3 + 7 + 2 + 2
+    for row in rows.values():
+        assert row["params"] / 1e6 == pytest.approx(row["paper_params_m"], abs=0.0545)
+        assert row["macs"] / 1e9 == pytest.approx(row["paper_macs_g"], rel=0.03)
 
 
 @pytest.mark.parametrize("side", [3, 4, 5, 6, 8])
@@ -235,6 +280,8 @@ def test_truncated_safetensors_are_refused(tmp_path: Path, length: int) -> None:
     ("options", "message"),
     [
         ({"global_tokens": 2}, "0, 3, 4, 5, 6, 7, 8"),
+        ({"token_method": "special"}, "position-aware, normal, normal-star"),
+        ({"token_method": "normal", "global_tokens": 0}, "need global_tokens"),
         ({"downsampling": "twostep"}, "stepwise, onestep"),
         ({"local_attention": "none"}, "conv, window"),
         ({"token_mlp": "mixer"}, "mlp, mix"),

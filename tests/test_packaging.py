@@ -84,7 +84,8 @@ def test_what_a_device_lacks_is_named_with_its_install(
 @pytest.mark.parametrize("module", sorted(
     p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     for name in ("images", "bundle", "datasets", "validate", "predict", "inspection", "bench", "bench_worker", "report",
-                 "cli", "machine", "targets", "spec", "numerics", "errors")
+                 "build", "nvidia/builder", "runtimes/tensorrt", "cli", "machine", "targets", "spec",
+                 "numerics", "errors")
     for p in [ROOT / "dualtoken_deploy" / f"{name}.py"]
 ))  # fmt: skip
 def test_modules_of_a_device_import_there(device: Path, module: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,15 @@ def test_unknown_names_list_the_valid_ones() -> None:
         get_target("tflite")
     with pytest.raises(UsageError, match="fp32, fp16"):
         check_precision(get_target("openvino"), "int4")
+
+
+def test_the_table_of_targets_shows_the_extra_to_install() -> None:
+    """rich takes [extra] for markup and would swallow it."""
+    from rich.console import Console
+
+    from dualtoken_deploy.report import targets_table
+
+    row = {"target": "t", "precisions": ["fp32"], "can_export": True, "can_run": False, "install": "pip install 'x[y]'"}
+    drawn = io.StringIO()
+    Console(width=200, file=drawn).print(targets_table([row]))
+    assert "pip install 'x[y]'" in drawn.getvalue()

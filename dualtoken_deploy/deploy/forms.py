@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualtoken_deploy.models.dualtoken_vit import merge_heads, split_heads
-from dualtoken_deploy.models.layers import Grid, to_map, to_tokens
+from dualtoken_deploy.models.dualformer import PartitionAttention
+from dualtoken_deploy.models.layers import Grid, merge_heads, split_heads, to_map, to_tokens
 
 
 class ImageInput(nn.Module):
@@ -88,6 +88,19 @@ class ConstantTokens(nn.Module):
         return self.value
 
 
+class ConstantQuery(nn.Module):
+    """Stands for the query of global tokens that are the learned parameter: its value. (B, T, C) -> (B, T, C)."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, g: Tensor) -> Tensor:
+        return self.value.expand(g.shape[0], -1, -1)
+
+
 class MatrixResize(nn.Module):
     """TokenResize at one grid: X_ga' = R X_ga. (B, h*w, C) -> (B, n*n, C)."""
 
@@ -147,4 +160,43 @@ class ProjectedBroadcast(nn.Module):
         attention = attention.transpose(1, 2).flatten(2)  # (B, N, heads*n)
         v = self.v(g_new).reshape(b, n, self.heads, c).transpose(1, 2).flatten(1, 2)  # (B, heads*n, C)
         out: Tensor = attention @ v + self.bias
+        return out
+
+
+class OneHotPartition(nn.Module):
+    """PartitionAttention with groups as one-hot rows: sums and look-ups are matrix products. (B, N, w) -> (B, N, w)."""
+
+    planes: Tensor
+
+    def __init__(self, attention: PartitionAttention) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        self.register_buffer("planes", attention.planes)
+        self.value, self.importance, self.mix = attention.value, attention.importance, attention.mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = split_heads(self.value(x), self.heads)  # (B, heads, N, d)
+        x = split_heads(x, self.heads)
+        d = x.shape[3]
+        one_hot = self.one_hot(x)  # (B, heads, N, K)
+        weight = torch.sigmoid(x)
+        both = torch.cat((weight, value, torch.ones_like(x[..., :1])), dim=-1)
+        sums = one_hot.transpose(2, 3) @ both  # (B, heads, K, 2d + 1)
+        weights, values, count = sums[..., :d], sums[..., d : 2 * d], sums[..., 2 * d :]
+        empty = (count < 0.5).to(x.dtype)  # no clamp: the float16 converter breaks on its constants
+        descriptor = values / (count + empty)  # eq. 8
+        m = self.importance(descriptor) * (1 - empty)
+        inter = descriptor * (m / m.sum(2, keepdim=True))  # eq. 9, (B, heads, K, d)
+        mine = one_hot @ torch.cat((weights, inter), dim=-1)  # (B, heads, N, 2d)
+        intra = weight / mine[..., :d] * value  # eq. 6; the weights of a group sum to one, so eq. 7 divides by one
+        out: Tensor = self.mix(torch.cat((merge_heads(intra), merge_heads(mine[..., d:])), dim=-1))
+        return out
+
+    def one_hot(self, x: Tensor) -> Tensor:
+        """(B, heads, N, d) -> (B, heads, N, K): the outer product of (not b, b) over the sides b of the hyperplanes."""
+        sides = (x @ self.planes >= 0).to(x.dtype)  # (B, heads, N, hyperplanes), 0 or 1
+        out = torch.ones_like(sides[..., :1])
+        for i in range(sides.shape[3]):  # the later hyperplane is the higher bit: it becomes the slower index
+            side = sides[..., i : i + 1]
+            out = torch.cat((out * (1 - side), out * side), dim=-1)
         return out

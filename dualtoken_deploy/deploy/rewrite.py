@@ -10,23 +10,25 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dualtoken_deploy.deploy import algebra, forms
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.models import lightvit
+from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.dualformer import Mlp, PartitionAttention
 from dualtoken_deploy.models.dualtoken_vit import (
-    STRIDE,
-    Block,
+    AttentionFuse,
     ConvEncoder,
-    DualTokenViT,
     Fuse,
     GlobalAggregation,
     GlobalBroadcast,
     MixMlp,
     NoDownsample,
+    NormalTokenModule,
     PositionAwareTokenModule,
     TokenMlp,
     TokenResize,
@@ -38,8 +40,10 @@ from dualtoken_deploy.models.layers import (
     ConvNormAct,
     FeedForward,
     PatchMerge,
+    PooledHead,
     TokenMerge,
 )
+from dualtoken_deploy.models.lightvit import BroadcastAttention
 
 Size = tuple[int, int]  # (H, W) of the image
 M = TypeVar("M", bound=nn.Module)
@@ -50,7 +54,7 @@ class Rule:
     """`apply(model, image size)` rewrites the model and returns how many places it changed."""
 
     name: str
-    apply: Callable[[DualTokenViT, Size], int]
+    apply: Callable[[ImageModel, Size], int]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class DeployForm:
     rules: Mapping[str, int]
 
 
-def deploy_form(model: DualTokenViT, rules: Iterable[str] | None = None, image_size: Size | None = None) -> DeployForm:
+def deploy_form(model: ImageModel, rules: Iterable[str] | None = None, image_size: Size | None = None) -> DeployForm:
     """Rewrites a copy of the model for one image size (the model's own unless given); the model is left as it is.
 
     `rules`: names from RULES, applied in the order of that table whatever the order given; None: DEFAULT_RULES.
@@ -109,15 +113,10 @@ def _scale_rows(layer: nn.Linear, start: int, stop: int, gain: Tensor | float) -
     layer.weight[start:stop], layer.bias[start:stop] = weight, bias
 
 
-def _padded(size: Size) -> Size:
-    height, width = (side + -side % STRIDE for side in size)
-    return height, width
-
-
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def fold_batch_norm(model: DualTokenViT, size: Size) -> int:
+def fold_batch_norm(model: ImageModel, size: Size) -> int:
     """BN(W * x) = (r W) * x + (beta - r mean), r = gamma / sqrt(var + eps): the stem's four normalisations go."""
     for block in _modules(model, ConvNormAct):
         conv, norm = block.conv, block.norm
@@ -130,7 +129,7 @@ def fold_batch_norm(model: DualTokenViT, size: Size) -> int:
     return len(_modules(model, ConvNormAct))
 
 
-def fold_layer_scale(model: DualTokenViT, size: Size) -> int:
+def fold_layer_scale(model: ImageModel, size: Size) -> int:
     """gamma (W h + b) = (diag(gamma) W) h + gamma b: layer scale goes into the Conv Encoder's last linear layer."""
     for encoder in _modules(model, ConvEncoder):
         _scale_rows(encoder.pw2, 0, encoder.pw2.out_features, encoder.scale.gamma)
@@ -138,20 +137,25 @@ def fold_layer_scale(model: DualTokenViT, size: Size) -> int:
     return len(_modules(model, ConvEncoder))
 
 
-def fold_attention_scale(model: DualTokenViT, size: Size) -> int:
+def fold_attention_scale(model: ImageModel, size: Size) -> int:
     """(s q) . k with q = W x + b: s = 1/sqrt(d) goes into the rows of W and b that give q."""
-    attentions: list[tuple[nn.Linear, GlobalAggregation | GlobalBroadcast | WindowAttention]] = [
-        *((m.qkv, m) for m in _modules(model, GlobalAggregation)),
-        *((m.qkv, m) for m in _modules(model, WindowAttention)),
-        *((m.q, m) for m in _modules(model, GlobalBroadcast)),
-    ]
-    for layer, attention in attentions:
-        _scale_rows(layer, 0, layer.in_features, attention.scale)
+    queries: dict[type, tuple[str, ...]] = {  # the linear layers whose first rows give q
+        GlobalAggregation: ("qkv",),
+        WindowAttention: ("qkv",),
+        GlobalBroadcast: ("q",),
+        AttentionFuse: ("q",),
+        BroadcastAttention: ("qkv", "q_global"),  # the image's q serves its windows and the broadcast
+    }
+    attentions: list[Any] = [m for m in model.modules() if type(m) in queries]
+    for attention in attentions:
+        for name in queries[type(attention)]:
+            layer = attention.get_submodule(name)
+            _scale_rows(layer, 0, layer.in_features, attention.scale)
         attention.scale = 1.0
     return len(attentions)
 
 
-def fold_fusion(model: DualTokenViT, size: Size) -> int:
+def fold_fusion(model: ImageModel, size: Size) -> int:
     """alpha MLP(G) + (1 - alpha) R A v: alpha goes into the MLP's last linear layer, 1 - alpha into v = W x + b.
 
     Attention weights A and interpolation R are linear in v, so the factor passes through both.
@@ -168,7 +172,7 @@ def fold_fusion(model: DualTokenViT, size: Size) -> int:
     return len(modules)
 
 
-def fold_norm_affine(model: DualTokenViT, size: Size) -> int:
+def fold_norm_affine(model: ImageModel, size: Size) -> int:
     """W (gamma z + beta) + b = (W diag(gamma)) z + (W beta + b): LayerNorm's gain and shift go into what reads it.
 
     Average pooling and the mean over tokens commute with both. A zero-padded convolution or window does not: its
@@ -186,14 +190,25 @@ def fold_norm_affine(model: DualTokenViT, size: Size) -> int:
         readers.append((merge, "norm", [(merge, "reduce")]))
     for token_merge in _modules(model, TokenMerge):
         readers.append((token_merge, "norm", [(token_merge, "proj")]))
+    for mlp in _modules(model, Mlp):
+        readers.append((mlp, "norm", [(mlp, "fc1")]))
     for head in _modules(model, ClassifierHead):
         readers.append((head, "norm", [(head, "neck")]))
+    for pooled in _modules(model, PooledHead):
+        readers.append((pooled, "norm", [(pooled, "fc")]))
     for module in _modules(model, PositionAwareTokenModule):
         if not _has_convolution(module.downsample):
             readers.append((module, "norm", [(module.aggregate, "qkv"), (module.broadcast, "q")]))
-    for window, grid in _window_grids(model, size):
-        if grid[0] % window.window == 0 and grid[1] % window.window == 0:
+    for normal in _modules(model, NormalTokenModule):
+        if not _has_convolution(normal.downsample):
+            source = (normal.fuse, "kv") if normal.aggregate is None else (normal.aggregate, "qkv")
+            readers.append((normal, "norm", [source, (normal.broadcast, "q")]))
+    for window, grid in _on_grids(model, size, WindowAttention):
+        if _fills(grid, window.window):
             readers.append((window, "norm", [(window, "qkv")]))
+    for block, grid in _on_grids(model, size, lightvit.Block):
+        if _fills(grid, block.attention.window):
+            readers.append((block, "norm", [(block.attention, "qkv"), (block.attention, "q_global")]))
     for owner, name, layers in readers:
         _move_affine(owner, name, layers)
     return len(readers)
@@ -203,15 +218,17 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-def _window_grids(model: DualTokenViT, size: Size) -> list[tuple[WindowAttention, Size]]:
-    """Every window attention with the (rows, columns) of the map that it reads."""
-    height, width = _padded(size)
+def _on_grids(model: ImageModel, size: Size, kind: type[M]) -> list[tuple[M, Size]]:
+    """Every module of that very type with the (rows, columns) of its stage's map."""
     return [
-        (block.local, (height // stride, width // stride))
-        for stage, stride in ((1, 8), (2, 16))
-        for block in model.get_submodule(f"stage{stage}").children()
-        if isinstance(block, Block) and isinstance(block.local, WindowAttention)
+        (module, grid)
+        for stage, grid in enumerate(model.grids(size), 1)
+        for module in _modules(model.get_submodule(f"stage{stage}"), kind)
     ]
+
+
+def _fills(grid: Size, window: int) -> bool:
+    return grid[0] % window == 0 and grid[1] % window == 0
 
 
 def _move_affine(owner: nn.Module, name: str, layers: list[tuple[nn.Module, str]]) -> None:
@@ -226,7 +243,7 @@ def _move_affine(owner: nn.Module, name: str, layers: list[tuple[nn.Module, str]
     owner.set_submodule(name, plain)
 
 
-def split_bidim(model: DualTokenViT, size: Size) -> int:
+def split_bidim(model: ImageModel, size: Size) -> int:
     """W [local; global] + b = W_l local + (W_g global + b): the concatenation goes, the second term broadcasts."""
 
     def make(module: nn.Module) -> nn.Module | None:
@@ -241,7 +258,7 @@ def split_bidim(model: DualTokenViT, size: Size) -> int:
     return _replace(model, BiDimAttention, make)
 
 
-def reshape_merge(model: DualTokenViT, size: Size) -> int:
+def reshape_merge(model: ImageModel, size: Size) -> int:
     """reduce(norm(P z)) with P a permutation of the patches: the weights' columns (and the norm's affine) in P's order.
 
     Row-major patches are one reshape and transpose of the map; LayerNorm's statistics do not depend on the order.
@@ -259,20 +276,26 @@ def reshape_merge(model: DualTokenViT, size: Size) -> int:
     return _replace(model, PatchMerge, make)
 
 
-def constant_tokens(model: DualTokenViT, size: Size) -> int:
-    """MLP(G) of the first block, where G is the learned parameter, is a constant."""
-    module = model.get_submodule("stage1.block1.token")
-    fuse = module.get_submodule("fuse") if model.global_tokens is not None else None
-    if fuse is None:
+def constant_tokens(model: ImageModel, size: Size) -> int:
+    """In the first block G is the learned parameter, so MLP(G) is a constant, or the query q(MLP(G)), or q(LN(G))."""
+    g: Any = getattr(model, "global_tokens", None)
+    if g is None:
         return 0
-    fuse.set_submodule("mlp", forms.ConstantTokens(fuse.get_submodule("mlp")(model.global_tokens)))
+    block: Any = model.get_submodule("stage1.block1")
+    if type(block) is lightvit.Block:
+        block.attention.set_submodule("q_global", forms.ConstantQuery(block.attention.q_global(block.norm(g))))
+    elif type(block.token) is NormalTokenModule:
+        fuse = block.token.fuse
+        fuse.set_submodule("q", forms.ConstantQuery(fuse.q(fuse.mlp(g))))
+        fuse.set_submodule("mlp", nn.Identity())
+    else:
+        block.token.fuse.set_submodule("mlp", forms.ConstantTokens(block.token.fuse.mlp(g)))
     return 1
 
 
-def constant_resize(model: DualTokenViT, size: Size) -> int:
+def constant_resize(model: ImageModel, size: Size) -> int:
     """interpolate(X_ga) = R X_ga with a constant R at a fixed size; where the grid is G's own, R = I and goes."""
-    height, width = _padded(size)
-    grid = height // STRIDE, width // STRIDE
+    grid = model.grids(size)[-1]  # every stage pools to that of the last
 
     def make(module: nn.Module) -> nn.Module | None:
         assert isinstance(module, TokenResize)  # noqa: S101
@@ -284,7 +307,7 @@ def constant_resize(model: DualTokenViT, size: Size) -> int:
     return _replace(model, TokenResize, make)
 
 
-def join_queries(model: DualTokenViT, size: Size) -> int:
+def join_queries(model: ImageModel, size: Size) -> int:
     """[W_qkv; W_q] x: stage 3 does not downsample, so its two attentions read the same tokens; one product for both."""
 
     def make(module: nn.Module) -> nn.Module | None:
@@ -303,7 +326,7 @@ def join_queries(model: DualTokenViT, size: Size) -> int:
     return _replace(model, PositionAwareTokenModule, make)
 
 
-def fold_projection(model: DualTokenViT, size: Size) -> int:
+def fold_projection(model: ImageModel, size: Size) -> int:
     """sum_h P_h (A_h v_h) = sum_h A_h (P_h v_h): the broadcast's output projection goes into its values.
 
     Shorter where heads * tokens < tokens + C (stage 1), longer elsewhere; a broadcast that `join_queries` took stays.
@@ -321,6 +344,19 @@ def fold_projection(model: DualTokenViT, size: Size) -> int:
     return _replace(model, GlobalBroadcast, make)
 
 
+def one_hot_partitions(model: ImageModel, size: Size) -> int:
+    """sum over group k of x_i = (O^T x)_k, and what belongs to token i's group = (O y)_i, with one-hot rows O (N, K).
+
+    Two matrix products for DualFormer's scattered sums and look-ups: nothing depends on the data in its shape.
+    """
+
+    def make(module: nn.Module) -> nn.Module | None:
+        assert isinstance(module, PartitionAttention)  # noqa: S101
+        return forms.OneHotPartition(module)
+
+    return _replace(model, PartitionAttention, make)
+
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         function.__name__: Rule(function.__name__, function)
@@ -336,6 +372,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             constant_resize,
             join_queries,
             fold_projection,
+            one_hot_partitions,
         )
     }
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets import Target
 
@@ -17,27 +22,44 @@ Tell = Callable[[str], None]  # is told what happens now, for a progress display
 @dataclass(frozen=True)
 class Request:
     """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
-    do `labels`, one a class. `settings`: those of the target's own (`Target.settings`) that were given."""
+    do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
+    those of the target's own (`Target.settings`) that were given."""
 
     precision: str
     contract: InputContract
     outputs: tuple[TensorSpec, ...]
     opset: int | None
     metadata: Mapping[str, str]
+    device: str | None = None
     labels: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What an exporter did: the deploy rules that applied, operator counts by step ("exported", "simplified", ...)."""
+    """What an exporter did: the deploy rules that applied, operator counts by step ("exported", "simplified", ...), and
+    where it compiled, what the native code depends on."""
 
     rules: tuple[str, ...]
     operators: Mapping[str, Mapping[str, int]]
+    build: Mapping[str, Any] | None = None
 
 
-def run_exporter(target: Target, model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def run_exporter(target: Target, model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
     module = importlib.import_module(f"dualtoken_deploy.export.{target.name}")
     artifact: Artifact = module.export(model, request, folder, tell)
     return artifact
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

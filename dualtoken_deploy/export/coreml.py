@@ -23,24 +23,27 @@ from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier,
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.images import load_batch
+from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
 from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
-DEFAULT_LAYOUT = "ane"
 W8A8, W8A8_SINCE = "int8-w8a8", "iOS17"
 ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
 
-def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
     ct = coremltools("exporting to Core ML")
     deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
-    layout = request.settings.get("layout", DEFAULT_LAYOUT)
+    has_ane = isinstance(model, DualTokenViT)
+    layout = request.settings.get("layout", "ane" if has_ane else "plain")
     check_request(request, deployment, layout)
+    if layout == "ane" and not has_ane:
+        raise UsageError("the ane layout is DualToken-ViT's alone; give --layout plain for this variant")
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
     program = convert(ct, module, request, deployment, tell)
@@ -98,7 +101,7 @@ def check_request(request: Request, deployment: str, layout: str) -> None:
             )
 
 
-def make_form(model: DualTokenViT, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
+def make_form(model: ImageModel, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The deploy form in its layout, and the rules that applied.
 
     Where the target has an attention operation the scale stays in it, since it is the operation's own.

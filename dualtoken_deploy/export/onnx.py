@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +16,9 @@ from dualtoken_deploy import numerics
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError
-from dualtoken_deploy.export.base import Request, Tell
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.export.base import Request, Tell, quiet
+from dualtoken_deploy.export.naming import name_after_modules
+from dualtoken_deploy.models.base import ImageModel
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
@@ -46,7 +43,7 @@ class OnnxExport:
     operators: Mapping[str, Mapping[str, int]]
 
 
-def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
+def export_onnx(model: ImageModel, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
     """The deploy form of `model` as a checked ONNX model in the precision asked for.
 
     Raises UsageError on an opset outside of OPSETS, ConversionError where an exporter, the simplifier or the checker
@@ -59,6 +56,7 @@ def export_onnx(model: DualTokenViT, request: Request, rules: Iterable[str], ops
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
+    name_after_modules(exported, wrapped=module is not form.module)
     tell("simplifying")
     simplified = simplify(exported, request)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
@@ -97,7 +95,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         "optimize": True,
     }
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(module, (example,), **arguments)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConversionError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
@@ -112,7 +110,7 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     import onnxsim
 
     try:
-        with _quiet():
+        with quiet():
             simplified, ok = onnxsim.simplify(model, skipped_optimizers=SKIPPED_OPTIMIZERS)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise ConversionError(f"onnxsim cannot simplify the model: {_first_line(error)}") from error
@@ -131,7 +129,7 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
-        with _quiet():
+        with quiet():
             converted: onnx.ModelProto = convert_float_to_float16(
                 model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
             )
@@ -174,19 +172,6 @@ def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
     feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
     logits: numerics.Array = session.run(None, {spec.name: feed})[0]
     return logits
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _first_line(error: Exception) -> str:

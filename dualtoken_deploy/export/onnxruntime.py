@@ -9,12 +9,12 @@ import onnx
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.export.onnx import ATTENTION_OPSET, DECOMPOSED_OPSET, export_onnx
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 
 RULES = DEFAULT_RULES  # fold_projection costs time in stages 2 and 3: docs/decisions/003-rules-per-target.md
 
 
-def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.onnx. fp16 takes the decomposed opset, so that softmax can stay in float32."""
     opset = request.opset or (DECOMPOSED_OPSET if request.precision == "fp16" else ATTENTION_OPSET)
     exported = export_onnx(model, request, RULES, opset, tell)

@@ -11,12 +11,12 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, missing_extra
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.export.onnx import ATTENTION_OPSET, export_onnx
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.models.base import ImageModel
 
 RULES = DEFAULT_RULES  # fold_projection costs 5 % here: docs/decisions/003-rules-per-target.md
 
 
-def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.xml and model.bin. The ONNX in between is float32; fp16 is a matter of the stored weights."""
     try:
         import openvino as ov

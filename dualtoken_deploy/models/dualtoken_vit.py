@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualtoken_deploy.models.base import ImageModel, drop_path_rates, init_weights
 from dualtoken_deploy.models.layers import (
     ClassifierHead,
     DropPath,
@@ -24,11 +25,16 @@ from dualtoken_deploy.models.layers import (
     PatchMerge,
     Stem,
     TokenMerge,
+    crop_to_grid,
+    from_windows,
+    merge_heads,
+    pad_to_windows,
+    relative_index,
+    split_heads,
     to_map,
     to_tokens,
+    to_windows,
 )
-
-STRIDE = 32  # of stage 3: every stage pools to this grid before Global Aggregation
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class DualTokenConfig:
     heads: tuple[int, int, int] = (2, 4, 8)
     ffn_ratio: tuple[int, int, int] = (8, 4, 4)
     conv_kernel: tuple[int, int, int] = (5, 7, 0)  # Conv Encoder's depth-wise kernel; stage 3 has no Conv Encoder
-    global_tokens: int = 7  # side n of the n x n grid; 0: none (Table 7)
+    global_tokens: int = 7  # side n of the n x n grid; 0: none (Table 7); "normal" ones: their number
+    token_method: str = "position-aware"  # or "normal", "normal-star" (Figure 3 (c), (d), Table 6)
     downsampling: str = "stepwise"  # or "onestep" (Table 9)
     local_attention: str = "conv"  # or "window" (Table 8)
     token_mlp: str = "mlp"  # or "mix" (eq. 3.8, 3.9)
@@ -49,18 +56,6 @@ class DualTokenConfig:
     drop_path: float = 0.0
     num_classes: int = 1000
     image_size: tuple[int, int] = (224, 224)  # (H, W) that export uses; eager takes any size >= 64
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, C) -> (B, heads, N, C/heads)."""
-    b, n, c = x.shape
-    return x.reshape(b, n, heads, c // heads).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, heads, N, d) -> (B, N, heads*d)."""
-    b, heads, n, d = x.shape
-    return x.transpose(1, 2).reshape(b, n, heads * d)
 
 
 class ConvEncoder(nn.Module):
@@ -95,26 +90,19 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.position_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.drop_path = DropPath(drop_path)
-        side = torch.arange(window)
-        rows, cols = torch.meshgrid(side, side, indexing="ij")
-        at = torch.stack((rows.flatten(), cols.flatten()))  # (2, T), T = window * window
-        offset = at[:, :, None] - at[:, None, :] + window - 1  # (2, T, T), each in 0 .. 2*window-2
-        self.register_buffer("relative_index", offset[0] * (2 * window - 1) + offset[1], persistent=False)
+        self.register_buffer("relative_index", relative_index(window), persistent=False)
 
     def bias(self) -> Tensor:
         """Relative position bias, (heads, T, T)."""
         return self.position_bias[self.relative_index].permute(2, 0, 1)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        (b, _, c), (h, w), s = x.shape, grid, self.window
-        z = self.norm(x).reshape(b, h, w, c)
-        z = F.pad(z, (0, 0, 0, -w % s, 0, -h % s))  # whole windows, zeros at the right and the bottom
-        rows, cols = z.shape[1] // s, z.shape[2] // s
-        z = z.reshape(b, rows, s, cols, s, c).transpose(2, 3).reshape(b * rows * cols, s * s, c)
+        z, padded = pad_to_windows(self.norm(x), grid, self.window)
+        z = to_windows(z, padded, self.window)  # (B * windows, T, C)
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(z).chunk(3, dim=-1))
         z = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(), scale=self.scale))
-        z = z.reshape(b, rows, cols, s, s, c).transpose(2, 3).reshape(b, rows * s, cols * s, c)
-        out: Tensor = x + self.drop_path(z[:, :h, :w].flatten(1, 2))
+        z = crop_to_grid(from_windows(z, padded, self.window), padded, grid)
+        out: Tensor = x + self.drop_path(z)
         return out
 
 
@@ -226,6 +214,23 @@ class Fuse(nn.Module):
         return out
 
 
+class AttentionFuse(nn.Module):
+    """Fusion by multi-head attention: MLP(G) (B, T, C) reads X (B, N, C) (Figure 3 (c), (d)). (B, T, C)."""
+
+    def __init__(self, mlp: nn.Module, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (channels // heads) ** -0.5
+        self.mlp = mlp
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
+
+    def forward(self, g: Tensor, x: Tensor) -> Tensor:
+        q = split_heads(self.q(self.mlp(g)), self.heads)  # (B, heads, T, d)
+        k, v = (split_heads(t, self.heads) for t in self.kv(x).chunk(2, dim=-1))  # (B, heads, N, d)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+
 class GlobalBroadcast(nn.Module):
     """Image tokens read G_new by multi-head attention (eq. 3.5). (B, N, C), (B, n*n, C) -> (B, N, C)."""
 
@@ -266,6 +271,37 @@ class PositionAwareTokenModule(nn.Module):
         return self.broadcast(x, g_new), g_new
 
 
+class NormalTokenModule(nn.Module):
+    """Table 6's other ways: T global tokens without a place attend to X ("normal") or to X_ga ("normal-star").
+
+    "normal" keeps Global Aggregation in stage 3, where nothing else lets image tokens see each other: with it the
+    paper's parameters and FLOPs come out, without it neither does.
+    """
+
+    def __init__(self, config: DualTokenConfig, stage: int) -> None:
+        super().__init__()
+        channels, heads = config.channels[stage], config.heads[stage]
+        aggregates = config.token_method == "normal-star" or stage == 2
+        self.norm = nn.LayerNorm(channels)
+        self.downsample = make_downsample(config, stage) if aggregates else NoDownsample()
+        self.aggregate = GlobalAggregation(channels, heads) if aggregates else None
+        mlp = TOKEN_MLPS[config.token_mlp](channels, config.global_tokens)
+        self.fuse = AttentionFuse(mlp, channels, heads)
+        self.broadcast = GlobalBroadcast(channels, heads)
+
+    def forward(self, x_local: Tensor, g: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        x = self.norm(x_local)
+        source = x if self.aggregate is None else self.aggregate(self.downsample(x, grid))
+        g_new = self.fuse(g, source)  # (B, T, C)
+        return self.broadcast(x, g_new), g_new
+
+
+def make_token_module(config: DualTokenConfig, stage: int) -> nn.Module:
+    if config.token_method == "position-aware":
+        return PositionAwareTokenModule(config, stage)
+    return NormalTokenModule(config, stage)
+
+
 def make_downsample(config: DualTokenConfig, stage: int) -> nn.Module:
     """The way from a stage's grid to the stride-32 grid: strides 8, 16, 32 leave 2, 1, 0 halvings."""
     halvings = 2 - stage
@@ -290,7 +326,7 @@ class Block(nn.Module):
     def __init__(self, config: DualTokenConfig, stage: int, drop_path: float) -> None:
         super().__init__()
         self.local = make_local(config, stage, drop_path)
-        self.token = PositionAwareTokenModule(config, stage)
+        self.token = make_token_module(config, stage)
         self.ffn = FeedForward(config.channels[stage], config.ffn_ratio[stage])
         self.drop_path = DropPath(drop_path)
 
@@ -302,23 +338,21 @@ class Block(nn.Module):
         return x, None if g is None else g + g_new  # "after adding the identical mapping"
 
 
-class DualTokenViT(nn.Module):
-    """DualToken-ViT. Takes a normalised image (B, 3, H, W), H and W >= 64; gives logits (B, num_classes).
+class DualTokenViT(ImageModel):
+    """DualToken-ViT; stages of strides 8, 16 and 32."""
 
-    Sides that 32 does not divide are padded with zeros at the right and the bottom.
-    """
+    strides = (8, 16, 32)
+    config: DualTokenConfig
 
     def __init__(self, config: DualTokenConfig) -> None:
         super().__init__()
         self.config = config
         c1, _, c3 = config.channels
         self.stem = Stem(c1)
-        n = config.global_tokens**2
+        n = config.global_tokens ** (2 if config.token_method == "position-aware" else 1)
         self.global_tokens = nn.Parameter(torch.empty(1, n, c1)) if n else None
-        total = sum(config.blocks)
-        rates = iter([config.drop_path * i / max(total - 1, 1) for i in range(total)])  # linear in depth
-        for stage in range(3):
-            blocks = [Block(config, stage, next(rates)) for _ in range(config.blocks[stage])]
+        for stage, rates in enumerate(drop_path_rates(config.drop_path, config.blocks)):
+            blocks = [Block(config, stage, rate) for rate in rates]
             names = {f"block{i}": block for i, block in enumerate(blocks, 1)}
             self.add_module(f"stage{stage + 1}", nn.ModuleDict(names))
             if stage < 2:
@@ -327,16 +361,18 @@ class DualTokenViT(nn.Module):
                 if n:
                     self.add_module(f"token_merge{stage + 1}", TokenMerge(here, there))
         self.head = ClassifierHead(c3, config.num_classes)
-        self.apply(_init)
+        self.apply(init_weights)
         if self.global_tokens is not None:
             nn.init.trunc_normal_(self.global_tokens, std=0.02)
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Grid]]:
         """Tokens and grid at the end of each stage: (B, N, C1) of stride 8, (B, N/4, C2) of 16, (B, N/16, C3) of 32."""
-        image = F.pad(image, (0, -image.shape[3] % STRIDE, 0, -image.shape[2] % STRIDE))
+        image = self.pad(image)
         grid = image.shape[2] // 8, image.shape[3] // 8
         x = self.stem(image)  # (B, N, C1)
-        g: Tensor | None = self.global_tokens  # (1, n*n, C1), broadcast over the batch by the first fusion
+        g: Tensor | None = self.global_tokens  # (1, n*n, C1), broadcast over the batch by the first fusion's sum
+        if g is not None and self.config.token_method != "position-aware":  # attention does not broadcast
+            g = g.expand(x.shape[0], -1, -1)
         ends: list[tuple[Tensor, Grid]] = []
         for stage in (1, 2, 3):
             for block in self.get_submodule(f"stage{stage}").children():
@@ -347,27 +383,6 @@ class DualTokenViT(nn.Module):
                 g = None if g is None else self.get_submodule(f"token_merge{stage}")(g)
                 grid = grid[0] // 2, grid[1] // 2
         return ends
-
-    def features(self, image: Tensor) -> list[Tensor]:
-        """The three stage maps for dense tasks: (B, C, H/s, W/s) for strides s = 8, 16 and 32 of the padded image."""
-        return [to_map(x, grid) for x, grid in self.stages(image)]
-
-    def forward(self, image: Tensor) -> Tensor:
-        tokens, _ = self.stages(image)[-1]
-        logits: Tensor = self.head(tokens)
-        return logits
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # Table 1. T and S differ in channels and in the blocks of stage 3; "mix" takes MixMLP for MLP.

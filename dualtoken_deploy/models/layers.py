@@ -1,4 +1,4 @@
-"""Layers that LightViT and DualToken-ViT share: stem, BiDim feed-forward, patch merging, head.
+"""Layers that more than one family has: stem, windows, BiDim feed-forward, patch merging, head.
 
 Sources: LightViT (Huang et al., arXiv:2207.05557), cited below by section; DualToken-ViT (Chu et al.,
 arXiv:2309.12424). Tokens are (B, N, C) with N = H * W in row-major order; what needs the map gets `grid` = (H, W).
@@ -21,6 +21,59 @@ def to_map(x: Tensor, grid: Grid) -> Tensor:
 def to_tokens(x: Tensor) -> Tensor:
     """Channels-first map (B, C, H, W) -> tokens (B, H*W, C)."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C/heads)."""
+    b, n, c = x.shape
+    return x.reshape(b, n, heads, c // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads*d)."""
+    b, heads, n, d = x.shape
+    return x.transpose(1, 2).reshape(b, n, heads * d)
+
+
+def pad_to_windows(x: Tensor, grid: Grid, side: int) -> tuple[Tensor, Grid]:
+    """(B, H*W, C) -> (B, H'*W', C) and (H', W'): zeros at the right and the bottom up to whole windows."""
+    (b, _, c), (h, w) = x.shape, grid
+    padded = h + -h % side, w + -w % side
+    if padded == grid:
+        return x, grid
+    rows = F.pad(x.reshape(b, h, w, c), (0, 0, 0, padded[1] - w, 0, padded[0] - h))
+    return rows.reshape(b, padded[0] * padded[1], c), padded
+
+
+def crop_to_grid(x: Tensor, padded: Grid, grid: Grid) -> Tensor:
+    """(B, H'*W', C) -> (B, H*W, C): takes away what `pad_to_windows` added."""
+    if padded == grid:
+        return x
+    rows = x.reshape(x.shape[0], *padded, x.shape[2])[:, : grid[0], : grid[1]]
+    return rows.flatten(1, 2)
+
+
+def to_windows(x: Tensor, grid: Grid, side: int) -> Tensor:
+    """(B, H*W, C) -> (B * windows, side*side, C), windows and the tokens in each of them in row-major order."""
+    (b, _, c), rows, columns = x.shape, grid[0] // side, grid[1] // side
+    z = x.reshape(b, rows, side, columns, side, c).transpose(2, 3)
+    return z.reshape(b * rows * columns, side * side, c)
+
+
+def from_windows(z: Tensor, grid: Grid, side: int) -> Tensor:
+    """(B * windows, side*side, C) -> (B, H*W, C)."""
+    (n, _, c), rows, columns = z.shape, grid[0] // side, grid[1] // side
+    x = z.reshape(n // (rows * columns), rows, columns, side, side, c).transpose(2, 3)
+    return x.reshape(n // (rows * columns), grid[0] * grid[1], c)
+
+
+def relative_index(window: int) -> Tensor:
+    """Which of the (2*window - 1)^2 offsets lies between two tokens of a window: (T, T) with T = window * window."""
+    side = torch.arange(window)
+    rows, columns = torch.meshgrid(side, side, indexing="ij")
+    at = torch.stack((rows.flatten(), columns.flatten()))  # (2, T)
+    offset = at[:, :, None] - at[:, None, :] + window - 1  # (2, T, T), each in 0 .. 2*window-2
+    return offset[0] * (2 * window - 1) + offset[1]
 
 
 class DropPath(nn.Module):
@@ -50,13 +103,16 @@ class LayerScale(nn.Module):
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, BatchNorm, GELU. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
+    """Convolution without bias, BatchNorm, GELU unless told not to. (B, C, H, W) -> (B, C', H/stride, W/stride)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, kernel: int = 3, act: bool = True
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
+        padding = (kernel - 1) // 2
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
-        self.act = nn.GELU()
+        self.act = nn.GELU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.norm(self.conv(x)))
@@ -166,4 +222,17 @@ class ClassifierHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.neck_norm(self.neck(self.norm(x))))  # (B, N, 1280)
         out: Tensor = self.fc(x.mean(1))
+        return out
+
+
+class PooledHead(nn.Module):
+    """LayerNorm, mean over tokens, linear layer: tokens (B, N, C) -> logits (B, classes)."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.norm(x).mean(1))
         return out

@@ -3,33 +3,79 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dualtoken_deploy.bundle import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
-from dualtoken_deploy.models import dualtoken_vit
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
+from dualtoken_deploy.models.base import ImageModel, ModelConfig
+from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
+from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
+from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
 DEFAULT_SEED = 0
 
 
 @dataclass(frozen=True)
+class Family:
+    """A paper's models: `model(config)` builds one. `sizes` are the fields of the configuration that a variant fixes;
+    the others are options, and `choices` lists the values of those that have a list."""
+
+    config: type
+    model: Callable[[Any], ImageModel]
+    sizes: tuple[str, ...]
+    choices: Mapping[str, tuple[object, ...]]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(self.config) if f.name not in self.sizes)
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A named model and what the paper prints for it (Table 2; T and S (mix) there, None where it has no row)."""
+    """A named model and what its paper prints for it (None where it has no row)."""
 
     name: str
     title: str
-    config: DualTokenConfig
+    config: ModelConfig
     paper_params_m: float | None = None
     paper_macs_g: float | None = None
+
+
+FAMILIES = (
+    Family(
+        DualTokenConfig,
+        DualTokenViT,
+        sizes=("channels", "blocks", "heads", "ffn_ratio", "conv_kernel", "window"),
+        choices={
+            "global_tokens": (0, 3, 4, 5, 6, 7, 8),
+            "token_method": ("position-aware", "normal", "normal-star"),
+            "downsampling": ("stepwise", "onestep"),
+            "local_attention": ("conv", "window"),
+            "token_mlp": ("mlp", "mix"),
+        },
+    ),
+    Family(
+        LightViTConfig,
+        LightViT,
+        sizes=("channels", "blocks", "heads", "ffn_ratio", "window"),
+        choices={"global_tokens": (2, 4, 8, 16, 24, 32)},  # Table 6, and 24 for B
+    ),
+    Family(
+        DualFormerConfig,
+        DualFormer,
+        sizes=("channels", "blocks", "ffn_ratio", "expansion", "reduction", "conv_kernel", "heads"),
+        choices={"hyperplanes": (1, 2, 3, 4)},
+    ),
+)
 
 
 def _table(*variants: Variant) -> Mapping[str, Variant]:
@@ -44,18 +90,24 @@ VARIANTS = _table(
     Variant("t-mix", "DualToken-ViT-T (mix)", replace(dualtoken_vit.T, token_mlp="mix"), 5.8, 0.5),
     Variant("s", "DualToken-ViT-S", dualtoken_vit.S, 11.9, 1.05),
     Variant("s-mix", "DualToken-ViT-S (mix)", replace(dualtoken_vit.S, token_mlp="mix"), 11.4, 1.04),
+    Variant("lightvit-t", "LightViT-T", lightvit.T, 9.4, 0.7),
+    Variant("lightvit-s", "LightViT-S", lightvit.S, 19.2, 1.7),
+    Variant("lightvit-b", "LightViT-B", lightvit.B, 35.2, 3.9),
+    Variant("dualformer-t", "DualFormer-T", dualformer.T, 5.5, 1.3),
+    Variant("dualformer-xs", "DualFormer-XS", dualformer.XS, 10.5, 2.3),
+    Variant("dualformer-s", "DualFormer-S", dualformer.S, 22.6, 4.4),
+    Variant("dualformer-b", "DualFormer-B", dualformer.B, 74.0, 15.8),
 )
 
-CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "global_tokens": (0, 3, 4, 5, 6, 7, 8),
-        "downsampling": ("stepwise", "onestep"),
-        "local_attention": ("conv", "window"),
-        "token_mlp": ("mlp", "mix"),
-    }
-)
-_SIZES = ("channels", "blocks", "heads", "ffn_ratio", "conv_kernel", "window")  # a variant's own; not options
-OPTIONS = tuple(f.name for f in fields(DualTokenConfig) if f.name not in _SIZES)
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a configuration belongs to."""
+    return next(family for family in FAMILIES if isinstance(config, family.config))
+
+
+def options_of(config: ModelConfig) -> dict[str, Any]:
+    """The options of a configuration with their values, in the order of its fields."""
+    return {name: getattr(config, name) for name in family_of(config).options}
 
 
 def get_variant(name: str) -> Variant:
@@ -79,22 +131,30 @@ def parse_image_size(size: int | tuple[int, int] | str) -> tuple[int, int]:
     return height, width
 
 
-def make_config(variant: str, **options: Any) -> DualTokenConfig:
+def make_config(variant: str, **options: Any) -> ModelConfig:
     """The variant's configuration with options changed. Raises UsageError on an unknown option or value."""
     config = get_variant(variant).config
+    family = family_of(config)
     for name, value in options.items():
-        if name not in OPTIONS:
-            raise UsageError(f"unknown option {name!r}; valid options: {', '.join(OPTIONS)}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UsageError(f"{name} {value!r} is not one of {', '.join(map(str, CHOICES[name]))}")
+        if name not in family.options:
+            raise UsageError(f"unknown option {name!r} of {variant}; valid options: {', '.join(family.options)}")
+        if name in family.choices and value not in family.choices[name]:
+            raise UsageError(f"{name} {value!r} is not one of {', '.join(map(str, family.choices[name]))}")
     if "image_size" in options:
         options["image_size"] = parse_image_size(options["image_size"])
-    config = replace(config, **options)
-    if not 0.0 <= config.alpha <= 1.0 or not 0.0 <= config.drop_path < 1.0:
-        raise UsageError(f"alpha ({config.alpha}) must lie in [0, 1] and drop_path ({config.drop_path}) in [0, 1)")
+    config = replace(config, **options)  # type: ignore[type-var]  # every configuration is a dataclass
+    if not 0.0 <= getattr(config, "alpha", 0.0) <= 1.0 or not 0.0 <= config.drop_path < 1.0:
+        raise UsageError(f"alpha must lie in [0, 1] and drop_path in [0, 1), unlike {options}")
+    if getattr(config, "token_method", "") in ("normal", "normal-star") and not getattr(config, "global_tokens", 0):
+        raise UsageError("token_method normal and normal-star need global_tokens; the paper has 8")
     if config.num_classes < 1:
         raise UsageError(f"num_classes must be at least 1, not {config.num_classes}")
     return config
+
+
+def build(config: ModelConfig) -> ImageModel:
+    """The model of a configuration, freshly initialised."""
+    return family_of(config).model(config)
 
 
 def create_model(
@@ -105,24 +165,25 @@ def create_model(
     replace_head: bool = False,
     seed: int = DEFAULT_SEED,
     **options: Any,
-) -> DualTokenViT:
-    """A DualToken-ViT in evaluation mode, float32, on the CPU.
+) -> ImageModel:
+    """A variant's model in evaluation mode, float32, on the CPU.
 
-    `weights`: a safetensors file, or a torch checkpoint (read with weights_only=True; a dict under "model" or
-    "state_dict" is looked into); None initialises at random from `seed`. `replace_head`: take weights of another
-    class count and leave the last layer as initialised. `options`: global_tokens, downsampling, local_attention,
-    token_mlp, alpha, drop_path. Raises UsageError on names and values, WeightsError on the file.
+    `weights`: a word of BUILT_IN_WEIGHTS, a safetensors file, or a torch checkpoint (read with weights_only=True; a
+    dict under "model" or "state_dict" is looked into); None initialises at random from `seed`. `replace_head`: take
+    weights of another class count and leave the last layer as initialised. `options`: those of the variant's family;
+    DualToken-ViT has global_tokens, token_method, downsampling, local_attention, token_mlp, alpha, drop_path.
+    Raises UsageError on names and values, WeightsError on the file.
     """
     config = make_config(variant, num_classes=num_classes, image_size=image_size, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DualTokenViT(config)
+        model = build(config)
     if weights is not None:
-        load_weights(model, Path(weights), replace_head, variant)
+        load_weights(model, weights_path(weights), replace_head, variant)
     return model.eval()
 
 
-def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> DualTokenViT:
+def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> ImageModel:
     """A model whose every parameter and statistic is random: for work on latency and for tests without weights.
 
     A freshly initialised model is no stand-in for a trained one: its zero biases and unit gains vanish in a converter,
@@ -148,46 +209,7 @@ def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> Dual
     return model
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a torch checkpoint. Never runs code from the file; else WeightsError."""
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_checkpoint(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors, and loading it could run code; save model.state_dict() instead"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a whole torch checkpoint ({first}); copy or save it again") from error
-    for key in ("model", "state_dict"):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
-    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
-        raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
-    return {str(k): v for k, v in data.items()}
-
-
-def load_weights(model: DualTokenViT, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
+def load_weights(model: ImageModel, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
     """Loads every tensor or none. Raises WeightsError with all missing, unexpected and mis-shaped keys."""
     given, wanted = read_tensors(path), model.state_dict()
     if replace_head:
@@ -227,7 +249,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def rebuild(manifest: Manifest) -> DualTokenViT:
+def rebuild(manifest: Manifest) -> ImageModel:
     """The eager model that a bundle was made from: from its weights file, or from the seed of random weights.
 
     Raises WeightsError where the file is gone or the tensors are not those of the export (sha256).
@@ -236,8 +258,7 @@ def rebuild(manifest: Manifest) -> DualTokenViT:
     if weights["source"] == "random":
         model = random_model(manifest.variant, weights["seed"], **manifest.options)
     else:
-        path = Path(weights["source"])
-        model = create_model(manifest.variant, weights=path, **manifest.options)
+        model = create_model(manifest.variant, weights=weights["source"], **manifest.options)
     if weights_sha256(model) != weights["sha256"]:
         raise WeightsError(
             f"the eager weights of {manifest.variant} from {weights['source']!r} are not those that the bundle was "
@@ -252,12 +273,13 @@ def describe_variants() -> list[dict[str, Any]]:
 
     rows = []
     for name, variant in VARIANTS.items():
-        model = create_model(name)
+        with torch.device("meta"):  # shapes alone: counting the largest row takes a second and no memory
+            model = build(variant.config).eval()
         rows.append(
             {
                 "variant": name,
                 "title": variant.title,
-                "options": {option: getattr(variant.config, option) for option in OPTIONS},
+                "options": options_of(variant.config),
                 "params": count_params(model),
                 "macs": count_macs(model, variant.config.image_size),
                 "paper_params_m": variant.paper_params_m,

@@ -30,11 +30,16 @@ class Execution:
     """What a loaded model really executes, read from the runtime and not from the file.
 
     `operators` counts executed operators by kind, `precision` maps a kind to the dtypes it runs in, the most frequent
-    first.
+    first. `nodes` maps the name of an executed node to its dtype, where the runtime keeps the names of the graph.
+    `float32_share`: the share in float32 of what holds matrix products, where a runtime tells it. `notes`: how well
+    this machine fits what was built.
     """
 
     operators: Mapping[str, int] = field(default_factory=dict)
     precision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    float32_share: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable

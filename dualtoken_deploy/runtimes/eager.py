@@ -64,7 +64,7 @@ class EagerRunner:
         import torch
 
         (name,) = (s.name for s in self.inputs)
-        image = torch.from_numpy(np.ascontiguousarray(self._normalised(feeds[name])))
+        image = torch.from_numpy(np.ascontiguousarray(self.normalised(feeds[name])))
         with torch.inference_mode():
             logits = self._model(image.to(self._device))
         return {self._outputs[0].name: logits.float().cpu().numpy()}
@@ -80,7 +80,7 @@ class EagerRunner:
         operators = {kind: sum(counts.values()) for kind, counts in sorted(dtypes.items())}
         return Execution(operators, {kind: tuple(c) for kind, c in sorted(dtypes.items())})
 
-    def _normalised(self, batch: Array) -> Array:
+    def normalised(self, batch: Array) -> Array:
         """float32 NCHW, (x / 255 - mean) / std of an image batch; a tensor batch as it is."""
         if self._contract.kind == "tensor":
             return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
 from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
+
+# What its graph transformers and its profiler append to a node's name.
+_ADDED = re.compile(r"(/MatMulAddFusion|_token_\d+|_nchwc|/QDQ)*_kernel_time$")
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -111,6 +115,7 @@ def _execution(events: list[dict[str, Any]]) -> Execution:
     """From the profiler's node events: what the kernels that ran were, and the dtype of their first tensor input."""
     operators: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = {}
+    nodes: dict[str, str] = {}
     for event in events:
         args = event.get("args", {})
         if event.get("cat") != "Node" or "op_name" not in args or not event["name"].endswith("_kernel_time"):
@@ -118,8 +123,9 @@ def _execution(events: list[dict[str, Any]]) -> Execution:
         kind = args["op_name"]
         operators[kind] += 1
         dtypes.setdefault(kind, Counter())[_dtype(args)] += 1
+        nodes[_ADDED.sub("", event["name"])] = _dtype(args)
     precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
-    return Execution(dict(sorted(operators.items())), precision)
+    return Execution(dict(sorted(operators.items())), precision, nodes)
 
 
 def _dtype(args: Mapping[str, Any]) -> str:

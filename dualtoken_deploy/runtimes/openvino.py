@@ -79,14 +79,16 @@ class OpenVinoRunner:
         request.infer({s.name: np.zeros(shape, s.dtype) for s, shape in zip(self._inputs, shapes, strict=True)})
         operators: Counter[str] = Counter()
         dtypes: dict[str, Counter[str]] = {}
+        nodes: dict[str, str] = {}
         for layer in request.get_profiling_info():
             if "EXECUTED" not in str(layer.status):
                 continue
             operators[layer.node_type] += 1
             suffix = layer.exec_type.rpartition("_")[2].lower()
             dtypes.setdefault(layer.node_type, Counter())[_DTYPES.get(suffix, suffix)] += 1
+            nodes[layer.node_name.removesuffix("/WithoutBiases")] = _DTYPES.get(suffix, suffix)
         precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
-        return Execution(dict(sorted(operators.items())), precision)
+        return Execution(dict(sorted(operators.items())), precision, nodes)
 
 
 def _compile(path: Path, options: RunnerOptions, profile: bool = False) -> Any:

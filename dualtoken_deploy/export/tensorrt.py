@@ -1,0 +1,62 @@
+"""TensorRT, the part that any machine can do: an ONNX that carries its precision, for a strongly typed network.
+
+TensorRT 11 takes a network's types from the ONNX alone, and TensorRT 10 does when it is told to, so one file serves
+both. The engine is built from it on the device: `dualtoken build`, dualtoken_deploy/build.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.export.base import Artifact, Request, Tell
+from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
+from dualtoken_deploy.models.base import ImageModel
+
+RULES = DEFAULT_RULES
+
+# The newest opset of TensorRT 10.0 to 10.3's parser; below Attention, whose parts TensorRT fuses by itself.
+OPSET = DECOMPOSED_OPSET
+
+FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
+
+
+def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes model.onnx: float32, or float16 with float32 softmax, normalisation, inputs and outputs.
+
+    Raises UsageError on an opset that TensorRT 10.3 does not parse.
+    """
+    if request.opset not in (None, OPSET):
+        raise UsageError(f"opset {request.opset} is not offered for tensorrt; its parsers from 10.0 on take {OPSET}")
+    exported = export_onnx(model, replace(request, precision="fp32"), RULES, OPSET, tell)
+    tell(f"typing the ONNX as {request.precision}")
+    typed = type_onnx(exported.model, request.precision)
+    onnx.save(typed, folder / "model.onnx")
+    return Artifact(exported.rules, {**exported.operators, "typed": operator_counts(typed)})
+
+
+def type_onnx(source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """`source`, float32 with or without Q/DQ pairs, as the ONNX that a strongly typed network takes; source is kept.
+
+    fp32 leaves the types; fp16 and int8 make all but softmax and normalisation float16 (a quantized source keeps its
+    int8 tensors, their scales become float16). Nodes are named "<operator>_<number>": TensorRT's inspector tells the
+    origin of a layer by those names. Raises ConversionError where the result does not check.
+    """
+    typed = onnx.ModelProto()
+    typed.CopyFrom(source)
+    if precision in FLOAT16_PRECISIONS:
+        typed = to_float16(typed)
+    numbers: Counter[str] = Counter()
+    for node in typed.graph.node:
+        node.name = f"{node.op_type}_{numbers[node.op_type]}"
+        numbers[node.op_type] += 1
+    try:
+        onnx.checker.check_model(typed, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ConversionError(f"the typed ONNX does not check: {str(error).splitlines()[0]}") from error
+    return typed

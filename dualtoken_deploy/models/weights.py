@@ -1,0 +1,102 @@
+"""Weights files: where they are, what they say of themselves, and their tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualtoken_deploy.errors import WeightsError
+
+HEADER = "dualtoken"  # key of our JSON in a safetensors header
+_FOLDER = Path(__file__).parents[1] / "weights"
+
+# Trained by this project and shipped with it; the JSON beside each says how.
+BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
+    {"digits": _FOLDER / "digits-t-mix.safetensors", "shapes": _FOLDER / "shapes-t-mix.safetensors"}
+)
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a weights file of a training run says of itself."""
+
+    variant: str
+    options: Mapping[str, Any]
+    image_size: tuple[int, int]
+    labels: tuple[str, ...]
+    data: str
+
+
+def weights_path(weights: str | Path) -> Path:
+    """The file of a word of BUILT_IN_WEIGHTS (a file of that name is reached by ./word), or the path itself."""
+    return BUILT_IN_WEIGHTS.get(str(weights), Path(weights)) if isinstance(weights, str) else weights
+
+
+def describe_weights(weights: str | Path) -> WeightsInfo | None:
+    """What the header of a safetensors file says; None where it says nothing (other programs' files).
+
+    Raises WeightsError where the file is missing or damaged.
+    """
+    path = weights_path(weights)
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER)
+        if text is None:
+            return None
+        data = json.loads(text)
+        size = tuple(data["image_size"])
+        return WeightsInfo(data["variant"], data["options"], (size[0], size[1]), tuple(data["labels"]), data["data"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a torch checkpoint. Never runs code from the file; else WeightsError."""
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_checkpoint(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, and loading it could run code; save model.state_dict() instead"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} is not a whole torch checkpoint ({first}); copy or save it again") from error
+    for key in ("model", "state_dict"):
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
+    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
+    return {str(k): v for k, v in data.items()}

@@ -1,0 +1,67 @@
+"""The INT8 part of the pipeline: a float graph, calibration, the search, and the target's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dualtoken_deploy.bundle import Bundle, Manifest
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.errors import ToleranceError, UsageError
+from dualtoken_deploy.export import Artifact, Request
+from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, export_onnx
+from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.quantize.calibration import Array, open_calibration
+from dualtoken_deploy.quantize.gate import Int8Options, make_reference, quantize_within_budget
+from dualtoken_deploy.runtimes import RunnerOptions, load_runner
+from dualtoken_deploy.runtimes.eager import EagerRunner
+from dualtoken_deploy.targets import Target
+from dualtoken_deploy.validate import run_batches
+
+Tell = Callable[[str], None]
+LOST_SHARE = 0.05  # of the MACs: so much may a runtime leave in float of what was quantized for it
+
+
+def write_int8(
+    model: ImageModel,
+    row: Target,
+    request: Request,
+    options: Int8Options,
+    labels: tuple[str, ...],
+    folder: Path,
+    draft: Callable[[Artifact], Manifest],
+    tell: Tell,
+) -> Manifest:
+    """Writes the INT8 files of a target into `folder`; returns the draft of their manifest with the calibration.
+
+    Raises UsageError, DatasetError, ConversionError, and ToleranceError where the budget cannot be held.
+    """
+    if request.contract.batch not in (None, 1):
+        raise UsageError(
+            f"int8 takes a batch of 1 or dynamic, not {request.contract.batch}: calibration goes one by one"
+        )
+    tell(f"reading calibration images from {options.calibration}")
+    calibration, held_out = open_calibration(options.calibration, request.contract, options.size, labels)
+    tell(f"running eager on {len(held_out.inputs)} held-out images")
+    with EagerRunner(model, request.contract, request.outputs, RunnerOptions()) as eager:
+        reference = make_reference(held_out, run_batches(eager, request.contract, held_out.inputs), options.metric)
+    source = replace(request, precision="fp32")
+    exported = export_onnx(model, source, DEFAULT_RULES, request.opset or DECOMPOSED_OPSET, tell)
+    found = draft(Artifact(exported.rules, exported.operators))
+
+    def run(place: Path, inputs: Array) -> Array:
+        with load_runner(Bundle(place, found)) as runner:
+            return run_batches(runner, request.contract, inputs)
+
+    said = quantize_within_budget(row.name, exported.model, calibration, reference, options, run, folder, tell)
+    return replace(found, calibration=said)
+
+
+def check_executed(planned: float, executed: float, floats: tuple[str, ...], what: str) -> None:
+    """Raises ToleranceError where a runtime runs much less in INT8 than was quantized for it: it was not applied."""
+    if executed < planned - LOST_SHARE:
+        raise ToleranceError(
+            f"{what} was quantized for {100 * planned:.1f} % of the MACs, but only {100 * executed:.1f} % run in INT8 "
+            f"here (in float: {', '.join(floats[:3])}, ...); no bundle was written"
+        )

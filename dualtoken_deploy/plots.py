@@ -1,0 +1,78 @@
+"""Pictures of results, drawn with matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualtoken_deploy.errors import OutputError, UsageError, missing_extra
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def save_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """Lets `draw` fill a matplotlib Figure of `size` inches, and writes it whole or not at all.
+
+    Raises UsageError on another suffix than SUFFIXES, MissingError without matplotlib, OutputError.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path} has none of the picture suffixes {', '.join(SUFFIXES)}")
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no state that outlives the call
+    except ModuleNotFoundError as error:
+        raise missing_extra("plots", f"drawing {path.name}") from error
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=120)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses and accuracies of a training run over its epochs."""
+    epochs = [row["epoch"] for row in rows]
+
+    def draw(figure: Any) -> None:
+        losses, shares = figure.subplots(1, 2)
+        losses.plot(epochs, [row["train_loss"] for row in rows], label="train loss")
+        losses.plot(epochs, [row["val_loss"] for row in rows], label="val loss")
+        shares.plot(epochs, [100 * row["top1"] for row in rows], label="val top-1 (%)")
+        shares.plot(epochs, [100 * row["top5"] for row in rows], label="val top-5 (%)")
+        for axis in (losses, shares):
+            axis.set_xlabel("epoch")
+            axis.grid(alpha=0.3)
+            axis.legend()
+
+    save_figure(path, (9, 3.5), draw)
+
+
+def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: Path, title: str) -> None:
+    """A confusion matrix (true class down, predicted across) as shares of each true class, counts written in."""
+    total = counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(total, 1)
+    side = min(max(4.0, 0.34 * len(labels) + 2), 30)
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if len(labels) <= 60:
+            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+            axis.set_yticks(range(len(labels)), labels, fontsize=7)
+            for i, j in zip(*np.nonzero(counts), strict=True):
+                colour = "white" if shares[i, j] > 0.5 else "black"
+                axis.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=6, color=colour)
+        axis.set_xlabel("predicted")
+        axis.set_ylabel("true")
+        axis.set_title(title, fontsize=9)
+
+    save_figure(path, (side, side), draw)

@@ -1,0 +1,85 @@
+"""INT8 for OpenVINO by NNCF, with its settings for transformers (SmoothQuant, mixed preset)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import onnx
+
+from dualtoken_deploy.errors import ConversionError, missing_extra
+from dualtoken_deploy.machine import describe_machine
+from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.onnx_qdq import layer_of, read_products
+
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+
+
+class NncfQuantizer:
+    """Quantizes any choice of layers; every choice takes NNCF's own calibration anew."""
+
+    def __init__(self, model: onnx.ModelProto, calibration: CalibrationSet) -> None:
+        """Raises MissingError without nncf or openvino."""
+        try:
+            with _Quiet():
+                import nncf
+                import openvino
+        except ImportError as error:
+            raise missing_extra("quantize", "quantizing for OpenVINO") from error
+        self._nncf, self._openvino = nncf, openvino
+        self._bytes = model.SerializeToString()
+        self.products = read_products(model)
+        self._nodes = {n.output[0]: n.name for n in model.graph.node}
+        self._input = model.graph.input[0].name
+        self._calibration = calibration
+
+    @property
+    def style(self) -> str:
+        """What was asked of NNCF."""
+        return f"NNCF TRANSFORMER, preset MIXED, overflow fix {'off' if self._safe() else 'on'}"
+
+    def quantize(self, in_float: Iterable[str] = ()) -> Any:
+        """The openvino.Model with INT8 in every eligible layer but those `in_float`."""
+        nncf, kept = self._nncf, set(in_float)
+        excluded = [
+            self._nodes[v] for v in self.products.macs if v not in self.products.eligible or layer_of(v) in kept
+        ]
+        samples = [self._calibration.inputs[i : i + 1] for i in range(len(self._calibration.inputs))]
+        fix = nncf.OverflowFix.DISABLE if self._safe() else nncf.OverflowFix.ENABLE
+        try:
+            with _Quiet():
+                float_model = self._openvino.Core().read_model(self._bytes)
+                return nncf.quantize(
+                    float_model,
+                    nncf.Dataset(samples, lambda sample: {self._input: sample}),
+                    subset_size=len(samples),
+                    preset=nncf.QuantizationPreset.MIXED,
+                    model_type=nncf.ModelType.TRANSFORMER,
+                    ignored_scope=nncf.IgnoredScope(names=excluded, validate=False),
+                    advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+                )
+        except (RuntimeError, ValueError, nncf.ValidationError, nncf.InternalError) as error:
+            raise ConversionError(f"NNCF cannot quantize the model: {str(error).strip().splitlines()[0]}") from error
+
+    def _safe(self) -> bool:
+        """Whether this CPU's int8 products add up in 32 bits; else NNCF leaves a bit of the weights free."""
+        return bool(VNNI & set(describe_machine()["isa"]))
+
+
+class _Quiet:
+    """Keeps NNCF's log and progress bars off the user's terminal."""
+
+    def __enter__(self) -> None:
+        import contextlib
+        import io
+
+        self._before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        self._stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        logging.disable(self._before)

@@ -1,0 +1,52 @@
+"""Who may come in: a counter that is asked before a body is read, so that refusing costs next to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dualtoken_deploy.serve.errors import Overloaded, Unavailable
+
+
+class Gate:
+    """At most `limit` requests inside at once. One for each model and one for the server; the event loop's alone."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self._what, self.limit = what, limit
+        self._inside = 0
+        self._closed = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def inside(self) -> int:
+        return self._inside
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Holds a place for the block. Raises Unavailable once closed, Overloaded while there is no place."""
+        if self._closed:
+            raise Unavailable(f"{self._what} is shutting down; ask another server")
+        if self._inside >= self.limit:
+            raise Overloaded(f"{self._what} has {self.limit} requests in hand and takes no more; try again later")
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    def close(self) -> None:
+        """Admits nobody from now on; those inside stay."""
+        self._closed = True
+
+    async def drained(self) -> None:
+        """Returns when nobody is inside."""
+        await self._empty.wait()

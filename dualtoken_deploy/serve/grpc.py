@@ -1,0 +1,271 @@
+"""The Open Inference Protocol over gRPC, on grpc.aio: the same handler, its own status codes.
+
+A handler in grpc.aio is called with the whole message read. ModelInfer is therefore registered as a stream of (one)
+request, which looks the same on the wire: it is admitted first and read then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.serve import logs, protocol
+from dualtoken_deploy.serve.errors import (
+    BadRequest,
+    Denied,
+    Forbidden,
+    ModelFailed,
+    ModelHung,
+    NotFound,
+    Overloaded,
+    ServeError,
+    TooLarge,
+    TooSlow,
+    Unavailable,
+    Unsupported,
+)
+from dualtoken_deploy.serve.handler import Handler
+from dualtoken_deploy.serve.http import key_fits
+from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
+from dualtoken_deploy.serve.repository import Model
+from dualtoken_deploy.serve.settings import Settings
+from dualtoken_deploy.spec import TensorSpec
+
+SERVICE = "inference.GRPCInferenceService"
+CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
+    {
+        BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
+        TooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+        Unsupported: grpc.StatusCode.INVALID_ARGUMENT,
+        TooSlow: grpc.StatusCode.DEADLINE_EXCEEDED,
+        NotFound: grpc.StatusCode.NOT_FOUND,
+        Denied: grpc.StatusCode.UNAUTHENTICATED,
+        Forbidden: grpc.StatusCode.PERMISSION_DENIED,
+        Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Unavailable: grpc.StatusCode.UNAVAILABLE,
+        ModelFailed: grpc.StatusCode.INTERNAL,
+        ModelHung: grpc.StatusCode.UNAVAILABLE,
+    }
+)
+FIELDS: Mapping[str, str] = MappingProxyType(  # where the typed contents of a datatype lie, by the proto's comments
+    {
+        "BOOL": "bool_contents",
+        "INT8": "int_contents",
+        "INT16": "int_contents",
+        "INT32": "int_contents",
+        "INT64": "int64_contents",
+        "UINT8": "uint_contents",
+        "UINT16": "uint_contents",
+        "UINT32": "uint_contents",
+        "UINT64": "uint64_contents",
+        "FP32": "fp32_contents",
+        "FP64": "fp64_contents",
+    }
+)
+Context = grpc.aio.ServicerContext[Any, Any]
+Method = Callable[[Any, Context], Awaitable[Message]]
+
+
+class Servicer:
+    """One method an RPC; errors are raised, and mapped in one place."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler, self._settings = handler, handler.settings
+
+    async def server_live(self, _request: pb.ServerLiveRequest, _context: Context) -> Message:
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _request: pb.ServerReadyRequest, _context: Context) -> Message:
+        return pb.ServerReadyResponse(ready=self._handler.ready)
+
+    async def model_ready(self, request: pb.ModelReadyRequest, context: Context) -> Message:
+        """An unknown model is not ready: clients of other servers expect that, and no error."""
+        self._check_key(context)
+        try:
+            model = self._handler.repository.find(request.name, request.version)
+        except NotFound:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=model.ready and not self._handler.draining)
+
+    async def server_metadata(self, _request: pb.ServerMetadataRequest, context: Context) -> Message:
+        self._check_key(context)
+        return pb.ServerMetadataResponse(**self._handler.server_metadata())
+
+    async def model_metadata(self, request: pb.ModelMetadataRequest, context: Context) -> Message:
+        self._check_key(context)
+        return pb.ModelMetadataResponse(
+            **self._handler.model_metadata(self._handler.repository.find(request.name, request.version))
+        )
+
+    async def model_infer(self, messages: AsyncIterator[bytes], context: Context) -> Message:
+        """Admitted by the server's gate, read, then admitted by the model's."""
+        self._check_key(context)
+        with self._handler.gate.admit():
+            raw = await self._read(messages)
+            try:
+                request = pb.ModelInferRequest.FromString(raw)
+            except DecodeError as error:
+                raise BadRequest("the message is no ModelInferRequest") from error
+            del raw
+            model = self._handler.repository.find(request.model_name, request.model_version)
+            with self._handler.admit_model(model):
+                parsed = parse(request, model.spec, model.rows)
+                answer = await self._handler.infer(model, parsed)
+                return encode(answer.outputs, parsed, model)
+
+    def _check_key(self, context: Context) -> None:
+        given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+        if not key_fits(self._settings.api_key, given.get("authorization"), given.get("x-api-key")):
+            raise Denied("this server needs its API key: metadata authorization: Bearer KEY, or x-api-key: KEY")
+
+    async def _read(self, messages: AsyncIterator[bytes]) -> bytes:
+        try:
+            async with asyncio.timeout(self._settings.body_seconds):
+                raw = await anext(messages, None)
+        except TimeoutError as error:
+            raise TooSlow(f"the message did not arrive within {self._settings.body_seconds:g} s") from error
+        if raw is None:
+            raise BadRequest("the call has no message")
+        return raw
+
+
+def parse(request: pb.ModelInferRequest, spec: TensorSpec, rows: int) -> protocol.InferRequest:
+    """A message against the contract. Raises BadRequest."""
+    if len(request.inputs) != 1:
+        raise BadRequest(f"{len(request.inputs)} inputs were given; this model takes one, {spec.name!r}")
+    (tensor,) = request.inputs
+    for parameters in (request.parameters, tensor.parameters, *(output.parameters for output in request.outputs)):
+        if {"shared_memory_region", "sequence_id"} & set(parameters):
+            raise BadRequest("shared memory and sequences are not part of this server")
+    shape = protocol.check_tensor(tensor.name, tensor.datatype, list(tensor.shape), spec, rows)
+    if request.raw_input_contents:
+        if len(request.raw_input_contents) != 1 or tensor.HasField("contents"):
+            raise BadRequest("raw_input_contents must have one entry for each input, which then has no contents")
+        array = protocol.from_bytes(request.raw_input_contents[0], shape, spec)
+    else:
+        array = _typed(tensor.contents, shape, spec)
+    if len(request.outputs) > protocol.MAX_ITEMS:
+        raise BadRequest(f"outputs must be a list of at most {protocol.MAX_ITEMS}")
+    wanted = tuple(
+        protocol.Wanted(o.name, True, protocol.class_count(o.parameters["classification"].int64_param))
+        if "classification" in o.parameters
+        else protocol.Wanted(o.name, True)
+        for o in request.outputs
+    )
+    return protocol.InferRequest(protocol.check_id(request.id), {spec.name: array}, wanted or None, True)
+
+
+def _typed(contents: pb.InferTensorContents, shape: tuple[int, ...], spec: TensorSpec) -> Array:
+    """The typed field of the contract's datatype, which has to be the only one in use."""
+    kind = protocol.datatype(spec)
+    used = [field.name for field, _ in contents.ListFields()]
+    if kind not in FIELDS or used != [FIELDS[kind]]:
+        field = FIELDS.get(kind, "raw_input_contents")
+        raise BadRequest(f"input {spec.name!r} is {kind}: its values belong in {field} or raw_input_contents")
+    values = np.array(getattr(contents, FIELDS[kind]))
+    if values.size != np.prod(shape, dtype=np.int64):
+        raise BadRequest(f"input {spec.name!r} has {values.size} values; {list(shape)} needs {np.prod(shape)}")
+    target = np.dtype(spec.dtype)
+    if target.kind in "iu" and not np.iinfo(target).min <= values.min() <= values.max() <= np.iinfo(target).max:
+        raise BadRequest(f"input {spec.name!r} has values outside of {kind}")
+    return protocol.check_finite(values.astype(target).reshape(shape), spec)
+
+
+def encode(outputs: Mapping[str, Array], request: protocol.InferRequest, model: Model) -> pb.ModelInferResponse:
+    """The response, its tensors in raw_output_contents."""
+    response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
+    for want in request.outputs or tuple(protocol.Wanted(name, True) for name in outputs):
+        array = outputs[want.name]
+        if want.classes:
+            shape, raw = protocol.classes_as_bytes(array, want, model.labels)
+            response.outputs.add(name=want.name, datatype="BYTES", shape=shape)
+            response.raw_output_contents.append(raw)
+            continue
+        response.outputs.add(name=want.name, datatype=protocol.DATATYPES[str(array.dtype)], shape=array.shape)
+        response.raw_output_contents.append(protocol.to_bytes(array))
+    return response
+
+
+def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, int]:
+    """A gRPC server that is bound and not started, and its port. Raises OSError where the port is taken."""
+    largest = max(protocol.body_limit(model.spec, model.rows) for model in handler.repository.models)
+    options = [
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", 4 * handler.gate.limit + 16),
+        ("grpc.keepalive_time_ms", 60_000),
+    ]
+    server = grpc.aio.server(options=options)
+    servicer = Servicer(handler)
+    unary: dict[str, tuple[Method, Any]] = {
+        "ServerLive": (servicer.server_live, pb.ServerLiveRequest),
+        "ServerReady": (servicer.server_ready, pb.ServerReadyRequest),
+        "ModelReady": (servicer.model_ready, pb.ModelReadyRequest),
+        "ServerMetadata": (servicer.server_metadata, pb.ServerMetadataRequest),
+        "ModelMetadata": (servicer.model_metadata, pb.ModelMetadataRequest),
+    }
+    methods: dict[str, Any] = {
+        name: grpc.unary_unary_rpc_method_handler(
+            _guarded(name, call, handler), request_deserializer=kind.FromString, response_serializer=_serialise
+        )
+        for name, (call, kind) in unary.items()
+    }
+    methods["ModelInfer"] = grpc.stream_unary_rpc_method_handler(
+        _guarded("ModelInfer", servicer.model_infer, handler), request_deserializer=None, response_serializer=_serialise
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    address = f"[{settings.host}]" if ":" in settings.host else settings.host
+    where = f"{address}:{settings.grpc_port}"
+    try:
+        if settings.tls_cert is None or settings.tls_key is None:
+            port = server.add_insecure_port(where)
+        else:
+            pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
+            port = server.add_secure_port(where, grpc.ssl_server_credentials([pair]))
+    except RuntimeError as error:  # grpc's own for every failure to bind
+        raise OSError(f"gRPC cannot listen on {where}; is the port taken?") from error
+    return server, port
+
+
+def _serialise(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _guarded(name: str, call: Method, handler: Handler) -> Method:
+    """Around every RPC: its id, its metrics, its line in the log, and the status of what it raises."""
+
+    async def guarded(request: Any, context: Context) -> Message:
+        start, code = time.perf_counter(), grpc.StatusCode.OK
+        given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+        note: dict[str, Any] = {"request_id": logs.request_id(given.get("x-request-id"))}
+        try:
+            return await call(request, context)
+        except ServeError as error:
+            code, note["error"] = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES), str(error)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # noqa: BLE001  # the last line of defence: logged, answered, and the server lives
+            logs.LOGGER.exception("unexpected error", extra={"fields": note})
+            code, note["error"] = grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); see the log"
+        finally:
+            seconds = time.perf_counter() - start
+            handler.metrics.requests.labels("grpc", name, code.name).inc()
+            handler.metrics.total.labels("grpc", name).observe(seconds)
+            logs.log(20 if name == "ModelInfer" else 10, "request", protocol="grpc", route=name, code=code.name,
+                     ms=round(seconds * 1000, 2), **note)  # fmt: skip
+        metadata: Iterable[tuple[str, str]] = (("x-request-id", note["request_id"]),)
+        await context.abort(code, note["error"], tuple(metadata))
+        raise AssertionError  # abort raises
+
+    return guarded

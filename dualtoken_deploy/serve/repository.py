@@ -1,0 +1,244 @@
+"""Which bundles are served under which names; loads, swaps and unloads them without dropping a request.
+
+What can be loaded was named when the server started: no path ever comes from a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from dualtoken_deploy.bundle import MANIFEST, Bundle
+from dualtoken_deploy.errors import BundleError, DualTokenError, MissingError, UsageError
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.serve import logs
+from dualtoken_deploy.serve.admission import Gate
+from dualtoken_deploy.serve.batcher import Answer, Batcher
+from dualtoken_deploy.serve.errors import NotFound
+from dualtoken_deploy.serve.metrics import Metrics
+from dualtoken_deploy.serve.pool import Launch
+from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
+from dualtoken_deploy.serve.settings import Settings, Source
+from dualtoken_deploy.targets import get_target
+
+Stamp = tuple[int, int, int] | None
+
+
+class Engine(Protocol):
+    """What runs a model's rows: a Batcher here, a deployment handle on Ray."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def reason(self) -> str | None: ...
+
+    async def wait_ready(self) -> None: ...
+
+    async def run(self, array: Array) -> Answer: ...
+
+    async def close(self) -> None: ...
+
+
+class Model:
+    """A loaded bundle: its contract, its gate and the engine behind it."""
+
+    def __init__(self, source: Source, bundle: Bundle, engine: Engine, settings: Settings, stamp: Stamp) -> None:
+        self.source, self.bundle, self.engine, self.stamp = source, bundle, engine, stamp
+        self.name, self.version, self.labels = source.name, source.version, bundle.labels
+        self.contract, self.outputs = bundle.manifest.input, bundle.manifest.outputs
+        self.spec = self.contract.tensor
+        self.rows = settings.request_rows(self.contract.batch)
+        self.body_limit = body_limit(self.spec, self.rows)
+        running = settings.workers * max(1, settings.merge_rows(self.contract.batch) // (self.contract.batch or 1))
+        self.gate = Gate(f"model {source.name}:{source.version}", settings.queue + running)
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.ready and not self.gate.closed
+
+
+def local_engine(bundle: Bundle, source: Source, settings: Settings, metrics: Metrics) -> Engine:
+    """Workers of this machine."""
+    fixed = bundle.manifest.input.batch
+    rows = max(settings.request_rows(fixed), settings.merge_rows(fixed))
+    launch = Launch.of(
+        bundle, rows, device=settings.device, threads=settings.threads,
+        start_seconds=settings.start_seconds, run_seconds=settings.run_seconds,
+    )  # fmt: skip
+    observer = metrics.observer(
+        source.name, source.version, lambda model, why: logs.warning("worker lost", model=model, reason=why)
+    )
+    return Batcher(launch, settings.workers, settings.merge_rows(fixed), settings.max_delay_ms / 1000, observer)
+
+
+class Repository:
+    """Every model that this server knows. The event loop's alone."""
+
+    def __init__(self, sources: Sequence[Source], settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._sources = {(source.name, source.version): source for source in sources}
+        self._models: dict[tuple[str, str], Model] = {}
+        self._reasons: dict[tuple[str, str], str] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
+        self.make_engine = local_engine
+
+    @property
+    def models(self) -> list[Model]:
+        return list(self._models.values())
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for name, _ in self._sources})
+
+    def versions(self, name: str) -> list[str]:
+        """Loaded versions of a name, the newest last: numbers by value, and after them words by letter."""
+        return sorted((v for n, v in self._models if n == name), key=_version_order)
+
+    def find(self, name: str, version: str | None = None) -> Model:
+        """The model of a name (or `name:version`), its newest version unless one is given. Raises NotFound."""
+        if version is None or version == "":
+            name, _, version = name.partition(":")
+        versions = self.versions(name)
+        chosen = version or (versions[-1] if versions else "")
+        model = self._models.get((name, chosen))
+        if model is None:
+            raise NotFound(_unknown(name, version, versions, name in self.names))
+        return model
+
+    def index(self) -> list[dict[str, str]]:
+        """Every model that could be loaded, and its state."""
+        rows = []
+        for (name, version), _ in sorted(self._sources.items()):
+            model = self._models.get((name, version))
+            state = "UNAVAILABLE" if model is None else "READY" if model.ready else "LOADING"
+            why = self._reasons.get((name, version), "") if model is None else (model.engine.reason or "")
+            rows.append({"name": name, "version": version, "state": state, "reason": why})
+        return rows
+
+    async def load_all(self) -> None:
+        """Loads every bundle. Raises BundleError or MissingError on the first that cannot be served."""
+        for source in self._sources.values():
+            await self._load(source)
+
+    async def load(self, name: str) -> None:
+        """Loads, or loads anew, every version of a known name. Raises NotFound, BundleError."""
+        for source in self._known(name):
+            async with self._lock:
+                await self._load(source)
+
+    async def unload(self, name: str) -> None:
+        """Takes every version of a name out of service; requests in hand are answered. Raises NotFound."""
+        for source in self._known(name):
+            model = self._models.pop((source.name, source.version), None)
+            self._reasons[source.name, source.version] = "unloaded"
+            if model is not None:
+                self._retire(model)
+
+    async def watch(self) -> None:
+        """Loads a bundle anew when its manifest on disk changes; a bundle that cannot be loaded leaves the old one."""
+        failed: dict[tuple[str, str], Stamp] = {}
+        while self._settings.reload_seconds:
+            await asyncio.sleep(self._settings.reload_seconds)
+            for key, model in list(self._models.items()):
+                now = _stamp(model.source.path)
+                if now is None or now == model.stamp or now == failed.get(key):
+                    continue
+                try:
+                    async with self._lock:
+                        await self._load(model.source)
+                    self._metrics.reloads.labels("loaded").inc()
+                except DualTokenError as error:
+                    failed[key] = now
+                    self._metrics.reloads.labels("failed").inc()
+                    logs.warning("reload failed; the old bundle still answers", model=":".join(key), reason=str(error))
+
+    async def close(self) -> None:
+        """Ends every engine, those that retire included."""
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        await asyncio.gather(*(model.engine.close() for model in self._models.values()))
+
+    async def _load(self, source: Source) -> None:
+        """Swaps a bundle in once its first worker is up; the one before is retired."""
+        key = source.name, source.version
+        stamp = _stamp(source.path)
+        bundle = await asyncio.to_thread(Bundle.open, source.path)
+        check_servable(bundle)
+        engine = self.make_engine(bundle, source, self._settings, self._metrics)
+        try:
+            await engine.wait_ready()
+        except BaseException as error:
+            await engine.close()
+            if isinstance(error, DualTokenError):
+                self._reasons[key] = str(error)
+            raise
+        before = self._models.get(key)
+        self._models[key] = Model(source, bundle, engine, self._settings, stamp)
+        self._reasons.pop(key, None)
+        logs.info("model loaded", model=":".join(key), target=bundle.manifest.target, again=before is not None)
+        if before is not None:
+            self._retire(before)
+
+    def _known(self, name: str) -> list[Source]:
+        found = [s for s in self._sources.values() if name in (s.name, f"{s.name}:{s.version}")]
+        if not found:
+            raise NotFound(_unknown(name, None, [], False))
+        return found
+
+    def _retire(self, model: Model) -> None:
+        task = asyncio.create_task(self._finish(model))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _finish(self, model: Model) -> None:
+        """Lets a model that is no longer found answer what it has, then ends its workers."""
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(model.gate.drained(), self._settings.drain_seconds)
+        finally:
+            await model.engine.close()
+
+
+def check_servable(bundle: Bundle) -> None:
+    """Raises BundleError or MissingError where a request could not be answered with this bundle here."""
+    manifest = bundle.manifest
+    target = get_target(manifest.target)
+    if target.missing():
+        raise MissingError(
+            f"{bundle.path} needs the extra [{target.extra}]; run: pip install 'dualtoken-deploy[{target.extra}]'"
+        )
+    for spec in (manifest.input.tensor, *manifest.outputs):
+        if spec.dtype not in DATATYPES:
+            raise BundleError(f"{bundle.path} has a tensor of {spec.dtype}, which the protocol has no name for")
+    try:
+        elements(manifest.input.tensor, 1)
+    except DualTokenError as error:
+        raise UsageError(f"{bundle.path} cannot be served: {error}") from error
+
+
+def _stamp(path: Path) -> Stamp:
+    """What changes when a bundle is replaced or written again; None while it is not there."""
+    try:
+        found = (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _version_order(version: str) -> tuple[int, int, str]:
+    return (0, int(version), "") if version.isdecimal() else (1, 0, version)
+
+
+def _unknown(name: str, version: str | None, versions: Sequence[str], known: bool) -> str:
+    shown = name if len(name) <= 60 else f"{name[:57]}..."
+    if known and version and versions:
+        return f"model {shown!r} has no version {version[:40]!r}; it has {', '.join(versions)}"
+    if known:
+        return f"model {shown!r} is not loaded"
+    return f"unknown model {shown!r}"

@@ -1,0 +1,187 @@
+"""Starts the server, and ends it: not ready, nobody admitted, everybody answered, everything closed, exit 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import grpc
+import uvicorn
+
+from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.serve import logs
+from dualtoken_deploy.serve.connection import bounded_protocol
+from dualtoken_deploy.serve.grpc import make_server
+from dualtoken_deploy.serve.handler import Handler
+from dualtoken_deploy.serve.http import make_app
+from dualtoken_deploy.serve.metrics import Metrics
+from dualtoken_deploy.serve.repository import Repository
+from dualtoken_deploy.serve.settings import Settings, Source
+
+BACKLOG = 512
+GRPC_GRACE_SECONDS = 1.0  # for answers that are written and not yet sent
+KEEP_ALIVE_SECONDS = 75
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its own signals: it would close its listener at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def run(sources: Sequence[Source], settings: Settings, tell: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT. `tell` gets one JSON line with the addresses once requests are taken.
+
+    Raises UsageError (a port that is taken), BundleError, MissingError, InputError (TLS files).
+    """
+    logs.set_up()
+    asyncio.run(_serve(sources, settings, tell))
+
+
+async def _serve(sources: Sequence[Source], settings: Settings, tell: Callable[[str], None]) -> None:
+    stop = _Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.ask)
+    for text in settings.warnings():
+        logs.warning(text)
+    metrics = Metrics()
+    repository = Repository(sources, settings, metrics)
+    handler = Handler(repository, settings, metrics)
+    listener = _listen(settings)
+    try:
+        if not await _unless(stop.asked, repository.load_all()):
+            return
+        await _answer(handler, settings, listener, stop, tell)
+    finally:
+        listener.close()
+        await handler.close()
+        logs.info("stopped")
+
+
+async def _answer(
+    handler: Handler, settings: Settings, listener: socket.socket, stop: _Stop, tell: Callable[[str], None]
+) -> None:
+    """Both transports, from ready to drained."""
+    http = _Uvicorn(_config(handler, settings))
+    rpc, grpc_port = _grpc(handler, settings)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    watching = asyncio.create_task(handler.repository.watch())
+    try:
+        if rpc is not None:
+            await rpc.start()
+        while not http.started and not serving.done():
+            await asyncio.sleep(0.005)
+        handler.metrics.ready.set(1)
+        tell(_addresses(handler, settings, listener.getsockname()[1], grpc_port))
+        await asyncio.wait({serving, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        await _drain(handler, settings, stop)
+    finally:
+        watching.cancel()
+        http.should_exit = True
+        if rpc is not None:
+            await rpc.stop(GRPC_GRACE_SECONDS)
+        await serving
+
+
+async def _drain(handler: Handler, settings: Settings, stop: _Stop) -> None:
+    """Ready turns false and nobody is admitted; waits for those inside, at most for the drain's time."""
+    handler.start_drain()
+    logs.info("draining", in_hand=handler.gate.inside, seconds=settings.drain_seconds)
+    waits = {asyncio.create_task(handler.drained()), asyncio.create_task(stop.again.wait())}
+    _, late = await asyncio.wait(waits, timeout=settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in late:
+        task.cancel()
+    if handler.gate.inside:
+        logs.warning("drain ended before all requests did", in_hand=handler.gate.inside)
+        await handler.repository.close()  # has them refused, while the transports can still say so
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(handler.drained(), GRPC_GRACE_SECONDS)
+
+
+class _Stop:
+    """The first signal asks for a drain, the second ends it."""
+
+    def __init__(self) -> None:
+        self.asked, self.again = asyncio.Event(), asyncio.Event()
+
+    def ask(self) -> None:
+        (self.again if self.asked.is_set() else self.asked).set()
+
+
+async def _unless(event: asyncio.Event, work: Any) -> bool:
+    """Whether some work was done before an event; it is cancelled otherwise."""
+    task, asked = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if task.done():
+        await task
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bound before anything is loaded, so that a port that is taken is said at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or error
+        raise UsageError(f"cannot listen on {settings.host}:{settings.port} ({reason}); give another --port") from error
+    return listener
+
+
+def _grpc(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server | None, int | None]:
+    if settings.grpc_port is None:
+        return None, None
+    try:
+        return make_server(handler, settings)
+    except OSError as error:
+        raise UsageError(f"{error}; give another --grpc-port, or --no-grpc") from error
+
+
+def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
+    config = uvicorn.Config(
+        make_app(handler),
+        http=bounded_protocol(settings.header_seconds, settings.body_seconds),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"TLS files {settings.tls_cert} and {settings.tls_key} cannot be used ({error})") from error
+    return config
+
+
+def _addresses(handler: Handler, settings: Settings, port: int, grpc_port: int | None) -> str:
+    """What to connect to, as one JSON line."""
+    scheme = "http" if settings.tls_cert is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    found: dict[str, Any] = {
+        "http": f"{scheme}://{host}:{port}",
+        "grpc": None if grpc_port is None else f"{host}:{grpc_port}",
+        "models": [f"{model.name}:{model.version}" for model in handler.repository.models],
+    }
+    logs.info("ready", **found)
+    return json.dumps(found)

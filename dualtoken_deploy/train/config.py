@@ -1,0 +1,107 @@
+"""The recipe of a run, frozen and saved with it. Defaults are those of the DualToken-ViT paper (section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from dualtoken_deploy.errors import UsageError
+
+LR_BATCH = 1024  # the batch size that `lr` is for; it scales linearly
+AUGMENTATIONS = ("randaugment", "affine", "none")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `batch_size` is that of an optimiser step, over all processes and accumulated parts."""
+
+    variant: str
+    data: str
+    image_size: tuple[int, int] = (224, 224)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of create_model
+    init: str | None = None  # weights to start from; a head of another class count is replaced
+    epochs: int = 300
+    batch_size: int = 1024
+    accumulate: int = 1
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_epochs: float = 20.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.04  # none on norms, biases, layer scales and tokens
+    drop_path: float = 0.1
+    label_smoothing: float = 0.0  # LightViT's code, which the paper builds on, has none
+    augment: str = "randaugment"
+    randaugment_n: int = 2
+    randaugment_m: int = 9
+    mixup: float = 0.2
+    cutmix: float = 1.0
+    erasing: float = 0.25
+    flip: float = 0.5
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    clip_grad: float = 0.0  # 0: none
+    ema: float = 0.0  # decay of the averaged weights; 0: none
+    precision: str = "no"  # mixed precision, Accelerate's names
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            _need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "clip_grad", "workers"):
+            value = getattr(self, name)
+            _need(value >= 0 and math.isfinite(value), f"{name} must be 0 or more, not {value}")
+        for name in ("erasing", "flip", "ema", "label_smoothing", "drop_path"):
+            value = getattr(self, name)
+            _need(0 <= value <= 1, f"{name} must lie in 0..1, not {value}")
+        _need(self.augment in AUGMENTATIONS, f"augment {self.augment!r} is not one of {', '.join(AUGMENTATIONS)}")
+        _need(self.precision in PRECISIONS, f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        low, high = self.crop_scale
+        _need(0 < low <= high <= 1, f"crop_scale {low:g} to {high:g} is no range within 0..1")
+        parts = f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+        _need(self.batch_size % self.accumulate == 0, parts)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / LR_BATCH
+
+    def lr_at(self, epoch: float) -> float:
+        """Learning rate after `epoch` epochs (a fraction counts): linear warm-up, then half a cosine to min_lr."""
+        floor = min(self.min_lr, self.peak_lr)
+        if epoch < self.warmup_epochs:
+            return max(self.peak_lr * epoch / self.warmup_epochs, floor)
+        rest = max(self.epochs - self.warmup_epochs, 1e-9)
+        done = min((epoch - self.warmup_epochs) / rest, 1.0)
+        return floor + (self.peak_lr - floor) * (1 + math.cos(math.pi * done)) / 2
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TrainConfig:
+        """Raises TypeError or KeyError on data that is no configuration of this version."""
+        tuples = ("image_size", "betas", "crop_scale")
+        known = {f.name for f in fields(TrainConfig)}
+        if unknown := set(data) - known:
+            raise KeyError(f"unknown settings {', '.join(sorted(unknown))}")
+        settings: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in data.items()}
+        return TrainConfig(**settings)
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    """A recipe from settings by name. Raises UsageError on an unknown name or a value of the wrong kind."""
+    known = {f.name: f for f in fields(TrainConfig)}
+    for name, value in settings.items():
+        if name not in known:
+            raise UsageError(f"unknown setting {name!r}; valid settings: {', '.join(known)}")
+        kind = type(known[name].default)
+        if kind in (int, float, tuple) and not isinstance(value, (int, kind)):
+            raise UsageError(f"setting {name}={value!r} is not of the kind of its default, {known[name].default!r}")
+    return TrainConfig(**settings)
+
+
+def _need(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise UsageError(otherwise)

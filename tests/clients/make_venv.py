@@ -1,0 +1,36 @@
+"""Makes the environment of the outside clients: python tests/clients/make_venv.py [FOLDER] (.venv-clients)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+REQUIREMENTS = HERE / "requirements.txt"
+
+
+def make(folder: Path = ROOT / ".venv-clients") -> Path:
+    """The environment's python; made once, and again when the requirements change.
+
+    Raises CalledProcessError with pip's words where the packages cannot be had.
+    """
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = REQUIREMENTS.read_text()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "PIP_CONSTRAINT"}
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", REQUIREMENTS]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, env=environment)
+    stamp.write_text(wanted)
+    return python
+
+
+if __name__ == "__main__":
+    print(make(*map(Path, sys.argv[1:])))

@@ -1,0 +1,279 @@
+"""Settings, sources, the gate and the batcher, without a server; a worker here is an object of the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.serve import logs
+from dualtoken_deploy.serve.admission import Gate
+from dualtoken_deploy.serve.batcher import Batcher
+from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
+from dualtoken_deploy.serve.http import key_fits
+from dualtoken_deploy.serve.multipart import picture_of
+from dualtoken_deploy.serve.pool import WorkerDied
+from dualtoken_deploy.serve.repository import _version_order
+from dualtoken_deploy.serve.settings import Settings, Source, parse_sources, read_api_key
+
+Array = np.ndarray[Any, Any]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "version", "path"),
+    [
+        ("bundles/s-openvino-fp32", "s-openvino-fp32", "1", "bundles/s-openvino-fp32"),
+        ("cat=b", "cat", "1", "b"),
+        ("cat:2=b/c", "cat", "2", "b/c"),
+        ("cat:v1.0=b=c", "cat", "v1.0", "b=c"),
+    ],
+)
+def test_a_source_has_a_name_a_version_and_a_path(text: str, name: str, version: str, path: str) -> None:
+    assert Source.parse(text) == Source(name, version, Path(path))
+
+
+@pytest.mark.parametrize("text", ["a b=x", "=x", ":2=x", "a/b=x", "a:b:c=x", "..=x", f"{'a' * 200}=x"])
+def test_a_name_that_would_not_survive_a_path_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="no model name"):
+        parse_sources([text])
+
+
+def test_the_newest_version_is_the_highest_number() -> None:
+    assert sorted(["10", "9", "beta", "2"], key=_version_order) == ["2", "9", "10", "beta"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed", "request_rows", "merge_rows"),
+    [
+        ({}, 1, 1, 1),
+        ({}, 4, 4, 4),
+        ({"max_batch": 16}, 1, 1, 1),
+        ({}, None, 8, 1),  # measured: a CPU gains nothing from a batch
+        ({"device": "cuda"}, None, 8, 8),
+        ({"max_batch": 16}, None, 16, 16),
+    ],
+)
+def test_batches_are_off_on_a_cpu_unless_asked_for(
+    options: dict[str, Any], fixed: int | None, request_rows: int, merge_rows: int
+) -> None:
+    found = Settings(**options)
+    assert (found.request_rows(fixed), found.merge_rows(fixed)) == (request_rows, merge_rows)
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "count"),
+    [
+        ("127.0.0.1", {}, 0),
+        ("::1", {}, 0),
+        ("localhost", {}, 0),
+        ("0.0.0.0", {}, 2),
+        ("example.org", {"api_key": "k" * 16}, 1),
+        ("::", {"api_key": "k" * 16, "tls_cert": Path("c"), "tls_key": Path("k")}, 0),
+    ],
+)
+def test_what_leaves_the_machine_unguarded_is_warned_of(host: str, options: dict[str, Any], count: int) -> None:
+    assert len(Settings(host=host, **options).warnings()) == count
+
+
+@pytest.mark.parametrize("content", ["", "short", "with\x01control-characters", "schlüssel-mit-umlaut"])
+def test_an_api_key_that_is_no_secret(content: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(content)
+    with pytest.raises(InputError, match="16 printable ASCII"):
+        read_api_key(tmp_path / "key")
+
+
+def test_a_key_is_not_printed_with_the_settings() -> None:
+    assert "hunter2" not in repr(Settings(api_key="hunter2-hunter2-"))
+
+
+def test_a_key_fits_itself_alone() -> None:
+    assert key_fits(None, None, None)
+    assert key_fits("secret-secret-12", "bearer secret-secret-12", None)
+    assert not key_fits("secret-secret-12", "Bearer secret-secret-1\udcff", None)
+    assert not key_fits("secret-secret-12", "Bearer x", "secret-secret-12"), "a wrong key beside a right one"
+
+
+@pytest.mark.parametrize(("given", "kept"), [("a-b.c", True), ("", False), ("a b", False), ("x" * 129, False)])
+def test_request_ids(given: str, kept: bool) -> None:
+    assert (logs.request_id(given) == given) is kept
+
+
+def test_a_form_gives_its_first_file() -> None:
+    parts = b"".join(
+        b'--b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % part
+        for part in ((b"a", b"", b"text"), (b"b", b'; filename="x"', b"\r\n--b1\x00"), (b"c", b'; filename="y"', b"2"))
+    )
+    assert picture_of(parts + b"--b--\r\n", "multipart/form-data; boundary=b") == b"\r\n--b1\x00"
+
+
+def test_a_gate_counts_and_closes() -> None:
+    async def go() -> None:
+        gate = Gate("m", 1)
+        with gate.admit():
+            with pytest.raises(Overloaded, match="m has 1 requests"), gate.admit():
+                pass
+            assert gate.inside == 1
+            gate.close()
+        await asyncio.wait_for(gate.drained(), 1)
+        with pytest.raises(Unavailable), gate.admit():
+            pass
+
+    asyncio.run(go())
+
+
+class Watch:
+    """An Observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.reasons: list[str] = []
+
+    def queued(self, depth: int) -> None: ...
+
+    def ran(self, rows: int, seconds: float) -> None:
+        self.rows.append(rows)
+
+    def waited(self, seconds: float) -> None: ...
+
+    def workers(self, up: int) -> None: ...
+
+    def replaced(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+class Twice:
+    """A worker whose model doubles; negative rows make its runtime fail, 99 kills it."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def run(self, arrays: Sequence[Array]) -> tuple[dict[str, Array], float]:
+        await asyncio.sleep(0.01)
+        rows = np.concatenate(arrays)
+        if (rows < 0).any():
+            raise ModelFailed("negative")
+        if (rows == 99).any():
+            raise WorkerDied("99")
+        return {"y": rows * 2}, 0.01
+
+    async def kill(self) -> None:
+        if not self.exited.done():
+            self.exited.set_result(-9)
+
+
+def batching(
+    body: Callable[[Batcher, Watch], Coroutine[Any, Any, None]],
+    start: Callable[[Any], Awaitable[Any]] | None = None,
+    **options: Any,
+) -> None:
+    async def good(_launch: Any) -> Any:
+        return Twice()
+
+    async def go() -> None:
+        watch = Watch()
+        values: dict[str, Any] = {"workers": 1, "merge_rows": 4, "delay_seconds": 0.0} | options
+        batcher = Batcher(None, observer=watch, start=start or good, **values)  # type: ignore[arg-type]
+        await asyncio.wait_for(body(batcher, watch), 10)
+        await batcher.close()
+
+    asyncio.run(go())
+
+
+def row(*values: int) -> Array:
+    return np.array(values)[:, None]
+
+
+def test_what_waits_is_merged_up_to_the_limit_and_split_again() -> None:
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        sizes = (1, 2, 3, 1, 4, 1)
+        arrays = [row(*range(10 * i, 10 * i + n)) for i, n in enumerate(sizes)]
+        answers = await asyncio.gather(*map(batcher.run, arrays))
+        for array, answer in zip(arrays, answers, strict=True):
+            np.testing.assert_array_equal(answer.outputs["y"], array * 2)
+        assert watch.rows == [3, 4, 4, 1]  # 1+2, 3+1, 4, 1: in their order, none split
+
+    batching(body)
+
+
+def test_a_delay_lets_a_batch_fill() -> None:
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        first = asyncio.create_task(batcher.run(row(1)))
+        await asyncio.sleep(0.05)
+        assert not first.done()
+        await asyncio.gather(first, batcher.run(row(2, 3, 4)))
+        alone = await batcher.run(row(5))
+        assert alone.queue_seconds >= 0.3
+        assert watch.rows == [4, 1]
+
+    batching(body, delay_seconds=0.3)
+
+
+def test_a_failure_is_for_its_own_batch() -> None:
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        results = await asyncio.gather(*(batcher.run(row(v)) for v in (1, -1, 3)), return_exceptions=True)
+        assert [type(r).__name__ for r in results] == ["Answer", "ModelFailed", "Answer"]
+        assert not watch.reasons
+
+    batching(body, merge_rows=1)
+
+
+def test_a_worker_that_died_is_started_anew() -> None:
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        results = await asyncio.gather(*(batcher.run(row(v)) for v in (1, 99, 3)), return_exceptions=True)
+        assert [type(r).__name__ for r in results] == ["Answer", "ModelFailed", "Answer"]
+        assert watch.reasons == ["99"]
+
+    batching(body, merge_rows=1)
+
+
+def test_a_worker_that_cannot_start_again_refuses_what_waits() -> None:
+    started = []
+
+    async def once(_launch: Any) -> Any:
+        started.append(1)
+        if len(started) > 1:
+            raise WorkerDied("no memory", 3)
+        return Twice()
+
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        await batcher.wait_ready()
+        results = await asyncio.gather(*(batcher.run(row(v)) for v in (99, 1)), return_exceptions=True)
+        assert [type(r).__name__ for r in results] == ["ModelFailed", "Unavailable"]
+        assert "no memory" in str(results[1])
+        assert not batcher.ready
+        with pytest.raises(Unavailable, match="no memory"):
+            await batcher.run(row(1))
+        with pytest.raises(Unavailable) as caught:
+            await batcher.wait_ready()
+        assert caught.value.exit_code == 3
+
+    batching(body, start=once, merge_rows=1)
+
+
+def test_a_request_that_is_given_up_is_not_run() -> None:
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        first, second, third = (asyncio.create_task(batcher.run(row(v))) for v in (1, 2, 3))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(first, third)
+        assert sum(watch.rows) == 2
+
+    batching(body, merge_rows=1)
+
+
+def test_closing_refuses_what_waits() -> None:
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        waiting = [asyncio.create_task(batcher.run(row(v))) for v in range(3)]
+        await asyncio.sleep(0.005)
+        await batcher.close()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(r) for r in results} == {Unavailable}
+
+    batching(body, merge_rows=1)
