@@ -16,7 +16,7 @@ from dualtoken_deploy.deploy.forms import OneHotPartition
 from dualtoken_deploy.models.count import count_macs, count_params
 from dualtoken_deploy.models.dualformer import PartitionAttention, channel_to_spatial, smallest_margin
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model
-from dualtoken_deploy.targets import TARGETS
+from tests.conftest import PORTABLE
 from tests.numerics import assert_close
 
 PARITY = 1e-10  # relative, float64; measured 1e-15
@@ -152,7 +152,7 @@ def test_each_rule_alone_keeps_what_the_model_computes(rule: str) -> None:
         assert_close(form.module(image), model(image), relative=PARITY)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PORTABLE)
 def test_bundles_compute_what_eager_computes(small_bundle: Callable[..., Path], target: str) -> None:
     bundle = Bundle.open(small_bundle(target, variant="tiny-dualformer", image_size=96))
     assert bundle.manifest.measured["photographs"]["sqnr_db"] >= 105

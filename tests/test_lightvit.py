@@ -17,8 +17,8 @@ from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.count import count_macs, count_params
 from dualtoken_deploy.models.lightvit import Block, BroadcastAttention
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model
-from dualtoken_deploy.targets import TARGETS
 from dualtoken_deploy.validate import validate
+from tests.conftest import PORTABLE
 from tests.numerics import assert_close
 
 PARITY = 1e-10  # relative, float64; measured 1e-15
@@ -146,7 +146,7 @@ def test_counts_of_rules() -> None:
     assert filled["fold_attention_scale"] == filled["split_bidim"] == 14
 
 
-@pytest.mark.parametrize(("target", "precision"), [*((t, "fp32") for t in TARGETS), ("onnxruntime", "fp16")])
+@pytest.mark.parametrize(("target", "precision"), [*((t, "fp32") for t in PORTABLE), ("onnxruntime", "fp16")])
 def test_bundles_compute_what_eager_computes(small_bundle: Callable[..., Path], target: str, precision: str) -> None:
     bundle = Bundle.open(small_bundle(target, precision, variant="tiny-lightvit", image_size=96))
     (result,) = validate([bundle], "photographs", limit=4)
