@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dualtoken_deploy import Bundle, export, load_runner
 from dualtoken_deploy.bench import bench
+from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.errors import ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.export import coreai
+from dualtoken_deploy.export.base import Request
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
+from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.runtimes.coreai import ENGINE
+from dualtoken_deploy.spec import InputContract, TensorSpec
 from tests.numerics import assert_close
 
 # At 224, where G's grid is that of stage 3: its optimiser miscompiles the resizing of other sizes (see below).
@@ -58,11 +63,27 @@ def test_a_miscompiled_program_leaves_no_bundle(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_a_compiler_that_ends_its_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the rewritten merges the optimiser aborts; that is one line, and no end of this process."""
-    monkeypatch.setattr(coreai, "to_coreai_form", lambda _: None)
+def test_a_compiler_that_ends_its_process_is_an_error(tmp_path: Path) -> None:
+    """A merge as other targets have it makes the optimiser abort; that is one line, and no end of this process."""
+    model = random_model("tiny-mix", 0, image_size=(64, 64))
+    merge = deploy_form(model).module.get_submodule("merge2")
+
+    class Alone(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.merge = merge
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.merge(x, (4, 4))
+            return out
+
+    program = torch.export.export(Alone(), (torch.zeros(1, 16, 96),))
+    contract = InputContract(TensorSpec("x", "float32", "NC", (1, 16, 96)), "tensor", (4, 4))
+    request = Request(
+        "fp32", contract, (TensorSpec("y", "float32", "NC", (1,)),), None, {"variant": "merge", "weights": "-"}
+    )
     with pytest.raises(ConversionError, match="LLVM ERROR"):
-        export(target="coreai", output=tmp_path / "b", **SMALL_224)
+        coreai._convert(program, request, tmp_path / "m.aimodel", tmp_path)
 
 
 @pytest.mark.parametrize(

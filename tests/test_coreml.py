@@ -154,10 +154,10 @@ def test_ranges_are_those_of_all_samples(packages: Callable[..., Bundle]) -> Non
         assert both[name]["rmin"] <= known["rmin"] and both[name]["rmax"] >= known["rmax"]  # noqa: PT018
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(("bits", "times"), [(4, 1.1), (6, 1.2), (8, 1.7)])
 @pytest.mark.parametrize("count", [2048, 5000, 40000])
-def test_palette_is_near_the_optimum(bits: int, count: int) -> None:
-    """Squared error against coremltools' exact one-dimensional k-means, at most 1.4 times it (0.6 bits of 8)."""
+def test_palette_is_near_the_optimum(bits: int, times: float, count: int) -> None:
+    """Squared error against coremltools' exact one-dimensional k-means; the optimum of 8 bits is beyond 40 dB."""
     from coremltools._deps import _kmeans1d
 
     weights = (np.random.default_rng(count).standard_t(5, count) * 0.02).astype(np.float16)
@@ -168,7 +168,8 @@ def test_palette_is_near_the_optimum(bits: int, count: int) -> None:
     best = _kmeans1d.cluster(values, min(len(values), 1 << bits), weights=counts)
     centres = np.array(best.centroids).astype(np.float16).astype(np.float64)[np.array(best.clusters)]
     optimum = (counts * (centres - values) ** 2).sum()
-    assert error <= 1.4 * optimum + 1e-12
+    assert optimum <= error * (1 + 1e-6)
+    assert error <= times * optimum
 
 
 # --- the package -----------------------------------------------------------------------------------------------------

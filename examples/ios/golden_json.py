@@ -1,4 +1,4 @@
-"""golden_json.py BUNDLE > golden.json: the golden input and logits of a bundle with image input, for the Swift self-test."""
+"""golden_json.py BUNDLE > golden.json: golden input and logits of a bundle with image input, for the self-test."""
 
 from __future__ import annotations
 
