@@ -18,6 +18,7 @@ PRODUCT_KINDS = frozenset(
         *("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger"),
         *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
         *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
+        *("batch_matmul", "conv2d"),  # Core AI's
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )

@@ -307,7 +307,7 @@ def _draft(
 def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, ...], tell: Tell) -> ExportResult:
     """Runs the saved files against eager on golden and on photographs, and writes the manifest if they hold."""
     contract = draft.input
-    photographs = open_dataset("photographs").images
+    photographs = open_dataset("photographs").images[: get_target(draft.target).check_images]
     inputs = load_batch(photographs, contract)
     tell(f"checking the saved files against eager on {len(inputs)} photographs")
     with EagerRunner(model, contract, draft.outputs, RunnerOptions()) as eager:

@@ -20,7 +20,8 @@ class Target:
 
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
-    options of export that are this target's own.
+    options of export that are this target's own. `check_images`: photographs that export checks on, where
+    the runtime is too slow here for all of them.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
@@ -42,6 +43,7 @@ class Target:
     checked_by: str | None = None
     vendor: str | None = None
     settings: tuple[str, ...] = ()
+    check_images: int | None = None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -74,11 +76,14 @@ _COREML_TOLERANCES = MappingProxyType(
         "fp32": Tolerance(sqnr_db=90.0),
         "fp16": Tolerance(sqnr_db=40.0),
         "int8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
+        "int8-w8a8": Tolerance(sqnr_db=10.0, top1_agreement=0.8),
         "palettized8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
         "palettized6": Tolerance(sqnr_db=15.0, top1_agreement=0.8),
         "palettized4": Tolerance(sqnr_db=3.0, top1_agreement=0.0),
     }
 )
+
+_COREAI_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=90.0), "fp16": Tolerance(sqnr_db=35.0)})
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -139,6 +144,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 modules=("coremltools",),
                 tolerances=_COREML_TOLERANCES,
                 settings=("deployment_target", "layout"),
+            ),
+            Target(
+                name="coreai",
+                title="Core AI",
+                files=("model.aimodel",),
+                extra="coreai",
+                source="torch",
+                modules=("coreai", "coreai_torch"),
+                tolerances=_COREAI_TOLERANCES,
+                check_images=2,  # float16 takes 38 s an image on two cores
             ),
         )
     }
