@@ -14,7 +14,7 @@ import pytest
 
 from dualtoken_deploy.cli import main
 
-COMMANDS = ("models", "targets", "export", "validate", "bench", "inspect", "predict")
+COMMANDS = ("models", "targets", "export", "validate", "bench", "inspect", "predict", "serve")
 
 
 @pytest.fixture(autouse=True)
