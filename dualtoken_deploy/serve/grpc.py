@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs, protocol
+from dualtoken_deploy.serve.admission import key_fits
 from dualtoken_deploy.serve.errors import (
     BadRequest,
     Denied,
@@ -34,7 +35,6 @@ from dualtoken_deploy.serve.errors import (
     Unsupported,
 )
 from dualtoken_deploy.serve.handler import Handler
-from dualtoken_deploy.serve.http import key_fits
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
 from dualtoken_deploy.serve.repository import Model
 from dualtoken_deploy.serve.settings import Settings
