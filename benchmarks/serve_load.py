@@ -405,14 +405,9 @@ def soak(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = (
-        []
-        if "load" not in result
-        else [
-            "| load | answers/s | of the plain loop | p50 ms | over plain p50, ms | p99 ms | generator's CPU, cores | server's CPU, ms |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-    )
+    names = ("load", "answers/s", "of the plain loop", "p50 ms", "over plain p50, ms", "p99 ms")
+    names += ("generator's CPU, cores", "server's CPU, ms")
+    lines = [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"] if "load" in result else []
     for name, row in result.get("load", {}).items():
         ratio, over = row["ratio"], row["p50_over_plain_ms"]
         lines.append(
