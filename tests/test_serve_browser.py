@@ -67,9 +67,10 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, expression: str) -> Any:
-        """The value of an expression once it is true."""
+        """The value of an expression once it is true; what it reads may not be there yet."""
+        careful = f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()"
         end = time.monotonic() + WAIT_SECONDS
-        while not (value := self.js(expression)):
+        while not (value := self.js(careful)):
             assert time.monotonic() < end, (
                 f"never true: {expression}; the page says: {self.js('document.body.innerText')}"
             )
