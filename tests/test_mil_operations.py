@@ -184,6 +184,7 @@ CASES: list[Case] = [
      lambda a: torch.stack([t(v) for v in a["values"]], 1).flatten(0, 1)),
     ("stack", {"values": [r(2, 3), r(2, 3, seed=1)], "axis": np.int32(1)}, lambda a: torch.stack([t(v) for v in a["values"]], 1)),
     ("tile", {"x": r(2, 1, 3), "reps": i(1, 4, 2)}, lambda a: t(a["x"]).repeat(1, 4, 2)),
+    ("fill_like", {"ref_tensor": r(2, 3), "value": np.float32(1.5)}, lambda a: torch.full_like(t(a["ref_tensor"]), 1.5)),
     ("gather", {"x": r(5, 3), "indices": i(4, 0, -1), "axis": np.int32(0)}, lambda a: t(a["x"])[[4, 0, -1]]),
     ("gather", {"x": r(2, 5), "indices": i(1, 1), "axis": np.int32(1)}, lambda a: t(a["x"])[:, [1, 1]]),
     ("slice_by_index", {"x": r(4, 5, 6), "begin": i(1, 0, 5), "end": i(3, 5, 0), "stride": i(1, 2, 1),
