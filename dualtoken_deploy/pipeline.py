@@ -85,7 +85,7 @@ def export(
     weights: str | Path | None = None,
     output: str | Path | None = None,
     labels: str | Path | None = None,
-    image_size: int | tuple[int, int] | str = 224,
+    image_size: int | tuple[int, int] | str | None = None,
     batch: int | str = 1,
     input_kind: str = "image",
     opset: int | None = None,
@@ -102,7 +102,8 @@ def export(
     """Exports one variant to one target, checks the saved files against eager, and only then names the bundle.
 
     `batch`: a number or "dynamic". `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively,
+    (normalised float32 NCHW). `weights` None: random ones from `seed`. `image_size` None: that of
+    the weights, where they say it, or 224. `device`: for a target that compiles natively,
     what to compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so.
     `deployment_target` (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as
     create_model takes them.
@@ -118,8 +119,10 @@ def export(
     if device is not None and (row.portable or row.built_by):
         raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
     settings = target_settings(row, deployment_target=deployment_target, layout=layout)
-    contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     info = None if weights is None else describe_weights(weights)
+    if image_size is None:
+        image_size = 224 if info is None else info.image_size
+    contract = make_contract(input_kind, parse_image_size(image_size), parse_batch(batch))
     if info is not None and info.variant != variant:
         raise WeightsError(
             f"{weights} are weights of variant {info.variant}, not of {variant}; give --variant {info.variant}"
