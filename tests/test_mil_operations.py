@@ -322,6 +322,15 @@ def test_tables_for_groups_of_channels() -> None:
     np.testing.assert_array_equal(constexpr_lut_to_dense(indices, lut), want)
 
 
+def test_tables_for_blocks_of_two_axes() -> None:
+    """Each quarter of a 4 x 6 tensor has a table of its own: 10 a + b + index / 10 for block (a, b)."""
+    indices = np.random.default_rng(0).integers(0, 2, (4, 6)).astype(np.uint8)
+    lut = np.array([[[[10 * a + b], [10 * a + b + 0.1]] for b in range(3)] for a in range(2)], np.float32)
+    rows, columns = np.indices((4, 6))
+    want = 10 * (rows // 2) + columns // 2 + indices / 10
+    np.testing.assert_allclose(constexpr_lut_to_dense(indices, lut), want, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("axis", "want"),
     [
