@@ -184,6 +184,7 @@ CASES: list[Case] = [
      lambda a: torch.stack([t(v) for v in a["values"]], 1).flatten(0, 1)),
     ("stack", {"values": [r(2, 3), r(2, 3, seed=1)], "axis": np.int32(1)}, lambda a: torch.stack([t(v) for v in a["values"]], 1)),
     ("tile", {"x": r(2, 1, 3), "reps": i(1, 4, 2)}, lambda a: t(a["x"]).repeat(1, 4, 2)),
+    ("fill_like", {"ref_tensor": r(2, 3), "value": np.float32(1.5)}, lambda a: torch.full_like(t(a["ref_tensor"]), 1.5)),
     ("gather", {"x": r(5, 3), "indices": i(4, 0, -1), "axis": np.int32(0)}, lambda a: t(a["x"])[[4, 0, -1]]),
     ("gather", {"x": r(2, 5), "indices": i(1, 1), "axis": np.int32(1)}, lambda a: t(a["x"])[:, [1, 1]]),
     ("slice_by_index", {"x": r(4, 5, 6), "begin": i(1, 0, 5), "end": i(3, 5, 0), "stride": i(1, 2, 1),
@@ -319,6 +320,15 @@ def test_tables_for_groups_of_channels() -> None:
     lut = np.array([1, 5, 9, 13, 2, 10, 18, 26], np.float16).reshape(2, 1, 4, 1)
     want = [[9, 13], [13, 1], [5, 1], [26, 2], [18, 10], [2, 26]]
     np.testing.assert_array_equal(constexpr_lut_to_dense(indices, lut), want)
+
+
+def test_tables_for_blocks_of_two_axes() -> None:
+    """Each quarter of a 4 x 6 tensor has a table of its own: 10 a + b + index / 10 for block (a, b)."""
+    indices = np.random.default_rng(0).integers(0, 2, (4, 6)).astype(np.uint8)
+    lut = np.array([[[[10 * a + b], [10 * a + b + 0.1]] for b in range(3)] for a in range(2)], np.float32)
+    rows, columns = np.indices((4, 6))
+    want = 10 * (rows // 2) + columns // 2 + indices / 10
+    np.testing.assert_allclose(constexpr_lut_to_dense(indices, lut), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ def _rows() -> dict[str, Implementation]:
     exact = [
         *(getattr(shapes, n) for n in (
             "identity", "transpose", "reshape", "expand_dims", "squeeze", "concat", "stack", "split", "slice_by_index",
-            "slice_by_size", "tile", "pad", "gather", "cast",
+            "slice_by_size", "tile", "pad", "fill_like",
+            "gather", "cast",
             "pixel_unshuffle", "pixel_shuffle",
         )),
         *(getattr(compression, n) for n in (

@@ -115,6 +115,11 @@ def pad(x: Array, pad: Array, mode: str = "constant", constant_val: Array | floa
     raise ValueError(f"pad mode {mode!r}")
 
 
+def fill_like(ref_tensor: Array, value: Array | float = 0.0) -> Array:
+    """`value` in the shape of `ref_tensor`."""
+    return np.full(ref_tensor.shape, value, np.asarray(value).dtype)
+
+
 def gather(
     x: Array,
     indices: Array,
