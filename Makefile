@@ -24,4 +24,4 @@ demo: install
 	$(BIN)/python benchmarks/demo.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-clients build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache

@@ -1,4 +1,8 @@
-"""`make demo`: S for ONNX Runtime and OpenVINO, from PyTorch to a verified bundle, checked, asked and timed."""
+"""`make demo`: from PyTorch to verified bundles for ONNX Runtime and OpenVINO, in two parts.
+
+S with random weights, checked against eager on photographs, asked and timed: what the size that matters costs. Then
+T (mix) with the trained digits weights in fp32, fp16 and int8: what each precision loses on the held-out digits.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dualtoken_deploy import bench, export, predict, validate
+from dualtoken_deploy.compare import compare
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import DualTokenError
-from dualtoken_deploy.report import prediction_table, share, table
+from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.report import comparison_table, prediction_table, share, table
 
 OUTPUT = Path("bundles")
 TARGETS = ("onnxruntime", "openvino")
+INT8 = Int8Options("digits", size=100)
 
 
 def main() -> None:
@@ -36,6 +43,15 @@ def main() -> None:
         checked = validate(bundles, "photographs", progress=tell)
         guesses = predict(bundles[-1], open_dataset("photographs").images[:2], top=2)
         report = bench(bundles, against="eager", progress=tell)
+        trained = []
+        for target in TARGETS:
+            for precision in ("fp32", "fp16", "int8"):
+                folder = OUTPUT / f"t-mix-{target}-{precision}"
+                int8 = INT8 if precision == "int8" else None
+                made = export("t-mix", target, precision, weights="digits", output=folder, force=True, int8=int8,
+                              command="make demo", progress=tell)  # fmt: skip
+                trained.append(made.bundle)
+        compared = compare(trained, "digits", rounds=3, seconds=0.5, progress=tell)
 
     console.print(prediction_table(guesses))
     timed = {Path(c.name).name: c for c in report.contestants}
@@ -51,6 +67,7 @@ def main() -> None:
     rows.append(("eager PyTorch", "-", "-", f"{eager.p50_ms:.1f}", "1.00x", "-"))
     names = ("bundle", "SQNR (dB)", "equal top-1", "p50 (ms)", "against eager", "MiB")
     console.print(table(names, rows, f"S, 224x224, batch 1, {report.threads} threads, 16 photographs"))
+    console.print(comparison_table(compared))
     console.print(report.machine_line())
     for line in (*dict.fromkeys(w for e in exported for w in e.warnings), *report.notes):
         console.print(f"note: {line}")

@@ -13,11 +13,11 @@ from typing import Any
 
 from dualtoken_deploy.bundle import COMPLETE, GOLDEN, LABELS, MANIFEST, Bundle, Manifest, new_folder, write_bundle
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
-from dualtoken_deploy.inspection import check_share, kind_precision, product_precision
+from dualtoken_deploy.inspection import check_share, int8_share, kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.nvidia.builder import BuildOptions, build_engine
 from dualtoken_deploy.nvidia.engine import ENGINE, INSPECTION, Host, this_host
-from dualtoken_deploy.runtimes import load_runner
+from dualtoken_deploy.runtimes import Execution, load_runner
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.validate import measure, run_batches
 
@@ -28,6 +28,7 @@ LIBRARIES = ("tensorrt", "cuda-bindings", "numpy", "dualtoken-deploy")
 
 # What may run in float32 although the bundle is of a narrower precision: nothing that the ONNX types, and 5 % for
 # layers in which TensorRT keeps a product between float32 neighbours.
+LOST_SHARE = 0.05  # of the MACs: so much may TensorRT leave in float of what was quantized
 FLOAT32_SHARE = {"fp16": 0.05, "int8": 0.05}
 
 
@@ -152,9 +153,22 @@ def _checked(source: Bundle, folder: Path, manifest: Manifest) -> Manifest:
     allowed = (manifest.build or {})["float32_share_allowed"]
     if allowed is not None:
         check_share(manifest.precision, execution.float32_share, allowed)
-    return replace(
-        manifest, executed_precision=kind_precision(execution), measured={**manifest.measured, "engine": numbers}
-    )
+    measured = {**manifest.measured, "engine": numbers}
+    if manifest.calibration is not None:
+        measured["int8_mac_share"] = _check_int8(manifest, execution)
+    return replace(manifest, executed_precision=kind_precision(execution), measured=measured)
+
+
+def _check_int8(manifest: Manifest, execution: Execution) -> float:
+    """The share of the MACs that the engine runs in INT8. Raises ToleranceError far below what was planned."""
+    planned = (manifest.calibration or {})["planned_int8_mac_share"]
+    share, floats = int8_share(manifest, execution)
+    if share < planned - LOST_SHARE:
+        raise ToleranceError(
+            f"{100 * planned:.1f} % of the MACs were quantized, the engine runs {100 * share:.1f} % in INT8 (not: "
+            f"{', '.join(floats[:3])}, ...); the bundle was left as it was"
+        )
+    return share
 
 
 def _check_golden(manifest: Manifest, numbers: dict[str, Any], tolerance: Tolerance) -> None:

@@ -83,8 +83,9 @@ def export(
     weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[
-        str, typer.Option(help="Side or HxW, each at least 64, or `dynamic` (ONNX Runtime, OpenVINO).")
-    ] = "224",
+        str | None,
+        typer.Option(help="Side or HxW, or `dynamic` (ONNX Runtime, OpenVINO); that of trained weights, or 224."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or `dynamic`.")] = "1",
     input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's own choice unless given.")] = None,
@@ -327,6 +328,28 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="Pictures, best labelled: a folder, or digits, shapes, photographs.")],
+    bundles: Bundles = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the bench.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 1.0,
+    picture: Annotated[Path | None, typer.Option(help="Draw accuracy against latency here (.png, .svg, .pdf).")] = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
+    module = _with_torch("comparing with eager", _compare)
+    with _progress() as tell:
+        found = module.compare(_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
+    _print(json_output, found.to_json(), lambda r: r.comparison_table(found))
+    for note in () if found.bench is None else found.bench.notes:
+        _say(f"note: {note}")
+    if picture is not None:
+        module.draw(found, picture)
+
+
+@app.command()
 def diagnose(
     bundle: OneBundle,
     data: Annotated[str | None, typer.Option(help="Pictures; the photographs unless given.")] = None,
@@ -461,11 +484,23 @@ def _print(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
 
 
 def _bundles(given: list[Path] | None) -> list[Path]:
-    """The bundles named, or every one under ./bundles. Raises UsageError where there is none."""
+    """The bundles named, or every one under ./bundles that can be run. Raises UsageError where there is none."""
     found = given or sorted(p.parent for p in Path("bundles").glob("*/manifest.json") if p.parent.name[0] != ".")
+    if given is None:
+        found = [path for path in found if not _left_out(path)]
     if not found:
         raise UsageError("no bundle was named and there is none under ./bundles; make one with: dualtoken export")
     return list(found)
+
+
+def _left_out(path: Path) -> bool:
+    """Whether a bundle still has to be built; says so."""
+    from dualtoken_deploy.bundle import PREPARED, Bundle
+
+    prepared = Bundle.open(path, verify=False).manifest.state == PREPARED
+    if prepared:
+        _say(f"note: {path} is prepared, not built, and left out; on the device run: dualtoken build {path}")
+    return prepared
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -554,6 +589,12 @@ def _visualize() -> Any:
     from dualtoken_deploy.visualize import visualize as run
 
     return run
+
+
+def _compare() -> Any:
+    import importlib
+
+    return importlib.import_module("dualtoken_deploy.compare")
 
 
 def _diagnose() -> Any:

@@ -6,6 +6,7 @@ alike, and that graph is itself held against the eager model at the end of every
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -119,6 +120,19 @@ def _loss(layer: Drift) -> float:
 def float_graph(manifest: Manifest, tell: Callable[[str], None]) -> onnx.ModelProto:
     """The float32 ONNX graph of a bundle's model, traced anew from its weights, with the names that the bundle has."""
     opset = ATTENTION_OPSET if manifest.precision == "fp32" else DECOMPOSED_OPSET
+    key = json.dumps(
+        [manifest.variant, dict(manifest.options), dict(manifest.weights), manifest.input.to_json(), opset]
+    )
+    if key not in _GRAPHS:
+        _GRAPHS.clear()  # one at a time: it holds the weights
+        _GRAPHS[key] = _trace(manifest, opset, tell)
+    return _GRAPHS[key]
+
+
+_GRAPHS: dict[str, onnx.ModelProto] = {}  # the last one: several bundles of one model are often diagnosed in a row
+
+
+def _trace(manifest: Manifest, opset: int, tell: Callable[[str], None]) -> onnx.ModelProto:
     request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
     return export_onnx(rebuild(manifest), request, DEFAULT_RULES, opset, tell).model
 

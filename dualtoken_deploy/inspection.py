@@ -18,6 +18,7 @@ PRODUCT_KINDS = frozenset(
         *("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger"),
         *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
         *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
+        *("batch_matmul", "conv2d"),  # Core AI's
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )
@@ -94,6 +95,7 @@ def check_promise(inspection: Inspection) -> None:
     """Raises ToleranceError where the matrix products run in another dtype than the manifest says."""
     if inspection.manifest.precision == "int8" and inspection.manifest.calibration is not None:
         _check_int8(inspection)
+        _check_float32(inspection)
         return
     promised, found = (
         product_precision({kind: _bare(dtype) for kind, dtype in kinds.items()})
@@ -103,6 +105,10 @@ def check_promise(inspection: Inspection) -> None:
         raise ToleranceError(
             f"matrix products run in {found} here, the manifest promises {promised}; export on this kind of machine"
         )
+    _check_float32(inspection)
+
+
+def _check_float32(inspection: Inspection) -> None:
     allowed = (inspection.manifest.build or {}).get("float32_share_allowed")
     if allowed is not None:
         check_share(inspection.manifest.precision, inspection.float32_share, allowed)

@@ -49,9 +49,10 @@ def write_int8(
     source = replace(request, precision="fp32")
     exported = export_onnx(model, source, DEFAULT_RULES, request.opset or DECOMPOSED_OPSET, tell)
     found = draft(Artifact(exported.rules, exported.operators))
+    checked = replace(found, target=row.checked_by or row.name)
 
     def run(place: Path, inputs: Array) -> Array:
-        with load_runner(Bundle(place, found)) as runner:
+        with load_runner(Bundle(place, checked)) as runner:
             return run_batches(runner, request.contract, inputs)
 
     said = quantize_within_budget(row.name, exported.model, calibration, reference, options, run, folder, tell)

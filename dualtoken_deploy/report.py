@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
     from dualtoken_deploy.build import BuildResult
+    from dualtoken_deploy.compare import Comparison
     from dualtoken_deploy.diagnose import Diagnosis
     from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
@@ -172,6 +173,24 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
 def _engines(results: Sequence[Validation] | Sequence[Prediction]) -> str | None:
     """A title that says what stood in for a target's own runtime."""
     return "; ".join(dict.fromkeys(r.engine for r in results if r.engine)) or None
+
+
+def comparison_table(found: Comparison) -> Table:
+    """One row a bundle, the verdict last."""
+    columns = ("bundle", "top-1", "lost", "SQNR (dB)", "MiB", "p50 (ms)", "vs fp32", "vs eager", "verdict")
+    cells = [
+        (
+            *(row.bundle, share(row.top1), f"{row.drop:.2f}", f"{row.sqnr_db:.1f}", f"{row.size_mib:.1f}"),
+            "-" if row.p50_ms is None else f"{row.p50_ms:.2f}",
+            "-" if row.against_fp32 is None else str(row.against_fp32),
+            "-" if row.against_eager is None else str(row.against_eager),
+            row.verdict,
+        )
+        for row in found.rows
+    ]
+    title = f"{found.data}; eager: {share(found.eager_top1)}"
+    machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"
+    return table(columns, cells, title + machine)
 
 
 def _or_dash(value: float | None) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 60
 STOP_SECONDS = 20
 
 
@@ -129,6 +128,15 @@ def serving(log: Path, *arguments: str | Path) -> Iterator[Server]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that nobody has waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def read_reply(link: socket.socket) -> bytes:

@@ -14,7 +14,10 @@ import pytest
 
 from dualtoken_deploy.cli import main
 
-COMMANDS = ("models", "targets", "export", "build", "validate", "bench", "inspect", "predict")
+COMMANDS = (
+    *("models", "targets", "export", "build", "validate", "bench", "inspect", "predict", "serve", "train", "evaluate"),
+    *("compare", "diagnose", "visualize"),
+)
 
 
 @pytest.fixture(autouse=True)

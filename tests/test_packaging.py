@@ -69,6 +69,7 @@ def test_what_a_device_lacks_is_named_with_its_install(
         (("models",), "[export]"),
         (("bench", str(small_bundle()), "--against", "eager", "--rounds", "1", "--seconds", "0.05"), "[export]"),
         (("inspect", str(small_bundle("openvino"))), "[openvino]"),
+        (("serve", str(small_bundle())), "[serve]"),
     ):
         done = run(device / "dualtoken", *arguments, cwd=tmp_path)
         assert done.returncode == 3, (arguments, done.stderr)

@@ -39,7 +39,7 @@ def names(small_bundle: Callable[..., Path]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(small_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    bundles = names(small_bundle)
+    bundles = [*names(small_bundle), f"pair={small_bundle(batch=2, image_size='70x101')}"]
     limits = ("--body-seconds", "1", "--header-seconds", "1", "--max-megapixels", "1", "--max-image-mib", "1")
     with serving(tmp_path_factory.mktemp("serve") / "log", *bundles, *limits, "--max-batch", "4") as running:
         yield running
@@ -82,7 +82,7 @@ def test_metadata_and_health(server: Server, small_bundle: Callable[..., Path]) 
         "outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 10]}],
     }
     assert server.get(OPEN).json["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, SIDE, SIDE, 3]}]
-    assert [m["name"] for m in server.get("/v2/models").json["models"]] == ["small", "open", "floats"]
+    assert [m["name"] for m in server.get("/v2/models").json["models"]] == ["small", "open", "floats", "pair"]
 
 
 @pytest.mark.parametrize("form", ["json", "nested", "binary"])
@@ -153,6 +153,16 @@ def test_classify_prepares_a_picture_as_the_contract_says(server: Server, small_
     logits = np.array(server.ask("POST", f"{FLOATS}/infer", body, headers).json["outputs"][0]["data"])
     got = server.ask("POST", f"{FLOATS}/classify?top=1", picture).json["predictions"][0]
     assert got["index"] == int(logits.argmax())
+
+
+def test_a_fixed_batch_is_filled_for_one_picture(
+    server: Server, small_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(200, 90))
+    (want,) = predict(small_bundle(batch=2, image_size="70x101"), [tmp_path / "a.png"], top=2)
+    reply = server.ask("POST", "/v2/models/pair/classify?top=2", png(200, 90))
+    got = [(p["index"], round(p["probability"], 4)) for p in reply.json["predictions"]]
+    assert got == [(g.index, round(g.probability, 4)) for g in want.guesses]
 
 
 def test_pages_are_whole_and_load_nothing_from_elsewhere(server: Server) -> None:
@@ -381,3 +391,19 @@ def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
         start = time.monotonic()
         assert link.recv(1) == b""
         assert time.monotonic() - start < 4
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement(server: Server) -> None:
+    """Headers and body are two packets: with Nagle's algorithm the second waits for a delayed ACK, 40 ms on Linux."""
+    body, headers = binary()
+    lines = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+    request = f"POST {SMALL}/infer HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    took = []
+    with socket.create_connection((server.host, server.port), timeout=10) as link:
+        for _ in range(40):  # one connection: the kernel acknowledges the first packets of a new one at once
+            start = time.perf_counter()
+            link.sendall(request)
+            assert read_reply(link).startswith(b"HTTP/1.1 200")
+            took.append(time.perf_counter() - start)
+    runs = [row["run_ms"] / 1000 for row in server.logs if "run_ms" in row][-40:]
+    assert min(took[20:]) - min(runs) < 0.03

@@ -24,7 +24,7 @@ import pytest
 
 from dualtoken_deploy import Bundle
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
-from tests.serving import Reply, Server, read_reply, serving
+from tests.serving import Reply, Server, alive, read_reply, serving
 
 SIDE, BYTES = 64, 64 * 64 * 3
 INFER = "/v2/models/m/infer"
@@ -220,7 +220,7 @@ def test_a_signal_answers_what_was_admitted_and_exits_with_0(
     np.testing.assert_array_equal(logits(over_http.result()), want)
     np.testing.assert_array_equal(np.frombuffer(over_grpc.result().raw_output_contents[0], "<f4"), want)
     assert server.process.wait(10) == 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not any(map(alive, workers))
 
 
 def test_a_drain_has_an_end(start: Callable[..., Server], pool: ThreadPoolExecutor) -> None:
@@ -231,7 +231,7 @@ def test_a_drain_has_an_end(start: Callable[..., Server], pool: ThreadPoolExecut
     server.wait_for(lambda: in_hand(server) == 1)
     assert server.stop() == 0
     assert late.result().code == 503
-    assert not Path(f"/proc/{worker}").exists()
+    assert not alive(worker)
     assert any(row["event"] == "drain ended before all requests did" for row in server.logs)
 
 
@@ -244,7 +244,7 @@ def test_workers_end_with_a_server_that_is_killed(start: Callable[..., Server]) 
     server.process.kill()
     server.process.wait()
     end = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+    while any(map(alive, workers)):
         assert time.monotonic() < end, "a worker was orphaned"
         time.sleep(0.02)
 

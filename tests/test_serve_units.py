@@ -12,10 +12,9 @@ import pytest
 
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.serve import logs
-from dualtoken_deploy.serve.admission import Gate
+from dualtoken_deploy.serve.admission import Gate, key_fits
 from dualtoken_deploy.serve.batcher import Batcher
 from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
-from dualtoken_deploy.serve.http import key_fits
 from dualtoken_deploy.serve.multipart import picture_of
 from dualtoken_deploy.serve.pool import WorkerDied
 from dualtoken_deploy.serve.repository import _version_order

@@ -10,7 +10,7 @@ import pytest
 
 import dualtoken_deploy
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.targets import TARGETS, check_precision, get_target
+from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, check_precision, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
 SHARED = {"export": {"__init__", "base", "dense", "onnx"}, "runtimes": {"__init__", "base", "eager"}}
@@ -51,3 +51,11 @@ def test_the_table_of_targets_shows_the_extra_to_install() -> None:
     drawn = io.StringIO()
     Console(width=200, file=drawn).print(targets_table([row]))
     assert "pip install 'x[y]'" in drawn.getvalue()
+
+
+def test_what_exporting_needs() -> None:
+    """A target of the torch program needs no ONNX library, and one that is built on its device none of its own."""
+    assert TARGETS["aotinductor"].export_modules == ("torch",)
+    assert TARGETS["tensorrt"].export_modules == EXPORT_MODULES
+    assert TARGETS["openvino"].export_modules == (*EXPORT_MODULES, "openvino")
+    assert TARGETS["onnxruntime"].export_modules == EXPORT_MODULES

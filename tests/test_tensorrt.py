@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,29 @@ import onnxruntime
 import pytest
 
 from dualtoken_deploy import Bundle, load_runner, predict, validate
-from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches
+from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches, why_no_build
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
+from dualtoken_deploy.export import Artifact, Request
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.nvidia.engine import Host, doubts, obstacles
 from dualtoken_deploy.nvidia.inspector import read_layers
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import Runner, RunnerOptions
 from dualtoken_deploy.runtimes.eager import load as load_eager
+from dualtoken_deploy.targets import Target
 from tests.conftest import SMALL
 from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
 from tests.tensorrt_api import VERSIONS
 
 MakeBundle = Callable[..., Path]
+
+no_device = why_no_build()
+on_the_device = pytest.mark.skipif(no_device is not None, reason=f"no engine can be built here: {no_device}")
+without_tensorrt = pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 DATA = Path(__file__).parent / "data"
 
 # Measured 126 dB (fp32) and 64 dB (fp16) on the small model; the gates of the target are 100 and 45.
@@ -64,6 +72,14 @@ def types_of(model: onnx.ModelProto) -> dict[str, str]:
     found = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
     found |= {t.name: t.data_type for t in graph.initializer}
     return {name: str(onnx.helper.tensor_dtype_to_np_dtype(kind)) for name, kind in found.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_only() -> Iterator[None]:
+    """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualtoken_deploy.pipeline.why_no_build", lambda: no_device or "the tests build by themselves")
+        yield
 
 
 # --- prepare ---
@@ -105,6 +121,15 @@ def test_the_parser_takes_every_operator_type_and_attribute(small_bundle: MakeBu
             assert attributes.get("approximate", b"none") == b"none"
 
 
+def test_the_documented_table_has_every_operator(small_bundle: MakeBundle) -> None:
+    text = (DATA.parent.parent / "docs" / "tensorrt.md").read_text()
+    table = text[text.index("| operator | types in our graphs") :].split("\n\n")[0]
+    documented = {name.strip() for row in table.splitlines()[2:] for name in row.split("|")[1].split(",")}
+    listed = json.loads((DATA / "onnx_tensorrt_operators.json").read_text())["operators"]
+    used = {n.op_type for options in GRAPHS for n in graph_of(small_bundle("tensorrt", **options)).graph.node}
+    assert used <= documented <= set(listed)
+
+
 @pytest.mark.parametrize("options", GRAPHS, ids=str)
 def test_no_integer_is_computed(small_bundle: MakeBundle, options: dict[str, Any]) -> None:
     """int64 is left in the constants that say shapes and axes; uint8 in the picture and its cast."""
@@ -136,11 +161,16 @@ def test_float16_but_for_softmax_normalisation_and_the_border(small_bundle: Make
             assert {dtypes[n] for n in (*node.input, *node.output)} == {"float16"}, node.name
 
 
-def test_nodes_are_named_for_the_inspector(small_bundle: MakeBundle) -> None:
-    seen: Counter[str] = Counter()
+def test_products_are_named_for_the_inspector(small_bundle: MakeBundle) -> None:
+    names = [n.name for n in graph_of(small_bundle("tensorrt", "fp16")).graph.node]
+    assert len(set(names)) == len(names)
     for node in graph_of(small_bundle("tensorrt", "fp16")).graph.node:
-        assert node.name == f"{node.op_type}_{seen[node.op_type]}"
-        seen[node.op_type] += 1
+        if node.op_type in ("MatMul", "Conv", "Gemm"):
+            assert node.name in (node.output[0], f"{node.output[0]}@{node.op_type}")
+            assert node.name.endswith((f"/{node.op_type}", f"@{node.op_type}"))
+    assert {"stem.proj@Conv", "stage1.block1.ffn.fc1/MatMul", "stage1.block1.token.aggregate/attention/MatMul"} <= {
+        *names
+    }
 
 
 def test_an_opset_that_10_3_does_not_parse_is_refused() -> None:
@@ -186,9 +216,17 @@ def test_a_quantized_source_keeps_its_pairs(small_bundle: MakeBundle, tmp_path: 
     assert_close(run[1], run[0], sqnr_db=20)
 
 
+@without_tensorrt
 def test_export_without_a_device_says_what_is_left_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = small_bundle("tensorrt", "fp16")
+
+    def copy(row: Target, model: Any, request: Request, folder: Path, tell: Any) -> Artifact:
+        shutil.copy(made / "model.onnx", folder)  # spares the tracing; checking it and what follows are the real ones
+        return Artifact((), {})
+
+    monkeypatch.setattr("dualtoken_deploy.pipeline.run_exporter", copy)
     folder = tmp_path / "b"
     arguments = ["export", "--variant", SMALL["variant"], "--target", "tensorrt", "--precision", "fp16"]
     more = ["--image-size", "64", "--classes", "10", "--output", str(folder), "--json"]
@@ -204,6 +242,7 @@ def test_export_without_a_device_says_what_is_left_to_do(
     assert Bundle.open(folder).manifest.state == "prepared"
 
 
+@without_tensorrt
 @pytest.mark.parametrize("command", [["build"], ["inspect"], ["validate"]])
 def test_a_prepared_bundle_does_not_run(
     command: list[str], small_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
@@ -214,15 +253,76 @@ def test_a_prepared_bundle_does_not_run(
     assert ("tensorrt is not installed" if command == ["build"] else "prepared, not built") in capsys.readouterr().err
 
 
+def test_without_names_prepared_bundles_are_left_out_and_named(
+    small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "later").symlink_to(small_bundle("tensorrt", "fp16"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["validate"])
+    assert caught.value.code == 2
+    assert "note: bundles/later is prepared, not built, and left out" in capsys.readouterr().err
+
+
+def test_int8_is_prepared_within_its_budget_and_built(
+    small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantized, searched and measured on the CPU on the file that is built; the fake engine runs all of it in INT8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = Int8Options("random", size=10, metric="sqnr", max_drop=15)
+    shutil.copytree(small_bundle("tensorrt", "int8", int8=options), tmp_path / "bundle")
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert manifest.calibration is not None
+    planned = manifest.calibration["planned_int8_mac_share"]
+    assert manifest.calibration["drop"] <= 15
+    assert planned > 0.3
+    model = graph_of(tmp_path / "bundle")
+    dtypes = types_of(model)
+    pairs = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    assert len(pairs) > 20
+    assert {dtypes[n.input[0]] for n in pairs} == {"int8"}
+    zeros = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and "zero_point" in t.name]
+    assert not any(onnx.numpy_helper.to_array(t).any() for t in zeros)
+    with plugged_in("11.4.0", monkeypatch) as device:
+        layers = [
+            {"LayerType": "gemm", "Name": "x", "Metadata": f"[ONNX Layer: {n.name}]",
+             "Inputs": [{"Format/Datatype": "Int8" if "DequantizeLinear" in n.input[0] else "Half"}]}
+            for n in model.graph.node if n.op_type in ("MatMul", "Conv", "Gemm")
+        ]  # fmt: skip
+        device.layers = json.dumps({"Layers": layers})
+        build_bundle(tmp_path / "bundle")
+        built = inspect_bundle(tmp_path / "bundle")
+        # the fake takes a product with a quantized input for INT8, whatever its weight is
+        assert built.int8_mac_share == pytest.approx(planned, abs=1e-3)
+        check_promise(built)
+        for layer in layers:
+            layer["Inputs"] = [{"Format/Datatype": "Half"}]
+        device.layers = json.dumps({"Layers": layers})
+        with pytest.raises(ToleranceError, match=r"0\.0 % of the MACs run in INT8"):
+            check_promise(inspect_bundle(tmp_path / "bundle"))
+        with pytest.raises(ToleranceError, match=r"were quantized, the engine runs 0\.0 % in INT8"):
+            build_bundle(tmp_path / "bundle", rebuild=True)
+
+
+# --- build and run, on the device itself ---
+
+
+@on_the_device
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_real_engine(small_bundle: MakeBundle, precision: str, tmp_path: Path) -> None:
+    """Where TensorRT and a GPU are: an engine reaches golden and runs in what it promises."""
+    shutil.copytree(small_bundle("tensorrt", precision), tmp_path / "bundle")
+    build_bundle(tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.state == "complete"
+    with load_runner(bundle) as runner:
+        logits = runner.run({"image": bundle.golden["input"]})["logits"]
+    assert_close(logits, bundle.golden["logits"], sqnr_db=bundle.manifest.tolerance.sqnr_db)
+    check_promise(inspect_bundle(bundle))
+
+
 # --- build and run, on the fake device ---
-
-
-@pytest.fixture(scope="session")
-def stocked(small_bundle: MakeBundle) -> None:
-    """The bundles that are built below, exported before a device is plugged in: with one, export would build them."""
-    small_bundle("tensorrt", "fp32")
-    small_bundle("tensorrt", "fp16")
-    small_bundle("tensorrt", "fp16", batch="dynamic")
 
 
 @pytest.fixture
@@ -238,13 +338,13 @@ def prepared(small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(params=VERSIONS)
-def device(stocked: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with plugged_in(request.param, monkeypatch) as plugged:
         yield plugged
 
 
 @pytest.fixture
-def device_11(stocked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device_11(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with plugged_in("11.4.0", monkeypatch) as plugged:
         yield plugged
 
@@ -351,7 +451,7 @@ def test_what_fails_leaves_the_bundle(device_11: Device, prepared: Callable[...,
     device_11.parse_error, device_11.plan = None, b"something else"
     unchanged(folder, lambda: build_bundle(folder), ConversionError, "cannot load the engine .* another version")
     device_11.plan = None
-    layer = {"LayerType": "gemm", "Name": "x", "Metadata": "[ONNX Layer: MatMul_3]"}
+    layer = {"LayerType": "gemm", "Name": "x", "Metadata": "[ONNX Layer: a.fc1/MatMul]"}
     device_11.layers = json.dumps({"Layers": [{**layer, "Inputs": [{"Format/Datatype": "Row major linear FP32"}]}]})
     unchanged(folder, lambda: build_bundle(folder), ToleranceError, "100% of .* run in float32, fp16 allows 5%")
     device_11.layers = json.dumps({"Layers": [{"LayerType": "Reformat", "Name": "r"}]})
@@ -389,9 +489,12 @@ def test_built_already_and_other_targets(
         build_bundle(small_bundle("onnxruntime"))
 
 
-def test_export_builds_where_the_device_is_here(device_11: Device, prepared: Callable[..., Path]) -> None:
+def test_export_builds_where_the_device_is_here(
+    device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dualtoken_deploy.pipeline import ExportResult, _build_here
 
+    monkeypatch.setattr("dualtoken_deploy.pipeline.why_no_build", why_no_build)
     folder = prepared()
     exported = ExportResult(str(folder), "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
     result = _build_here(exported, folder, lambda _: None)
@@ -418,6 +521,28 @@ def test_a_device_that_is_not_here(name: str, device_11: Device, prepared: Calla
         load_runner(folder, device=name)
 
 
+def test_inspect_fails_where_float32_layers_are_beyond_the_share(
+    device_11: Device, prepared: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepared()
+    build_bundle(folder)
+    products = [
+        {
+            "LayerType": "gemm",
+            "Name": "x",
+            "Metadata": f"[ONNX Layer: l{i}/{kind}]",
+            "Inputs": [{"Format/Datatype": word}],
+        }
+        for kind in ("MatMul", "Conv", "Gemm")
+        for i, word in enumerate(["Half"] * 17 + ["Float"])
+    ]
+    device_11.layers = json.dumps({"Layers": products})  # 1 of 18 is 5.6 %, and each kind runs in float16 for the most
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(folder)])
+    assert caught.value.code == 5
+    assert "6% of the layers with matrix products run in float32, fp16 allows 5%" in capsys.readouterr().err
+
+
 def test_another_gpu_of_the_same_kind_loads_with_a_note(device_11: Device, prepared: Callable[..., Path]) -> None:
     folder = prepared()
     build_bundle(folder)
@@ -427,6 +552,7 @@ def test_another_gpu_of_the_same_kind_loads_with_a_note(device_11: Device, prepa
     assert "tuned for Fake GPU, this is Other GPU" in note
 
 
+@without_tensorrt
 def test_the_lean_runtime_takes_version_compatible_engines_alone(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,14 +634,15 @@ def test_layers_with_products_are_told_by_origin_and_kind() -> None:
         return {"LayerType": kind, "Name": name, "Metadata": metadata, "Inputs": [{"Format/Datatype": word}]}
 
     found = read_layers(json.dumps({"Layers": [
-        layer("kgen", "[ONNX Layer: LayerNormalization_0]\x1e[ONNX Layer: MatMul_7]", "Float"),
+        layer("kgen", "[ONNX Layer: a.norm]\x1e[ONNX Layer: a.fc1/MatMul]", "Float"),
         layer("CaskConvolution", "", "Half"),
-        layer("kgen", "[ONNX Layer: Softmax_0]", "Float"),
-        layer("Reformat", "", "Float", "Reformatting for Conv_0_weight"),
-        layer("gemm", "[ONNX Layer: Gemm_0]", "Half"),
+        layer("kgen", "[ONNX Layer: a/attention/Softmax]", "Float"),
+        layer("Reformat", "", "Float", "Reformatting for stem/Conv"),
+        layer("gemm", "[ONNX Layer: head.fc@Gemm]", "Half"),
     ]}))  # fmt: skip
     assert found.operators == {"MatMul": 1, "Conv": 1, "kgen": 1, "Reformat": 1, "Gemm": 1}
     assert found.float32_share == pytest.approx(1 / 3)
+    assert found.nodes == {"a.fc1/MatMul": "float32", "head.fc": "float16"}
 
 
 @pytest.mark.parametrize("text", ["1,2", "a,b,c", "", "1,2,3,4"])

@@ -10,24 +10,27 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError
+from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
 from dualtoken_deploy.export.apple.package import describe, save
 from dualtoken_deploy.export.apple.passes import teach_channel_norm
 from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, first_line, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
+from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
-from dualtoken_deploy.targets import DEPLOYMENT_TARGETS
+from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
-DEFAULT_LAYOUT = "ane"
+W8A8, W8A8_SINCE = "int8-w8a8", "iOS17"
 ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
@@ -36,15 +39,18 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
     ct = coremltools("exporting to Core ML")
     deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
+    has_ane = default_layout(model) == "ane"
     layout = request.settings.get("layout") or default_layout(model)
-    if layout == DEFAULT_LAYOUT != default_layout(model):
-        raise UsageError(
-            f"layout {layout} exists for DualToken-ViT with position-aware tokens alone; use --layout plain"
-        )
     check_request(request, deployment, layout)
+    if layout == "ane" and not has_ane:
+        raise UsageError("the ane layout is for DualToken-ViT with position-aware tokens alone; give --layout plain")
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
     program = convert(ct, module, request, deployment, tell)
+    if request.precision == W8A8:
+        samples = calibration_samples(request)
+        tell(f"measuring activations on {len(samples)} photographs by reference execution")
+        program = quantize_activations(program, samples)
     if request.precision in COMPRESSIONS:
         tell(f"compressing weights to {request.precision}")
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
@@ -59,7 +65,15 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
 def default_layout(model: ImageModel) -> str:
     """The Neural Engine's layout where there is one for the model, else plain."""
     own = isinstance(model, DualTokenViT) and model.config.token_method == "position-aware"
-    return DEFAULT_LAYOUT if own else "plain"
+    return "ane" if own else "plain"
+
+
+def calibration_samples(request: Request) -> list[np.ndarray[Any, Any]]:
+    """The built-in photographs as the program takes them, (B, 3, H, W) each."""
+    batch = request.contract.batch or 1
+    inputs = load_batch(open_dataset("photographs").images, request.contract)
+    planar = inputs.transpose(0, 3, 1, 2) if request.contract.kind == "image" else inputs
+    return [np.repeat(one[None], batch, axis=0).astype(np.float32) for one in planar]
 
 
 def check_request(request: Request, deployment: str, layout: str) -> None:
@@ -67,6 +81,12 @@ def check_request(request: Request, deployment: str, layout: str) -> None:
     if deployment not in DEPLOYMENT_TARGETS:
         raise UsageError(
             f"unknown deployment target {deployment!r}; valid deployment targets: {', '.join(DEPLOYMENT_TARGETS)}"
+        )
+    if request.precision == W8A8 and not _since(deployment, W8A8_SINCE):
+        others = ", ".join(p for p in get_target("coreml").precisions if p != W8A8)
+        raise UsageError(
+            f"{W8A8} needs the quantize operation of {W8A8_SINCE}, which {deployment} lacks; give --deployment-target "
+            f"{W8A8_SINCE} or later, or one of the precisions {others}"
         )
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}; valid layouts: {', '.join(LAYOUTS)}")

@@ -6,7 +6,6 @@ both. The engine is built from it on the device: `dualtoken build`, dualtoken_de
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,8 @@ RULES = DEFAULT_RULES
 
 # The newest opset of TensorRT 10.0 to 10.3's parser; below Attention, whose parts TensorRT fuses by itself.
 OPSET = DECOMPOSED_OPSET
+
+PRODUCTS = ("MatMul", "Conv", "Gemm")
 
 FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
 
@@ -44,17 +45,21 @@ def type_onnx(source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     """`source`, float32 with or without Q/DQ pairs, as the ONNX that a strongly typed network takes; source is kept.
 
     fp32 leaves the types; fp16 and int8 make all but softmax and normalisation float16 (a quantized source keeps its
-    int8 tensors, their scales become float16). Nodes are named "<operator>_<number>": TensorRT's inspector tells the
-    origin of a layer by those names. Raises ConversionError where the result does not check.
+    int8 tensors, their scales become float16). Products are named by the value they make, "<layer>/<operator>" or
+    "<layer>@<operator>": TensorRT's inspector tells the origin of a layer by those names. Raises UsageError on another
+    opset than OPSET, ConversionError where the result does not check.
     """
+    version = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
+    if version != OPSET:
+        raise UsageError(f"opset {version} is not offered for tensorrt; its parsers from 10.0 on take {OPSET}")
     typed = onnx.ModelProto()
     typed.CopyFrom(source)
     if precision in FLOAT16_PRECISIONS:
         typed = to_float16(typed)
-    numbers: Counter[str] = Counter()
     for node in typed.graph.node:
-        node.name = f"{node.op_type}_{numbers[node.op_type]}"
-        numbers[node.op_type] += 1
+        if node.op_type in PRODUCTS:
+            value = node.output[0]
+            node.name = value if value.endswith(f"/{node.op_type}") else f"{value}@{node.op_type}"
     try:
         onnx.checker.check_model(typed, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -79,7 +79,11 @@ class Buffer:
         self._runtime = runtime_api()
         self.bytes = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         self.device: int = int(check(self._runtime.cudaMalloc(self.bytes)))
-        self._pinned: int = int(check(self._runtime.cudaMallocHost(self.bytes)))
+        try:
+            self._pinned: int = int(check(self._runtime.cudaMallocHost(self.bytes)))
+        except ConversionError:
+            check(self._runtime.cudaFree(self.device))
+            raise
         raw = (ctypes.c_uint8 * self.bytes).from_address(self._pinned)
         self.host: NDArray[Any] = np.frombuffer(memoryview(raw), dtype=dtype, count=int(np.prod(shape))).reshape(shape)
 

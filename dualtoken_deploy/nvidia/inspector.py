@@ -23,19 +23,22 @@ _WORDS = {
 }
 _NARROW = ("int8", "float8", "float16", "bfloat16", "float32")  # a layer computes in the narrowest that it touches
 
-# Nodes are named "<operator>_<number>" by the exporter; TensorRT keeps the names of what it fused in "Metadata".
-_PRODUCT_NODE = re.compile(r"\b(MatMul|Conv|Gemm)_\d+")
+# The exporter names a product by its value, "x/MatMul", or where that does not tell the operator "x@Conv"; TensorRT
+# keeps the names of what it fused in "Metadata".
+_PRODUCT_NODE = re.compile(r"([^\s\[\]:]+)([/@])(MatMul|Conv|Gemm)\b")
 _PRODUCT_KIND = re.compile(r"gemm|conv|matrix_?multiply|matmul|mha|attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Layers:
     """Counts of layers by kind, their dtypes by kind (the most frequent first), and of the layers that hold matrix
-    products the share in float32; None where the inspector names none of them."""
+    products the share in float32; None where the inspector names none of them. `nodes`: the dtype of each product,
+    under the name of the value that it makes."""
 
     operators: Mapping[str, int]
     precision: Mapping[str, tuple[str, ...]]
     float32_share: float | None
+    nodes: Mapping[str, str]
 
 
 def read_layers(text: str) -> Layers:
@@ -49,6 +52,7 @@ def read_layers(text: str) -> Layers:
     operators: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = {}
     products: list[str] = []
+    nodes: dict[str, str] = {}
     for layer in layers:
         product = _product(layer)
         kind, dtype = product or str(layer.get("LayerType", "unknown")), _dtype(layer)
@@ -56,9 +60,11 @@ def read_layers(text: str) -> Layers:
         dtypes.setdefault(kind, Counter())[dtype] += 1
         if product:
             products.append(dtype)
+            for name, mark, operator in _PRODUCT_NODE.findall(str(layer.get("Metadata", ""))):
+                nodes[name if mark == "@" else f"{name}/{operator}"] = dtype
     precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
     share = products.count("float32") / len(products) if products else None
-    return Layers(dict(sorted(operators.items())), precision, share)
+    return Layers(dict(sorted(operators.items())), precision, share, nodes)
 
 
 def _product(layer: Layer) -> str | None:
@@ -67,7 +73,7 @@ def _product(layer: Layer) -> str | None:
         return None
     origin = _PRODUCT_NODE.search(str(layer.get("Metadata", ""))) or _PRODUCT_NODE.search(str(layer.get("Name", "")))
     if origin:
-        return origin[1]
+        return origin[3]
     named = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}"
     if not _PRODUCT_KIND.search(named):
         return None

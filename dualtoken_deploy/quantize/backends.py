@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import onnx
 
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.export.tensorrt import type_onnx
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
 from dualtoken_deploy.quantize.onnx_qdq import NEUTRAL, Products, QdqQuantizer, Style, onnxruntime_style
 
@@ -49,6 +50,13 @@ class OnnxBackend:
         onnx.save(self._quantizer.quantize(in_float), folder / "model.onnx")
 
 
+class TensorRtBackend(OnnxBackend):
+    """The same graph with what is not quantized in float16: what `dualtoken build` makes an engine of."""
+
+    def write(self, in_float: Iterable[str], folder: Path) -> None:
+        onnx.save(type_onnx(self._quantizer.quantize(in_float), "int8"), folder / "model.onnx")
+
+
 class OpenVinoBackend(OnnxBackend):
     """The same graph as OpenVINO IR, which runs its Q/DQ pairs as integers."""
 
@@ -86,6 +94,10 @@ def _neutral(model: onnx.ModelProto, calibration: CalibrationSet, method: str, t
     return OnnxBackend(model, calibration, method, NEUTRAL, tell)
 
 
+def _tensorrt(model: onnx.ModelProto, calibration: CalibrationSet, method: str, tell: Tell) -> Backend:
+    return TensorRtBackend(model, calibration, method, NEUTRAL, tell)
+
+
 def _openvino(model: onnx.ModelProto, calibration: CalibrationSet, method: str, tell: Tell) -> Backend:
     found = onnxruntime_style()
     style = Style(found.name, found.unsigned, found.reduce_range, conv_outputs=False)
@@ -102,6 +114,7 @@ BACKENDS: Mapping[str, Mapping[str, Callable[[onnx.ModelProto, CalibrationSet, s
         {
             "onnxruntime": {"qdq": _onnxruntime, "qdq-symmetric": _neutral},
             "openvino": {"qdq": _openvino, "nncf": _nncf},
+            "tensorrt": {"qdq-symmetric": _tensorrt},
         }
     )
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -77,7 +78,7 @@ class Products:
 
 def layer_of(value: str) -> str:
     """The layer's name of a value that one of its products makes."""
-    return value.removesuffix("/MatMul").removesuffix("/Conv").removesuffix("/Gemm")
+    return re.sub(r"/(MatMul|Conv|Gemm)(_\d+)?$", "", value)
 
 
 def read_products(model: onnx.ModelProto) -> Products:

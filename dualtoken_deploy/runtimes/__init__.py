@@ -11,7 +11,16 @@ from dualtoken_deploy.errors import MissingError
 from dualtoken_deploy.runtimes.base import AsyncRunner, Execution, Runner, RunnerOptions, engine_of
 from dualtoken_deploy.targets import get_target
 
-__all__ = ["AsyncRunner", "Execution", "Runner", "RunnerOptions", "check_latency", "engine_of", "load_runner"]
+__all__ = [
+    "AsyncRunner",
+    "Execution",
+    "Runner",
+    "RunnerOptions",
+    "check_latency",
+    "engine_of",
+    "load_runner",
+    "why_no_latency",
+]
 
 
 def load_runner(
@@ -32,9 +41,15 @@ def load_runner(
     return runner
 
 
-def check_latency(bundle: Bundle, device: str | None = None) -> None:
-    """Raises MissingError where a bundle runs here by something whose time is not its device's."""
+def why_no_latency(bundle: Bundle, device: str | None = None) -> str | None:
+    """Why the time of a bundle here would not be its device's; None where it is."""
     module = importlib.import_module(f"dualtoken_deploy.runtimes.{get_target(bundle.manifest.target).name}")
     reason = getattr(module, "why_no_latency", None)
-    if reason is not None and (why := reason(device)) is not None:
+    why: str | None = None if reason is None else reason(device)
+    return why
+
+
+def check_latency(bundle: Bundle, device: str | None = None) -> None:
+    """Raises MissingError where a bundle runs here by something whose time is not its device's."""
+    if (why := why_no_latency(bundle, device)) is not None:
         raise MissingError(f"{bundle.name} is not timed: {why}")

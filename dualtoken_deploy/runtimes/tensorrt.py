@@ -109,7 +109,7 @@ class TensorRtRunner:
         """Layers as TensorRT's engine inspector lists them; those with matrix products under their ONNX operator."""
         inspector: tensorrt.EngineInspector = self._engine.create_engine_inspector()
         layers = read_layers(str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)))
-        return Execution(layers.operators, layers.precision, float32_share=layers.float32_share, notes=self._notes)
+        return Execution(layers.operators, layers.precision, layers.nodes, layers.float32_share, self._notes)
 
     def _load(self, path: Path, version_compatible: bool) -> Any:
         trt = self._trt

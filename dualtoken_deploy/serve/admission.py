@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,3 +51,12 @@ class Gate:
     async def drained(self) -> None:
         """Returns when nobody is inside."""
         await self._empty.wait()
+
+
+def key_fits(key: str | None, authorization: str | None, header: str | None) -> bool:
+    """Whether a request carries the key; compared in a time that says nothing of it."""
+    if key is None:
+        return True
+    scheme, _, token = (authorization or "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else (header or "")
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs, protocol
+from dualtoken_deploy.serve.admission import key_fits
 from dualtoken_deploy.serve.errors import (
     BadRequest,
     Denied,
@@ -33,7 +35,6 @@ from dualtoken_deploy.serve.errors import (
     Unsupported,
 )
 from dualtoken_deploy.serve.handler import Handler
-from dualtoken_deploy.serve.http import key_fits
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
 from dualtoken_deploy.serve.repository import Model
 from dualtoken_deploy.serve.settings import Settings
@@ -70,6 +71,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(  # where the typed contents of a d
         "FP64": "fp64_contents",
     }
 )
+NOTE: ContextVar[dict[str, Any]] = ContextVar("note")  # of the call at hand: what its line in the log will say
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Message]]
 
@@ -119,6 +121,14 @@ class Servicer:
             with self._handler.admit_model(model):
                 parsed = parse(request, model.spec, model.rows)
                 answer = await self._handler.infer(model, parsed)
+                NOTE.get().update(
+                    model=f"{model.name}:{model.version}",
+                    bytes=request.ByteSize(),
+                    rows=parsed.rows,
+                    batch=answer.batch_rows,
+                    queue_ms=round(answer.queue_seconds * 1000, 2),
+                    run_ms=round(answer.run_seconds * 1000, 2),
+                )
                 return encode(answer.outputs, parsed, model)
 
     def _check_key(self, context: Context) -> None:
@@ -248,6 +258,7 @@ def _guarded(name: str, call: Method, handler: Handler) -> Method:
         start, code = time.perf_counter(), grpc.StatusCode.OK
         given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
         note: dict[str, Any] = {"request_id": logs.request_id(given.get("x-request-id"))}
+        NOTE.set(note)
         try:
             return await call(request, context)
         except ServeError as error:

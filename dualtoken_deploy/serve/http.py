@@ -6,12 +6,11 @@ A request is admitted before its body is read. Status codes live in this file al
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -24,6 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.serve import logs, protocol, static
+from dualtoken_deploy.serve.admission import key_fits
+from dualtoken_deploy.serve.body import HEADER_LENGTH, ClientGone, content_length, header_length, read_body, unless_gone
 from dualtoken_deploy.serve.errors import (
     BadRequest,
     Denied,
@@ -43,7 +44,6 @@ from dualtoken_deploy.serve.multipart import is_multipart, picture_of
 from dualtoken_deploy.serve.openapi import document
 from dualtoken_deploy.serve.repository import Model
 
-T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 CODES: Mapping[type[ServeError], int] = MappingProxyType(
@@ -61,16 +61,11 @@ CODES: Mapping[type[ServeError], int] = MappingProxyType(
         ModelHung: 503,
     }
 )
-HEADER_LENGTH = "inference-header-content-length"
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the metrics and the log
 RETRY_AFTER_SECONDS = "1"
 THROWN_AWAY_BYTES = 2**20  # of a refused request's body, before the connection is closed instead
 LINGER_SECONDS = 1.0  # in which a client that still sends may read why it was refused
 QUIET = ("/v2/health/", "/metrics")  # polled: logged at debug level only
-
-
-class ClientGone(Exception):
-    """The client closed its connection before it was answered."""
 
 
 def make_app(handler: Handler) -> ASGIApp:
@@ -202,12 +197,12 @@ class Endpoints:
     async def infer(self, request: Request) -> Response:
         model = self._model(request)
         with self._handler.admit(model):
-            header_length = _header_length(request)
+            json_length = header_length(request)
             limit = model.body_limit
-            if header_length is not None:
+            if json_length is not None:
                 limit = protocol.binary_limit(model.spec, model.rows)
             body = await read_body(request, limit, self._settings.body_seconds)
-            parsed = await self._handler.parse(model, body, header_length)
+            parsed = await self._handler.parse(model, body, json_length)
             del body
             answer = await unless_gone(request, self._handler.infer(model, parsed))
             content, length = protocol.encode_response(answer.outputs, parsed, model.name, model.version, model.labels)
@@ -283,57 +278,6 @@ class Endpoints:
             raise BadRequest("a load takes no configuration and no files; change the bundle on disk")
 
 
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """The whole body. Raises Unsupported, TooLarge and TooSlow as soon as it can be known, ClientGone."""
-    if request.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-        raise Unsupported("a compressed body is not read; send it as it is")
-    length = _content_length(request)
-    if length is not None and length > limit:
-        raise TooLarge(f"the body has {length} bytes; this model's largest request has {limit}")
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(seconds):
-            more = True
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                more = message.get("more_body", False)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes, this model's largest request")
-    except TimeoutError as error:
-        raise TooSlow(f"the body did not arrive within {seconds:g} s") from error
-    request.scope["dualtoken"]["bytes"] = size
-    request.scope["dualtoken.read"] = True
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, given up when the client closes its connection meanwhile."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done() and gone.done() and gone.result()["type"] == "http.disconnect":
-            raise ClientGone
-        return await task
-    finally:
-        for future in (task, gone):
-            future.cancel()
-
-
-def key_fits(key: str | None, authorization: str | None, header: str | None) -> bool:
-    """Whether a request carries the key; compared in a time that says nothing of it."""
-    if key is None:
-        return True
-    scheme, _, token = (authorization or "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else (header or "")
-    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
-
-
 class _Closing(Response):
     """An answer to a request whose body nobody will read: told at once, then a moment to read it, then closed."""
 
@@ -376,23 +320,9 @@ def _answer_unexpected(request: Request, error: Exception) -> Response:
 def _refusal(request: Request, text: str, code: int, headers: dict[str, str]) -> Response:
     content = orjson.dumps({"error": text.encode("utf-8", "replace").decode()})
     chunked = "transfer-encoding" in request.headers
-    unread = chunked or (_content_length(request) or 0) > THROWN_AWAY_BYTES or code == CODES[TooSlow]
+    unread = chunked or (content_length(request) or 0) > THROWN_AWAY_BYTES or code == CODES[TooSlow]
     kind = _Closing if unread and not request.scope.get("dualtoken.read") else Response
     return kind(content, code, headers, "application/json")
-
-
-def _header_length(request: Request) -> int | None:
-    text = request.headers.get(HEADER_LENGTH)
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) < 12):
-        raise BadRequest(f"Inference-Header-Content-Length is {text[:40]!r}, not a number of bytes")
-    return int(text)
-
-
-def _content_length(request: Request) -> int | None:
-    text = request.headers.get("content-length")
-    return int(text) if text is not None and text.isascii() and text.isdecimal() else None
 
 
 def _json(data: Any, code: int = 200) -> Response:

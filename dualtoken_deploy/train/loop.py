@@ -227,11 +227,13 @@ class _Run:
         own = {k: t.detach().clone() for k, t in self.plain.state_dict().items()} if self.average else {}
         if self.average:
             self.plain.load_state_dict(self.average)
-        self.model.eval()
+        self.plain.eval()
+        # float32, as a bundle is held against: Accelerate's own forward would go through its mixed precision
+        forward = getattr(self.plain, "_original_forward", self.plain)
         sums = torch.zeros(4, dtype=torch.float64)
         with torch.no_grad():
             for pixels, labels, _ in self.val:
-                logits = self.model(normalise(pixels.float() / 255)).float()
+                logits = forward(normalise(pixels.float() / 255)).float()
                 logits, known = (t.cpu() for t in self.accelerator.gather_for_metrics((logits, labels)))
                 logits, known = logits[known != UNREADABLE], known[known != UNREADABLE]
                 ranked = logits.topk(min(5, logits.shape[1])).indices == known[:, None]

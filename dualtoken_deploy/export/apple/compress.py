@@ -27,10 +27,12 @@ def _palettize(bits: int) -> Callable[[Any, bool], Any]:
         """Tables of 2^bits entries: one a tensor, or one for GROUP output channels where iOS18 allows it."""
         import coremltools.optimize.coreml as cto
 
-        # 256 entries for every few channels would weigh as much as the indices; 16 and 64 pay for themselves
-        settings = {"granularity": "per_grouped_channel", "group_size": GROUP} if grouped and bits < 8 else {}
-        config = cto.OpPalettizerConfig(mode="custom", lut_function=partial(palette, bits=bits), **settings)
-        return cto.palettize_weights(model, cto.OptimizationConfig(config))
+        table = partial(cto.OpPalettizerConfig, mode="custom", lut_function=partial(palette, bits=bits))
+        if grouped and bits < 8:  # 256 entries for every few channels would weigh as much as the indices
+            own = table(granularity="per_grouped_channel", group_size=GROUP)
+            model = cto.palettize_weights(model, cto.OptimizationConfig(own))
+        # and whatever is left: tensors whose channels GROUP does not divide stay float16 in the first pass
+        return cto.palettize_weights(model, cto.OptimizationConfig(table()))
 
     return compress
 
@@ -77,7 +79,13 @@ def _first_centres(at: Array, counts: Array, number: int) -> Array:
 GROUP = 32  # output channels that share a table
 ITERATIONS = 300
 COMPRESSIONS: Mapping[str, Callable[[Any, bool], Any]] = MappingProxyType(
-    {"int8": _int8, "palettized4": _palettize(4), "palettized6": _palettize(6), "palettized8": _palettize(8)}
+    {
+        "int8": _int8,
+        "int8-w8a8": _int8,
+        "palettized4": _palettize(4),
+        "palettized6": _palettize(6),
+        "palettized8": _palettize(8),
+    }
 )
 
 

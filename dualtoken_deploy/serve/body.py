@@ -1,0 +1,74 @@
+"""Reads a request's body within its limits of size and time, and notices a client that has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from dualtoken_deploy.serve.errors import BadRequest, TooLarge, TooSlow, Unsupported
+
+T = TypeVar("T")
+HEADER_LENGTH = "inference-header-content-length"
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it was answered."""
+
+
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """The whole body. Raises Unsupported, TooLarge and TooSlow as soon as it can be known, ClientGone."""
+    if request.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+        raise Unsupported("a compressed body is not read; send it as it is")
+    length = content_length(request)
+    if length is not None and length > limit:
+        raise TooLarge(f"the body has {length} bytes; this model's largest request has {limit}")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(seconds):
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                more = message.get("more_body", False)
+                if size > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes, this model's largest request")
+    except TimeoutError as error:
+        raise TooSlow(f"the body did not arrive within {seconds:g} s") from error
+    request.scope["dualtoken"]["bytes"] = size
+    request.scope["dualtoken.read"] = True
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, given up when the client closes its connection meanwhile."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and gone.done() and gone.result()["type"] == "http.disconnect":
+            raise ClientGone
+        return await task
+    finally:
+        for future in (task, gone):
+            future.cancel()
+
+
+def header_length(request: Request) -> int | None:
+    text = request.headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 12):
+        raise BadRequest(f"Inference-Header-Content-Length is {text[:40]!r}, not a number of bytes")
+    return int(text)
+
+
+def content_length(request: Request) -> int | None:
+    text = request.headers.get("content-length")
+    return int(text) if text is not None and text.isascii() and text.isdecimal() else None
