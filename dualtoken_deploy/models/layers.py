@@ -47,7 +47,7 @@ def pad_to_windows(x: Tensor, grid: Grid, side: int) -> tuple[Tensor, Grid]:
 
 def crop_to_grid(x: Tensor, padded: Grid, grid: Grid) -> Tensor:
     """(B, H'*W', C) -> (B, H*W, C): takes away what `pad_to_windows` added."""
-    if padded == grid:  # a slice of everything becomes an alias in torch.export, which Core ML's converter does not know
+    if padded == grid:  # slicing everything is an alias to torch.export, which Core ML's converter does not know
         return x
     rows = x.reshape(x.shape[0], *padded, x.shape[2])[:, : grid[0], : grid[1]]
     return rows.flatten(1, 2)
