@@ -179,5 +179,5 @@ def test_core_mls_layout_is_plain_where_there_is_no_other(
 
     assert default_layout(create_model(variant, **options)) == "plain"
     assert default_layout(create_model("tiny-mix")) == "ane"
-    with pytest.raises(UsageError, match="use --layout plain"):
+    with pytest.raises(UsageError, match="--layout plain"):
         export(variant, "coreml", image_size=64, layout="ane", output=tmp_path / "b", **options)

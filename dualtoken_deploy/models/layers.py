@@ -38,13 +38,17 @@ def merge_heads(x: Tensor) -> Tensor:
 def pad_to_windows(x: Tensor, grid: Grid, side: int) -> tuple[Tensor, Grid]:
     """(B, H*W, C) -> (B, H'*W', C) and (H', W'): zeros at the right and the bottom up to whole windows."""
     (b, _, c), (h, w) = x.shape, grid
-    padded = h + -h % side, w + -w % side  # never compared with the grid: either may be symbolic in an export
+    padded = h + -h % side, w + -w % side
+    if padded == grid:
+        return x, grid
     rows = F.pad(x.reshape(b, h, w, c), (0, 0, 0, padded[1] - w, 0, padded[0] - h))
     return rows.reshape(b, padded[0] * padded[1], c), padded
 
 
 def crop_to_grid(x: Tensor, padded: Grid, grid: Grid) -> Tensor:
     """(B, H'*W', C) -> (B, H*W, C): takes away what `pad_to_windows` added."""
+    if padded == grid:  # slicing everything is an alias to torch.export, which Core ML's converter does not know
+        return x
     rows = x.reshape(x.shape[0], *padded, x.shape[2])[:, : grid[0], : grid[1]]
     return rows.flatten(1, 2)
 
