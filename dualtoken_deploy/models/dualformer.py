@@ -2,7 +2,7 @@
 
 The whole model, to be read from top to bottom; equation numbers are the paper's. Tokens are (B, N, C) with N = H * W in
 row-major order and `grid` = (H, W). Sizes that the paper leaves open are those that fit the four rows of its Table 1
-(docs/decisions/018-dualformer-by-counting.md). This is the definition, with groups by index; the deploy form has the
+(docs/decisions/008-dualformer-by-counting.md). This is the definition, with groups by index; the deploy form has the
 same sums as matrix products.
 """
 
