@@ -23,9 +23,10 @@ from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.pipeline import make_contract
+from dualtoken_deploy.plots import plot_search
 from dualtoken_deploy.probes import Prober
 from dualtoken_deploy.quantize.calibration import Array, open_calibration
-from dualtoken_deploy.quantize.gate import Int8Options, draw_trace, make_reference, quantize_within_budget
+from dualtoken_deploy.quantize.gate import Int8Options, make_reference, quantize_within_budget
 from dualtoken_deploy.runtimes import RunnerOptions
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import TensorSpec
@@ -58,7 +59,7 @@ def main(name: str = "digits", max_drop: str = "0.5", size: str = "100") -> None
     data = {"weights": name, "eager_top1": _top1(reference.logits, held_out.labels), "machine": machine, **found}
     del data["macs"]
     (RESULTS / f"int8-search-{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    draw_trace(found, RESULTS / f"int8-search-{name}.png")
+    plot_search(found, RESULTS / f"int8-search-{name}.png")
     print(f"in float: {', '.join(found['in_float']) or 'nothing'}")
     print(f"{found['drop']:.2f} points lost, {100 * found['planned_int8_mac_share']:.1f} % of the MACs in INT8")
 

@@ -201,17 +201,37 @@ def bench(
 
 
 @app.command()
-def inspect(bundle: OneBundle, device: Device = None, json_output: Json = False) -> None:
+def inspect(
+    bundle: OneBundle,
+    device: Device = None,
+    search: Annotated[
+        Path | None, typer.Option(help="Draw the search behind an INT8 bundle here (.png, .svg, .pdf).")
+    ] = None,
+    json_output: Json = False,
+) -> None:
     """Verifies a bundle and reads from the runtime what executes; a broken promise exits with 5."""
     from dualtoken_deploy.inspection import check_promise, inspect_bundle
 
     inspection = inspect_bundle(bundle, device)
+    if search is not None:
+        if inspection.manifest.calibration is None:
+            raise UsageError(f"{bundle} is no INT8 bundle with a search behind it")
+        from dualtoken_deploy.plots import plot_search
+
+        plot_search(inspection.manifest.calibration, search)
     _print(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
     if not json_output:
         contract = inspection.manifest.input
         shape = "x".join(map(str, contract.tensor.shape))
         print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
         print(f"weights: {inspection.manifest.weights['source']}")
+        if inspection.manifest.calibration is not None:
+            said = inspection.manifest.calibration
+            floats = ", ".join(said["in_float"]) or "none"
+            print(
+                f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}"
+            )
+            print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
     for note in inspection.notes:
         _say(f"note: {note}")
     check_promise(inspection)

@@ -76,3 +76,22 @@ def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: Path,
         axis.set_title(title, fontsize=9)
 
     save_figure(path, (side, side), draw)
+
+
+def plot_search(said: Mapping[str, Any], path: Path) -> None:
+    """The search in an INT8 manifest: points lost against the share of the MACs in INT8, step by step."""
+    steps = said["search"]["trace"]
+
+    def fill(figure: Any) -> None:
+        axis = figure.subplots()
+        shares, drops = [100 * s["int8_share"] for s in steps], [s["drop"] for s in steps]
+        axis.plot(shares, drops, marker="o", linewidth=0.8)
+        for step, x, y in zip(steps, shares, drops, strict=True):
+            axis.annotate(step["action"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.axhline(said["max_drop"], color="red", linewidth=0.8, label=f"budget {said['max_drop']:g}")
+        axis.set_xlabel("MACs in INT8 (%)")
+        axis.set_ylabel(f"points of {said['metric']} lost")
+        axis.grid(alpha=0.3)
+        axis.legend()
+
+    save_figure(path, (8, 4.5), fill)

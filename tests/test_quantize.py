@@ -243,6 +243,15 @@ def test_an_int8_bundle_runs_what_it_promises(int8_bundle: Bundle) -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_the_search_can_be_drawn(int8_bundle: Bundle, small_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    main(["inspect", str(int8_bundle.path), "--search", str(tmp_path / "s.png")])
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.size[0] > 500
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(small_bundle()), "--search", str(tmp_path / "t.png")])
+    assert ended.value.code == 2
+
+
 def test_a_broken_promise_fails(int8_bundle: Bundle) -> None:
     import dataclasses
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import onnx
 from dualtoken_deploy import numerics
 from dualtoken_deploy.built_in import cache_folder
 from dualtoken_deploy.errors import ToleranceError, UsageError
-from dualtoken_deploy.plots import save_figure
 from dualtoken_deploy.quantize.backends import Backend, open_backend
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet, HeldOut
 from dualtoken_deploy.quantize.search import Score, SearchResult, search
@@ -164,22 +163,3 @@ def _search(
         options.time_limit_s,
         cache_folder() / "search" / f"{key.hexdigest()[:24]}.json",
     )
-
-
-def draw_trace(said: Mapping[str, Any], path: Path) -> None:
-    """What `quantize_within_budget` gave: points lost against the share of the MACs in INT8, step by step."""
-    steps = said["search"]["trace"]
-
-    def fill(figure: Any) -> None:
-        axis = figure.subplots()
-        shares, drops = [100 * s["int8_share"] for s in steps], [s["drop"] for s in steps]
-        axis.plot(shares, drops, marker="o", linewidth=0.8)
-        for step, x, y in zip(steps, shares, drops, strict=True):
-            axis.annotate(step["action"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.axhline(said["max_drop"], color="red", linewidth=0.8, label=f"budget {said['max_drop']:g}")
-        axis.set_xlabel("MACs in INT8 (%)")
-        axis.set_ylabel(f"points of {said['metric']} lost")
-        axis.grid(alpha=0.3)
-        axis.legend()
-
-    save_figure(path, (8, 4.5), fill)
