@@ -17,8 +17,12 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests that time something, or look at what a process inherits, run alone; the others on two cores, one thread each.
+ALONE := tests/test_bench.py tests/test_bench_process.py
+
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
 
 demo: install
 	$(BIN)/python benchmarks/demo.py

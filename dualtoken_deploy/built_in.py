@@ -14,7 +14,6 @@ from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dualtoken_deploy.errors import OutputError, missing_extra
 
@@ -64,6 +63,8 @@ def _unwritable(folder: Path, error: OSError) -> OutputError:
 
 
 def _write(folder: Path, pictures: Iterator[Picture]) -> None:
+    from PIL import Image
+
     for number, (part, name, pixels) in enumerate(pictures):
         place = folder / part / name
         place.mkdir(parents=True, exist_ok=True)

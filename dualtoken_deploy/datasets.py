@@ -78,9 +78,9 @@ def open_dataset(source: str | Path, part: str = "val") -> ImageSet:
     if isinstance(source, str) and source in WORDS:
         return WORDS[source](part)
     folder = Path(source)
-    if all((folder / name).is_dir() for name in PARTS):
-        folder = folder / part
     try:
+        if all((folder / name).is_dir() for name in PARTS):
+            folder = folder / part
         if folder.is_dir():
             return _folder(folder)
         is_file = folder.exists()

@@ -72,8 +72,8 @@ def test_empty_folders_beside_loose_images_are_no_classes(tmp_path: Path) -> Non
         ([], "holds no images"),
         (["notes.txt"], "holds no images"),
         (
-            ["train/cat/a.jpg", "val/cat/b.jpg"],
-            "holds no images .*; name one of its folders .train, val., or fill them",
+            ["train/cat/a.jpg", "test/cat/b.jpg"],
+            "holds no images .*; name one of its folders .test, train., or fill them",
         ),
         (["cat/a.jpg", "loose.jpg", "other.jpg"], r"mixes class folders with 2 loose images \(loose.jpg\)"),
         (["cat/a.jpg", "dog/readme.txt", "eel/b.jpg"], "class folders without images: dog; fill or remove"),
@@ -176,3 +176,12 @@ def test_photographs_of_another_skimage(monkeypatch: pytest.MonkeyPatch) -> None
 def test_words_are_not_paths() -> None:
     assert "photographs" in WORDS
     assert all(word.isidentifier() for word in WORDS)
+
+
+def test_a_folder_with_train_and_val_gives_the_part(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("val", 1)):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / part / "cat" / f"{i}.jpg").touch()
+    assert [len(open_dataset(tmp_path, part)) for part in ("train", "val")] == [3, 1]
+    assert len(open_dataset(tmp_path)) == 1
