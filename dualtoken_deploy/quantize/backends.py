@@ -10,9 +10,17 @@ from typing import Any, Protocol
 import onnx
 
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.export.openvino import save_ir
 from dualtoken_deploy.export.tensorrt import type_onnx
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
-from dualtoken_deploy.quantize.onnx_qdq import NEUTRAL, Products, QdqQuantizer, Style, onnxruntime_style
+from dualtoken_deploy.quantize.onnx_qdq import (
+    NEUTRAL,
+    Products,
+    QdqQuantizer,
+    Style,
+    onnxruntime_style,
+    without_zero_points,
+)
 
 Tell = Callable[[str], None]
 
@@ -63,8 +71,8 @@ class OpenVinoBackend(OnnxBackend):
     def write(self, in_float: Iterable[str], folder: Path) -> None:
         import openvino as ov
 
-        converted = ov.Core().read_model(self._quantizer.quantize(in_float).SerializeToString())
-        ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
+        pairs = without_zero_points(self._quantizer.quantize(in_float))
+        save_ir(ov.Core().read_model(pairs.SerializeToString()), folder)
 
 
 class NncfBackend:
@@ -81,9 +89,7 @@ class NncfBackend:
         return {}
 
     def write(self, in_float: Iterable[str], folder: Path) -> None:
-        import openvino as ov
-
-        ov.save_model(self._quantizer.quantize(in_float), folder / "model.xml", compress_to_fp16=False)
+        save_ir(self._quantizer.quantize(in_float), folder)
 
 
 def _onnxruntime(model: onnx.ModelProto, calibration: CalibrationSet, method: str, tell: Tell) -> Backend:

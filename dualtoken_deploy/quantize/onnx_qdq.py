@@ -206,6 +206,20 @@ def _keep_bias_apart(model: onnx.ModelProto) -> None:
                 bias.dims[:] = [1, 1, bias.dims[0]]
 
 
+def without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose symmetric weights have no zero point: ONNX takes a missing one for zero, and OpenVINO's IR is spared
+    a constant, a conversion and a subtraction for each."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    constants = {t.name: t for t in out.graph.initializer}
+    for node in out.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants and len(node.input) == 3:
+            zero = constants.get(node.input[2])
+            if zero is not None and not numpy_helper.to_array(zero).any():
+                del node.input[2]
+    return out
+
+
 def _weight_noise(weight: Array, kind: str) -> float:
     """Of int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
     axis = 0 if kind == "Conv" else weight.ndim - 1
