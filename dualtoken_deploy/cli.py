@@ -80,7 +80,9 @@ def export(
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, int8 or one of the target's own (`dualtoken targets`).")
     ] = "fp32",
-    weights: Annotated[Path | None, typer.Option(help="Safetensors or torch checkpoint; random unless given.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Safetensors or torch checkpoint, or digits, or shapes; random unless given.")
+    ] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[
         str | None,

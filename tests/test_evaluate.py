@@ -194,3 +194,15 @@ def test_the_command_line(
     found = json.loads(capsys.readouterr().out)
     assert {"images", "top1", "top5", "images_per_s", "per_class", "confusion"} <= found.keys()
     assert picture.stat().st_size > 1000
+
+
+def test_export_finds_shipped_weights_by_their_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command line: variant, classes, labels and image size come from the file."""
+    output = tmp_path / "b"
+    main(["export", "--variant", "t-mix", "--target", "onnx", "--weights", "shapes", "--output", str(output), "--json"])
+    json.loads(capsys.readouterr().out)
+    bundle = Bundle.open(output)
+    assert bundle.labels == tuple(shapes.CLASSES)
+    assert bundle.manifest.weights["source"] == "shapes"
+    assert bundle.manifest.input.size == (64, 64)
+    assert evaluate(bundle, "shapes", limit=60).top1 == evaluate("shapes", "shapes", limit=60).top1
