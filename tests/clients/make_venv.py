@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,10 +16,16 @@ REQUIREMENTS = HERE / "requirements.txt"
 
 
 def make(folder: Path = ROOT / ".venv-clients") -> Path:
-    """The environment's python; made once, and again when the requirements change.
+    """The environment's python; made once, and again when the requirements change. A second process waits for it.
 
     Raises CalledProcessError with pip's words where the packages cannot be had.
     """
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _make(folder)
+
+
+def _make(folder: Path) -> Path:
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
     wanted = REQUIREMENTS.read_text()
     if stamp.exists() and stamp.read_text() == wanted:
