@@ -20,8 +20,8 @@ from dualtoken_deploy.targets import Target
 from dualtoken_deploy.validate import run_batches
 
 Tell = Callable[[str], None]
-# Of the MACs: so much may a runtime leave in float of what was quantized for it. OpenVINO 2026.4 leaves 5.5 points (T mix
-# at 224: small products of attention); a graph whose linear layers are not taken at all loses forty and more.
+# Of the MACs: so much may a runtime leave in float of what was quantized for it. OpenVINO 2026.4 leaves 5.5 points (T
+# mix at 224: small products of attention); a graph whose linear layers are not taken at all loses forty and more.
 LOST_SHARE = 0.08
 
 
