@@ -26,6 +26,8 @@ INT8 = Int8Options("digits", size=100)
 
 def main() -> None:
     errors, console = Console(stderr=True), Console()
+    if not console.is_terminal:  # a pipe has no width; 80 columns would cut the figures to pieces
+        console = Console(width=200)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("starting", total=None)
