@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -117,7 +118,7 @@ def export(
     options = _options(option or [])
     if classes is not None:
         options["num_classes"] = classes
-    pipeline = _with_torch("exporting", _pipeline)
+    pipeline = _with_torch("exporting", _module("pipeline"))
     names = pipeline.exportable_targets() if "all" in target else [get_target(t).name for t in dict.fromkeys(target)]
     if not names:
         raise missing_extra("all", "exporting to any target")
@@ -305,7 +306,7 @@ def train(
     json_output: Json = False,
 ) -> None:
     """Trains a variant with the paper's recipe; every setting can be overridden."""
-    module = _with_torch("training", _train)
+    module = _with_torch("training", _module("train"))
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init}
     settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | _settings(setting or [])
     with _progress() as tell:
@@ -361,7 +362,7 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
-    module = _with_torch("comparing with eager", _compare)
+    module = _with_torch("comparing with eager", _module("compare"))
     with _progress() as tell:
         found = module.compare(_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
     _print(json_output, found.to_json(), lambda r: r.comparison_table(found))
@@ -382,7 +383,7 @@ def diagnose(
     json_output: Json = False,
 ) -> None:
     """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
-    module = _with_torch("diagnosing a bundle", _diagnose)
+    module = _with_torch("diagnosing a bundle", _module("diagnose"))
     with _progress() as tell:
         found = module.diagnose(bundle, data, limit, threshold, progress=tell)
     _print(json_output, found.to_json(), lambda r: r.drift_table(found, rows))
@@ -402,7 +403,7 @@ def visualize(
     output: Annotated[Path, typer.Option(help="Where to draw it (.png, .svg, .pdf).")],
 ) -> None:
     """Draws which global tokens the image tokens read in the last block (the paper's Figure 4)."""
-    _with_torch("looking into a model", _visualize)(source, image, output)
+    _with_torch("looking into a model", _module("visualize")).visualize(source, image, output)
     _say(f"drawn: {output}")
 
 
@@ -595,34 +596,9 @@ def _with_torch(what: str, call: Callable[[], Any]) -> Any:
         raise missing_extra("export", what) from error
 
 
-def _pipeline() -> Any:
-    from dualtoken_deploy import pipeline
-
-    return pipeline
-
-
-def _train() -> Any:
-    from dualtoken_deploy import train
-
-    return train
-
-
-def _visualize() -> Any:
-    from dualtoken_deploy.visualize import visualize as run
-
-    return run
-
-
-def _compare() -> Any:
-    import importlib
-
-    return importlib.import_module("dualtoken_deploy.compare")
-
-
-def _diagnose() -> Any:
-    import importlib
-
-    return importlib.import_module("dualtoken_deploy.diagnose")
+def _module(name: str) -> Callable[[], Any]:
+    """What `_with_torch` calls to import a module of this package."""
+    return lambda: importlib.import_module(f"dualtoken_deploy.{name}")
 
 
 def _count_models() -> list[dict[str, Any]]:

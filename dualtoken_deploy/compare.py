@@ -12,12 +12,11 @@ import numpy as np
 from dualtoken_deploy.bench import bench
 from dualtoken_deploy.bench_report import BenchReport, Contestant, Ratio
 from dualtoken_deploy.bundle import Bundle
-from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
+from dualtoken_deploy.datasets import match_labels, open_dataset
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.plots import save_figure
 from dualtoken_deploy.runtimes import RunnerOptions, eager, load_runner, why_no_latency
-from dualtoken_deploy.validate import LOAD_AT_ONCE, Array, measure, run_batches
+from dualtoken_deploy.validate import measure, run_over
 
 WORTH_DROP = 0.5  # points: more than this is not worth any speed without being asked for
 WORTH_SPEED = 1.05  # the slowest round's ratio to fp32 from which on a bundle counts as faster
@@ -92,13 +91,13 @@ def compare(
     truth = None if images.labels is None else np.array(match_labels(images, opened[0].labels))
     tell("running eager")
     with eager.load(opened[0], RunnerOptions(threads=threads)) as model:
-        expected = _logits(model, opened[0], images)
+        expected = run_over(images, opened[0].manifest.input, model)
     eager_top1 = None if truth is None else float((expected.argmax(1) == truth).mean())
     found: dict[int, dict[str, Any]] = {}
     for i, bundle in enumerate(opened):
         tell(f"running {bundle.name}")
         with load_runner(bundle, None, threads) as runner:
-            logits = _logits(runner, bundle, images)
+            logits = run_over(images, bundle.manifest.input, runner)
         numbers = measure(expected, logits)
         top1 = None if truth is None else float((logits.argmax(1) == truth).mean())
         drop = 1 - numbers["top1_agreement"] if top1 is None or eager_top1 is None else eager_top1 - top1
@@ -107,13 +106,6 @@ def compare(
     report = bench(timed, "eager", threads, None, rounds, seconds, None, tell) if timed else None
     rows = tuple(_row(b, found[i], opened, report, len(images)) for i, b in enumerate(opened))
     return Comparison(images.name, eager_top1, rows, report)
-
-
-def _logits(runner: Any, bundle: Bundle, images: ImageSet) -> Array:
-    contract = bundle.manifest.input
-    starts = range(0, len(images), LOAD_AT_ONCE)
-    parts = (images.images[s : s + LOAD_AT_ONCE] for s in starts)
-    return np.concatenate([run_batches(runner, contract, load_batch(part, contract)) for part in parts])
 
 
 def _row(

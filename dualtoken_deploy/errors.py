@@ -65,3 +65,9 @@ class ConversionError(DualTokenError):
 def missing_extra(extra: str, why: str) -> MissingError:
     """The one sentence for a missing optional dependency: names the `pip install` to run."""
     return MissingError(f"{why} needs the extra [{extra}]; run: pip install 'dualtoken-deploy[{extra}]'")
+
+
+def first_line(error: Exception) -> str:
+    """A vendor's exception as one line: the first of its text, or the name of its type."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -136,7 +136,7 @@ def _validate(
     with load_runner(bundle, device, threads) as runner:
         engine = engine_of(runner)
         golden = run_batches(runner, contract, bundle.golden["input"])
-        logits = None if images is None else _over(images, contract, runner)
+        logits = None if images is None else run_over(images, contract, runner)
     labels = None if images is None or images.labels is None else np.array(match_labels(images, bundle.labels))
     if reference == "golden" or images is None or logits is None:
         numbers = measure(bundle.golden["logits"], golden)
@@ -144,7 +144,7 @@ def _validate(
         from dualtoken_deploy.runtimes import eager
 
         with eager.load(bundle, RunnerOptions(threads=threads)) as model:
-            numbers = measure(_over(images, contract, model), logits)
+            numbers = measure(run_over(images, contract, model), logits)
     hits = None if labels is None or logits is None else [numerics.top_k_hits(logits, labels, k) for k in (1, 5)]
     return Validation(
         bundle=str(bundle.path),
@@ -157,7 +157,8 @@ def _validate(
     )
 
 
-def _over(images: ImageSet, contract: InputContract, runner: Runner) -> Array:
+def run_over(images: ImageSet, contract: InputContract, runner: Runner) -> Array:
+    """Logits (N, classes) over a whole set; its pictures are loaded LOAD_AT_ONCE at a time."""
     return np.concatenate([run_batches(runner, contract, part) for part in _inputs(images, contract)])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, MissingError
+from dualtoken_deploy.errors import ConversionError, MissingError, first_line
 from dualtoken_deploy.export.base import Artifact, Request, Tell, quiet
 from dualtoken_deploy.models.base import ImageModel
 
@@ -87,7 +87,7 @@ def trace(module: nn.Module, request: Request, device: str) -> torch.export.Expo
         with torch.no_grad(), quiet():
             return torch.export.export(module, (example,), dynamic_shapes=dynamic)
     except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ConversionError(f"torch.export cannot trace the model: {_first_line(error)}") from error
+        raise ConversionError(f"torch.export cannot trace the model: {first_line(error)}") from error
 
 
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -98,7 +98,7 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
         with torch.no_grad(), quiet(), fresh_cache():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's exceptions share no base but this
-        raise ConversionError(f"AOTInductor cannot compile the model: {_first_line(error)}") from error
+        raise ConversionError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
 
 
 def describe(device: str, compiler: str) -> dict[str, Any]:
@@ -113,7 +113,3 @@ def describe(device: str, compiler: str) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability()
         data |= {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

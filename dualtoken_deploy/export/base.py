@@ -53,10 +53,11 @@ def run_exporter(target: Target, model: ImageModel, request: Request, folder: Pa
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal, log records up
+    to `level` included."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -14,12 +14,12 @@ from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, InputError, UsageError
+from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
 from dualtoken_deploy.export.apple.package import describe, save
 from dualtoken_deploy.export.apple.passes import teach_channel_norm
-from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, first_line, quiet, trace
+from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.images import load_batch

@@ -16,7 +16,7 @@ from torch import nn
 from dualtoken_deploy import numerics
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
-from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.export.base import Request, Tell, quiet
 from dualtoken_deploy.export.naming import name_after_modules
 from dualtoken_deploy.models.base import ImageModel
@@ -108,7 +108,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         with quiet():
             program = torch.onnx.export(module, (example,), **arguments)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ConversionError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
+        raise ConversionError(f"torch.onnx cannot export the model: {first_line(error)}") from error
     if program is None:
         raise ConversionError("torch.onnx returned no program")
     proto: onnx.ModelProto = program.model_proto
@@ -123,7 +123,7 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
         with quiet():
             simplified, ok = onnxsim.simplify(model, skipped_optimizers=SKIPPED_OPTIMIZERS)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
-        raise ConversionError(f"onnxsim cannot simplify the model: {_first_line(error)}") from error
+        raise ConversionError(f"onnxsim cannot simplify the model: {first_line(error)}") from error
     if not ok:
         raise ConversionError("onnxsim reports that its result does not check against the original")
     difference = numerics.compare(_run(model, request), _run(simplified, request))
@@ -145,7 +145,7 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
             )
             OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
     except (ValueError, RuntimeError) as error:
-        raise ConversionError(f"the float16 converter failed: {_first_line(error)}") from error
+        raise ConversionError(f"the float16 converter failed: {first_line(error)}") from error
     return converted
 
 
@@ -167,7 +167,7 @@ def _finish(model: onnx.ModelProto, request: Request) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ConversionError(f"the exported ONNX does not check: {_first_line(error)}") from error
+        raise ConversionError(f"the exported ONNX does not check: {first_line(error)}") from error
 
 
 def run_all(model: onnx.ModelProto, feeds: Mapping[str, numerics.Array]) -> list[numerics.Array]:
@@ -187,7 +187,3 @@ def _run(model: onnx.ModelProto, request: Request) -> numerics.Array:
     values = np.random.default_rng(0).random(spec.concrete(batch=2, side=160))
     feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
     return np.concatenate([np.ravel(output) for output in run_all(model, {spec.name: feed})])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from dualtoken_deploy.errors import ConversionError
+from dualtoken_deploy.errors import ConversionError, first_line
+from dualtoken_deploy.export.base import quiet
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.probes import Prober
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
@@ -147,7 +147,7 @@ class QdqQuantizer:
             "DedicatedQDQPair": False,
         }
         try:
-            with _silence():
+            with quiet(logging.ERROR):  # its advice, such as to pre-process first
                 inferred = onnx.load_from_string(self._inferred)
                 add_infer_metadata(inferred)
                 float_ranges = {k: (np.float32(low), np.float32(high)) for k, (low, high) in self.ranges.items()}
@@ -165,7 +165,7 @@ class QdqQuantizer:
                 )
                 quantizer.quantize_model()
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise ConversionError(f"onnxruntime.quantization failed: {_first_line(error)}") from error
+            raise ConversionError(f"onnxruntime.quantization failed: {first_line(error)}") from error
         out: onnx.ModelProto = quantizer.model.model
         _keep_bias_apart(out)
         return out
@@ -242,22 +242,3 @@ def _activation_noise(value: Array, bounds: tuple[float, float], style: Style) -
 def _ratio(exact: Array, rounded: Array) -> float:
     signal = float((exact.astype(np.float64) ** 2).sum())
     return float(((rounded - exact).astype(np.float64) ** 2).sum()) / signal if signal else 0.0
-
-
-class _silence:  # noqa: N801  # used like a function
-    """Keeps the tools' advice (pre-process first, and so on) off the user's terminal."""
-
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-        self._filters = warnings.catch_warnings()
-        self._filters.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: object) -> None:
-        self._filters.__exit__(None, None, None)
-        logging.disable(self._before)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import onnx
 
 from dualtoken_deploy.errors import ConversionError, missing_extra
+from dualtoken_deploy.export.base import quiet
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.onnx_qdq import layer_of, read_products
@@ -22,7 +25,7 @@ class NncfQuantizer:
     def __init__(self, model: onnx.ModelProto, calibration: CalibrationSet) -> None:
         """Raises MissingError without nncf or openvino."""
         try:
-            with _Quiet():
+            with quiet(logging.ERROR), contextlib.redirect_stderr(io.StringIO()):
                 import nncf
                 import openvino
         except ImportError as error:
@@ -48,7 +51,7 @@ class NncfQuantizer:
         samples = [self._calibration.inputs[i : i + 1] for i in range(len(self._calibration.inputs))]
         fix = nncf.OverflowFix.DISABLE if self._safe() else nncf.OverflowFix.ENABLE
         try:
-            with _Quiet():
+            with quiet(logging.ERROR), contextlib.redirect_stderr(io.StringIO()):
                 float_model = self._openvino.Core().read_model(self._bytes)
                 return nncf.quantize(
                     float_model,
@@ -65,21 +68,3 @@ class NncfQuantizer:
     def _safe(self) -> bool:
         """Whether this CPU's int8 products add up in 32 bits; else NNCF leaves a bit of the weights free."""
         return bool(VNNI & set(describe_machine()["isa"]))
-
-
-class _Quiet:
-    """Keeps NNCF's log and progress bars off the user's terminal."""
-
-    def __enter__(self) -> None:
-        import contextlib
-        import io
-
-        self._before = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        self._stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        logging.disable(self._before)

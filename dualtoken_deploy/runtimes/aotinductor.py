@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy.bundle import Bundle, Manifest
 from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
 from dualtoken_deploy.machine import describe_machine
-from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
 
 # What AOTInductor's generated source calls for matrix products, by the kinds that inspection knows.
@@ -85,7 +85,7 @@ def _cuda_obstacles(built: Mapping[str, Any]) -> list[str]:
     return []
 
 
-class AotInductorRunner:
+class AotInductorRunner(Bordered):
     """One loaded package."""
 
     def __init__(
@@ -105,17 +105,6 @@ class AotInductorRunner:
             self._model: Any = torch._inductor.aoti_load_package(str(path))
         except RuntimeError as error:
             raise BundleError(f"torch cannot load {path}: {str(error).splitlines()[0]}") from error
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -73,6 +73,29 @@ def engine_of(runner: Runner) -> str | None:
     return engine
 
 
+class Bordered:
+    """The border that most runners share: the specs they were given, and a context that gives nothing back."""
+
+    _inputs: tuple[TensorSpec, ...]
+    _outputs: tuple[TensorSpec, ...]
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
 @runtime_checkable
 class AsyncRunner(Runner, Protocol):
     """A runner whose runtime can keep several requests in flight."""

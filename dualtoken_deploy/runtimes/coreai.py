@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, missing_extra
-from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
 
 ASSET = "model.aimodel"
@@ -36,7 +36,7 @@ def why_no_latency(_device: str | None) -> str | None:
     return "a Core AI bundle runs here in Apple's CPU interpreter, whose time is no device's; bench it on a Mac"
 
 
-class CoreAiRunner:
+class CoreAiRunner(Bordered):
     """One loaded function and the event loop that its calls are awaited in. `engine` says what this is."""
 
     engine = ENGINE
@@ -63,17 +63,6 @@ class CoreAiRunner:
             raise BundleError(
                 f"Core AI cannot load {path}: {error}; copy the bundle anew or export it again"
             ) from error
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

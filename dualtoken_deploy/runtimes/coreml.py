@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError
-from dualtoken_deploy.runtimes.base import Array, Execution, Runner, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, Runner, RunnerOptions
 from dualtoken_deploy.runtimes.mil import MilProgram, load_program
 from dualtoken_deploy.runtimes.mil.execute import Observer
 from dualtoken_deploy.runtimes.mil.vendor import coremltools, quiet
@@ -63,36 +63,13 @@ def _is_reference(device: str | None) -> bool:
     return True
 
 
-class _Bordered:
-    """Names and shapes at the runner's border, which are the bundle's and not the package's."""
-
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self._inputs, self._outputs = inputs, outputs
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-
-class MilReferenceRunner(_Bordered):
+class MilReferenceRunner(Bordered):
     """Executes the package's program in numpy. `engine` says what this is wherever results are shown."""
 
     engine = ENGINE
 
     def __init__(self, package: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        super().__init__(inputs, outputs)
+        self._inputs, self._outputs = inputs, outputs
         self.program = MilProgram(load_program(package))
         lacking = {s.name for s in inputs} ^ set(self.program.program.inputs)
         if lacking or not {s.name for s in outputs} <= set(self.program.program.outputs):
@@ -118,13 +95,13 @@ class MilReferenceRunner(_Bordered):
         return Execution(self.program.operators(), precision)
 
 
-class CoreMlRunner(_Bordered):
+class CoreMlRunner(Bordered):
     """Core ML's own prediction, macOS only."""
 
     def __init__(
         self, package: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
     ) -> None:
-        super().__init__(inputs, outputs)
+        self._inputs, self._outputs = inputs, outputs
         ct = coremltools("running a Core ML bundle")
         self._declared = MilReferenceRunner(package, inputs, outputs)
         units = getattr(ct.ComputeUnit, DEVICES[(options.device or "all").lower()])

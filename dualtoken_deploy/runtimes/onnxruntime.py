@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dualtoken_deploy.bundle import Bundle
-from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
-from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
 
 # What its graph transformers and its profiler append to a node's name.
@@ -28,7 +28,7 @@ def load(bundle: Bundle, options: RunnerOptions) -> OnnxRuntimeRunner:
     return OnnxRuntimeRunner(bundle.path / "model.onnx", *specs, options)
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Bordered):
     """One inference session. Needs no `with`, but gives its memory back on leaving one."""
 
     def __init__(
@@ -38,17 +38,6 @@ class OnnxRuntimeRunner:
         self._provider = _provider(options.device)
         self._options = options
         self._session = _session(path, self._provider, options)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -101,14 +90,10 @@ def _session(path: Path, provider: str, options: RunnerOptions, profile: Path | 
     try:
         session = ort.InferenceSession(str(path), settings, providers=[provider])
     except Exception as error:  # its exception types are private and derive from Exception alone
-        raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:  # onnxruntime itself falls back to the CPU with a warning
         raise MissingError(f"ONNX Runtime could not start {provider}, it offered {session.get_providers()[0]} instead")
     return session
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _execution(events: list[dict[str, Any]]) -> Execution:

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
-from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
 
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "i8": "int8", "i32": "int32"}
@@ -22,7 +22,7 @@ def load(bundle: Bundle, options: RunnerOptions) -> OpenVinoRunner:
     return OpenVinoRunner(bundle.path / "model.xml", *specs, options)
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Bordered):
     """One compiled model and one infer request, in float32 (IR precision is not execution precision)."""
 
     def __init__(
@@ -36,17 +36,6 @@ class OpenVinoRunner:
         self._path, self._options = path, options
         self._compiled = _compile(path, options)
         self._request: Any = self._compiled.create_infer_request()
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

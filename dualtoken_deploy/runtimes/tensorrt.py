@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from dualtoken_deploy.bundle import COMPLETE, Bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
@@ -13,7 +13,7 @@ from dualtoken_deploy.nvidia.binding import complaint, load_tensorrt, make_logge
 from dualtoken_deploy.nvidia.cuda import Buffer, Stream, find_gpu
 from dualtoken_deploy.nvidia.engine import ENGINE, doubts, obstacles, this_host
 from dualtoken_deploy.nvidia.inspector import read_layers
-from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
 from dualtoken_deploy.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def load(bundle: Bundle, options: RunnerOptions) -> TensorRtRunner:
     return TensorRtRunner(bundle.path / ENGINE, *specs, options, lean, tuple(doubts(manifest.build, here)))
 
 
-class TensorRtRunner:
+class TensorRtRunner(Bordered):
     """One engine with one execution context. Its memory is the device's: use it as a context manager."""
 
     def __init__(
@@ -69,17 +69,6 @@ class TensorRtRunner:
         except BaseException:
             self._close()
             raise
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

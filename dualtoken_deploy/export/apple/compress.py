@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dualtoken_deploy.errors import ConversionError
-from dualtoken_deploy.export.apple.source import first_line, quiet
+from dualtoken_deploy.errors import ConversionError, first_line
+from dualtoken_deploy.export.apple.source import quiet
 from dualtoken_deploy.runtimes.base import Array
 
 

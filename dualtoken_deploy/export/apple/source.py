@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dualtoken_deploy.errors import ConversionError
+from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.spec import InputContract
 
 PROBABILITIES = "probabilities"  # second output of a program with image input
@@ -86,8 +86,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
