@@ -202,7 +202,7 @@ def test_a_client_that_leaves_takes_its_request_along(start: Callable[..., Serve
         server.wait_for(lambda: in_hand(server) == 1)
     assert running.result().code == 200
     assert server.metric("dualtoken_inference_seconds_count", model="m") == 1
-    server.wait_for(lambda: server.metric("dualtoken_requests_total", code="499") == 1)  # counted after the slot is free
+    server.wait_for(lambda: server.metric("dualtoken_requests_total", code="499") == 1)  # after the slot is free
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

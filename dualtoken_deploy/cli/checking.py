@@ -1,0 +1,178 @@
+"""Commands that measure and judge what was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualtoken_deploy.cli.common import (
+    Bundles,
+    Device,
+    Json,
+    OneBundle,
+    Threads,
+    find_bundles,
+    importing,
+    progress,
+    say,
+    show,
+    with_torch,
+    write_text,
+)
+from dualtoken_deploy.errors import UsageError
+
+
+def validate(
+    bundles: Bundles = None,
+    data: Annotated[
+        str | None, typer.Option(help="Image folder, or `photographs`; the golden input unless given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    reference: Annotated[str | None, typer.Option(help="eager or golden; eager where torch is installed.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal top-1, in 0..1.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Least top-1 accuracy, in 0..1.")] = None,
+    min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
+    from dualtoken_deploy.validate import gate
+    from dualtoken_deploy.validate import validate as run
+
+    with progress() as tell:
+        results = run(find_bundles(bundles), data, limit, reference, device, threads, progress=tell)
+    show(json_output, {"results": [r.to_json() for r in results]}, lambda r: r.validation_table(results))
+    gate(results, min_agreement, min_top1, min_sqnr)
+
+
+def evaluate(
+    source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
+    data: Annotated[str, typer.Option(help="Labelled folder (its val part where it has two), or digits, or shapes.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Checked against what the weights say.")] = None,
+    confusion: Annotated[Path | None, typer.Option(help="Draw the confusion matrix here (.png, .svg, .pdf).")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Top-1, top-5 and accuracy per class of a bundle, or of weights in eager PyTorch."""
+    from dualtoken_deploy.evaluate import evaluate as run
+
+    with progress() as tell:
+        result = run(source, data, limit, variant, device, threads, progress=tell)
+    show(json_output, result.to_json(), lambda r: r.evaluation_table(result))
+    if confusion is not None:
+        import numpy as np
+
+        from dualtoken_deploy.plots import plot_confusion
+
+        title = f"{result.source} on {result.data}: top-1 {100 * result.top1:.2f} %"
+        plot_confusion(np.array(result.confusion), result.labels, confusion, title)
+
+
+def inspect(
+    bundle: OneBundle,
+    device: Device = None,
+    search: Annotated[
+        Path | None, typer.Option(help="Draw the search behind an INT8 bundle here (.png, .svg, .pdf).")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Verifies a bundle and reads from the runtime what executes; a broken promise exits with 5."""
+    from dualtoken_deploy.inspection import check_promise, inspect_bundle
+
+    inspection = inspect_bundle(bundle, device)
+    if search is not None:
+        if inspection.manifest.calibration is None:
+            raise UsageError(f"{bundle} is no INT8 bundle with a search behind it")
+        from dualtoken_deploy.plots import plot_search
+
+        plot_search(inspection.manifest.calibration, search)
+    show(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
+    if not json_output:
+        contract = inspection.manifest.input
+        shape = "x".join(map(str, contract.tensor.shape))
+        print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
+        print(f"weights: {inspection.manifest.weights['source']}")
+        if inspection.manifest.calibration is not None:
+            said = inspection.manifest.calibration
+            floats = ", ".join(said["in_float"]) or "none"
+            print(
+                f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}"
+            )
+            print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
+    for note in inspection.notes:
+        say(f"note: {note}")
+    check_promise(inspection)
+
+
+def bench(
+    bundles: Bundles = None,
+    against: Annotated[
+        str | None, typer.Option(help="Baseline: eager, gemm, or a bundle; the first one unless given.")
+    ] = None,
+    threads: Threads = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size, where the bundles leave it open.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 2.0,
+    device: Device = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Times bundles side by side: one process each, interleaved rounds, ratios with their spread."""
+    from dualtoken_deploy.bench import bench as run
+
+    with progress() as tell:
+        report = run(find_bundles(bundles), against, threads, batch, rounds, seconds, device, progress=tell)
+    show(json_output, report.to_json(), lambda r: r.bench_table(report))
+    for note in report.notes:
+        say(f"note: {note}")
+    if markdown is not None:  # last: figures that took minutes are shown even where the file cannot be written
+        write_text(markdown, report.to_markdown())
+
+
+def compare(
+    data: Annotated[str, typer.Option(help="Pictures, best labelled: a folder, or digits, shapes, photographs.")],
+    bundles: Bundles = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the bench.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 1.0,
+    picture: Annotated[Path | None, typer.Option(help="Draw accuracy against latency here (.png, .svg, .pdf).")] = None,
+    threads: Threads = None,
+    json_output: Json = False,
+) -> None:
+    """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
+    module = with_torch("comparing with eager", importing("compare"))
+    with progress() as tell:
+        found = module.compare(find_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
+    show(json_output, found.to_json(), lambda r: r.comparison_table(found))
+    for note in () if found.bench is None else found.bench.notes:
+        say(f"note: {note}")
+    if picture is not None:
+        module.draw(found, picture)
+
+
+def diagnose(
+    bundle: OneBundle,
+    data: Annotated[str | None, typer.Option(help="Pictures; the photographs unless given.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Take this many pictures.")] = 4,
+    threshold: Annotated[float | None, typer.Option(help="SQNR in dB below which a layer counts as drifted.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw SQNR over the layers here (.png, .svg, .pdf).")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Layers to show, those that lose most first.")] = 15,
+    json_output: Json = False,
+) -> None:
+    """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
+    module = with_torch("diagnosing a bundle", importing("diagnose"))
+    with progress() as tell:
+        found = module.diagnose(bundle, data, limit, threshold, progress=tell)
+    show(json_output, found.to_json(), lambda r: r.drift_table(found, rows))
+    if not json_output:
+        past = "no layer is past the threshold" if found.first is None else f"first past it: {found.first}"
+        print(f"threshold {found.threshold_db:g} dB: {past}")
+        if found.suspect is not None:
+            print(f"loses most by itself: {found.suspect}")
+    if picture is not None:
+        module.draw(found, picture)

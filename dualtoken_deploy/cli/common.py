@@ -1,0 +1,137 @@
+"""What the commands share: their common options, progress, and how results are shown."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dualtoken_deploy.errors import UsageError, missing_extra
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Bundles = Annotated[list[Path] | None, typer.Argument(help="Bundle folders; without any, all under ./bundles.")]
+OneBundle = Annotated[Path, typer.Argument(help="Bundle folder.")]
+Device = Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Tells what happens now: a live line with its time on a terminal, plain lines elsewhere; always on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield say
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def show(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
+    """JSON, or the table that `draw` makes of the report module."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from dualtoken_deploy import report
+
+    console = Console()
+    # a pipe or a file has no width; a table cut to 80 columns would lose its figures
+    Console(width=None if console.is_terminal else 200).print(draw(report))
+
+
+def find_bundles(given: list[Path] | None) -> list[Path]:
+    """The bundles named, or every one under ./bundles that can be run. Raises UsageError where there is none."""
+    found = given or sorted(p.parent for p in Path("bundles").glob("*/manifest.json") if p.parent.name[0] != ".")
+    if given is None:
+        found = [path for path in found if not _left_out(path)]
+    if not found:
+        raise UsageError("no bundle was named and there is none under ./bundles; make one with: dualtoken export")
+    return list(found)
+
+
+def _left_out(path: Path) -> bool:
+    """Whether a bundle still has to be built; says so."""
+    from dualtoken_deploy.bundle import PREPARED, Bundle
+
+    prepared = Bundle.open(path, verify=False).manifest.state == PREPARED
+    if prepared:
+        say(f"note: {path} is prepared, not built, and left out; on the device run: dualtoken build {path}")
+    return prepared
+
+
+def model_options(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as keyword arguments: numbers where they read as such."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name or name in ("image_size", "num_classes"):
+            raise UsageError(f"option {pair!r} is not NAME=VALUE of a model option, e.g. global_tokens=3")
+        options[name] = _number(text)
+    return options
+
+
+def recipe_settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs of the training recipe; "a,b" is a pair of numbers."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise UsageError(f"setting {pair!r} is not NAME=VALUE, e.g. warmup_epochs=5")
+        parts = [_number(part) for part in text.split(",")]
+        settings[name] = parts[0] if len(parts) == 1 else tuple(parts)
+    return settings
+
+
+def _number(text: str) -> int | float | str:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def write_text(path: Path, text: str) -> None:
+    from dualtoken_deploy.errors import OutputError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def command_line() -> str:
+    return shlex.join(["dualtoken", *sys.argv[1:]])
+
+
+def with_torch(what: str, call: Callable[[], Any]) -> Any:
+    """Runs what imports torch; a device install without it gets the name of the extra."""
+    try:
+        return call()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("dualtoken_deploy"):
+            raise
+        raise missing_extra("export", what) from error
+
+
+def importing(name: str) -> Callable[[], Any]:
+    """What `with_torch` calls to import a module of this package."""
+    return lambda: importlib.import_module(f"dualtoken_deploy.{name}")

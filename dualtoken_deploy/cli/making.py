@@ -1,0 +1,230 @@
+"""Commands that make something: what can be made, training, export, build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dualtoken_deploy.cli.common import (
+    Json,
+    OneBundle,
+    command_line,
+    importing,
+    model_options,
+    progress,
+    recipe_settings,
+    say,
+    show,
+    with_torch,
+)
+from dualtoken_deploy.errors import MissingError, UsageError, missing_extra
+
+
+def models(
+    ablations: Annotated[bool, typer.Option("--ablations", help="Tables 6 to 9 of DualToken-ViT instead.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Lists the variants, with counted parameters and MACs beside the paper's."""
+    if ablations:
+        rows = with_torch("counting models", _count_ablations)
+        show(json_output, rows, lambda r: r.ablations_table(rows))
+        return
+    rows = with_torch("counting models", _count_models)
+    show(json_output, rows, lambda r: r.models_table(rows))
+
+
+def _count_models() -> list[dict[str, Any]]:
+    from dualtoken_deploy.models.registry import describe_variants
+
+    return describe_variants()
+
+
+def _count_ablations() -> list[dict[str, Any]]:
+    from dualtoken_deploy.models.ablations import describe_ablations
+
+    return describe_ablations()
+
+
+def targets(json_output: Json = False) -> None:
+    """Lists the targets, and what can be exported and run here."""
+    from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS
+
+    rows = []
+    for row in TARGETS.values():
+        can_run, can_export = not row.missing(), not row.missing(row.export_modules)
+        extras = [e for e, here in ((row.extra, can_run), ("export", not row.missing(EXPORT_MODULES))) if not here]
+        install = f"pip install 'dualtoken-deploy[{','.join(extras)}]'" if extras else None
+        if install and row.vendor and not can_run:
+            install = f"{install} and {row.vendor}"
+        rows.append(
+            {
+                "target": row.name,
+                "title": row.title,
+                "precisions": list(row.precisions),
+                "can_export": can_export,
+                "can_run": can_run,
+                "install": install,
+            }
+        )
+    show(json_output, rows, lambda r: r.targets_table(rows))
+
+
+def train(
+    variant: Annotated[str | None, typer.Option(help="Model variant; see `dualtoken models`.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with train/ and val/ of class folders, or digits, or shapes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's own folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run after its last whole epoch.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the train part; 300 unless given.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in an optimiser step, over all processes; 1024 unless given.")
+    ] = None,
+    image_size: Annotated[str | None, typer.Option(help="Side or HxW; 224 unless given.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate at a batch of 1024; 1e-3 unless given.")] = None,
+    init: Annotated[str | None, typer.Option(help="Start from these weights; another class count is fine.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of the recipe, NAME=VALUE; see docs/train.md.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Trains a variant with the paper's recipe; every setting can be overridden."""
+    module = with_torch("training", importing("train"))
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init}
+    settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | recipe_settings(setting or [])
+    with progress() as tell:
+        if resume is not None:
+            if variant or data or output or image_size or option:
+                raise UsageError("--resume takes variant, data, size and options from the run; leave them out")
+            result = module.resume(resume, tell, **settings)
+        else:
+            if not (variant and data and output):
+                raise UsageError("training needs --variant, --data and --output (or --resume RUN)")
+            if image_size is not None:
+                settings["image_size"] = module.image_size(image_size)
+            config = module.make_config(variant=variant, data=data, options=model_options(option or []), **settings)
+            result = module.train(config, output, tell)
+    show(json_output, result.to_json(), lambda r: r.training_table(result))
+
+
+def export(
+    variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
+    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: the portable ones that are here.")],
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8 or one of the target's own (`dualtoken targets`).")
+    ] = "fp32",
+    weights: Annotated[
+        str | None, typer.Option(help="Safetensors or torch checkpoint, or digits, or shapes; random unless given.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Side or HxW, or `dynamic` (ONNX Runtime, OpenVINO); that of trained weights, or 224."),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch size, or `dynamic`.")] = "1",
+    input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's own choice unless given.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    calibration: Annotated[
+        str | None, typer.Option(help="int8: folder, or digits, shapes, photographs; `random` only to try the path.")
+    ] = None,
+    calibration_size: Annotated[int, typer.Option(min=1, help="int8: images that ranges are taken from.")] = 300,
+    calibrator: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
+    max_drop: Annotated[float, typer.Option(help="int8: points of the metric that may be lost.")] = 0.5,
+    metric: Annotated[str | None, typer.Option(help="int8: top1, agreement or sqnr.")] = None,
+    quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
+    search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
+    deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
+    from dualtoken_deploy.targets import get_target
+
+    options = model_options(option or [])
+    if classes is not None:
+        options["num_classes"] = classes
+    pipeline = with_torch("exporting", importing("pipeline"))
+    names = pipeline.exportable_targets() if "all" in target else [get_target(t).name for t in dict.fromkeys(target)]
+    if not names:
+        raise missing_extra("all", "exporting to any target")
+    if output is not None and len(names) > 1:
+        raise UsageError("--output names one bundle's folder; give one --target with it")
+    int8 = None
+    if calibration is not None:
+        settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
+        int8 = pipeline.Int8Options(*settings)
+    if triton_repository is not None:
+        _check_triton(names)
+    results = []
+    with progress() as tell:
+        for name in names:
+            results.append(
+                pipeline.export(
+                    variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
+                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, device=device, force=force,
+                    int8=int8 if len(names) == 1 or name in pipeline.BACKENDS else None,
+                    deployment_target=deployment_target, layout=layout, command=command_line(),
+                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
+                )
+            )  # fmt: skip
+            if triton_repository is not None:
+                _lay_out(results[-1].bundle, triton_repository, force)
+    for warning in dict.fromkeys(w for r in results for w in r.warnings):
+        say(f"warning: {warning}")
+    data: Any = [r.to_json() for r in results]
+    show(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
+    if left := [r for r in results if r.next_step]:
+        raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
+
+
+def _check_triton(targets: Sequence[str]) -> None:
+    """Said before the export, not after it."""
+    from dualtoken_deploy.triton import check_target
+
+    for target in targets:
+        check_target(target)
+
+
+def _lay_out(bundle: str, repository: Path, force: bool) -> None:
+    from dualtoken_deploy.bundle import Bundle
+    from dualtoken_deploy.triton import lay_out
+
+    say(f"for Triton: {lay_out(Bundle.open(bundle), repository, force=force)}")
+
+
+def build(
+    bundle: OneBundle,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory of the builder, MiB.")] = None,
+    optimization: Annotated[int, typer.Option(min=0, max=5, help="Builder optimisation level.")] = 3,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="The engine loads in later TensorRT versions too.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="none, ampere-plus or same-compute-capability: GPUs that the engine loads on.")
+    ] = "none",
+    batches: Annotated[
+        str, typer.Option(help="Smallest, best and largest batch of a dynamic one, MIN,BEST,MAX.")
+    ] = "1,1,8",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build anew where there is an engine already.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Builds the engine of a prepared TensorRT bundle, on the device that will run it."""
+    from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches
+
+    options = BuildOptions(
+        workspace, optimization, version_compatible, hardware_compatibility, parse_batches(batches)
+    )  # fmt: skip
+    with progress() as tell:
+        result = build_bundle(bundle, options, rebuild, tell)
+    show(json_output, result.to_json(), lambda r: r.build_table(result))
