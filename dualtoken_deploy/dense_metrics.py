@@ -14,6 +14,7 @@ from dualtoken_deploy.errors import DatasetError
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))  # COCO's ten overlaps
 RECALLS = np.linspace(0, 1, 101)  # at which it reads the precision
+IGNORE = 255  # in a label map: a pixel that is of no class and counts nowhere
 LIMIT = 100  # detections of a class and an image that it looks at
 
 
@@ -46,7 +47,7 @@ def average_precision(truth: Sequence[Objects], found: Sequence[Objects]) -> dic
     }
 
 
-def mean_iou(truth: Sequence[Array], found: Sequence[Array], classes: int, ignore: int = 255) -> float:
+def mean_iou(truth: Sequence[Array], found: Sequence[Array], classes: int, ignore: int = IGNORE) -> float:
     """Mean over the classes that occur of intersection over union, counted over all pixels that are not `ignore`."""
     counts = np.zeros((classes, classes), np.int64)
     for want, got in zip(truth, found, strict=True):
