@@ -148,10 +148,11 @@ def inspection_table(inspection: Inspection) -> Table:
 
 def training_table(result: TrainResult) -> Table:
     cells = [
-        (result.weights, str(result.epochs), share(result.top1), share(result.best_top1), str(result.best_epoch),
+        (result.weights, str(result.epochs), share(result.last), share(result.best), str(result.best_epoch),
          f"{result.seconds:.0f}")
     ]  # fmt: skip
-    return table(("best weights", "epochs", "last top-1", "best top-1", "in epoch", "seconds"), cells)
+    metric = result.metric
+    return table(("best weights", "epochs", f"last {metric}", f"best {metric}", "in epoch", "seconds"), cells)
 
 
 def evaluation_table(result: Evaluation) -> Table:
