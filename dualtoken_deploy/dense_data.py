@@ -28,7 +28,7 @@ from dualtoken_deploy.images import load_image
 
 TASKS = ("detect", "segment")
 
-SCENES = MappingProxyType({"train": (0, 3000), "val": (1_000_000, 300)})  # first seed, scenes
+SCENES = MappingProxyType({"train": (0, 1500), "val": (1_000_000, 200)})  # first seed, scenes
 
 
 @dataclass(frozen=True)
