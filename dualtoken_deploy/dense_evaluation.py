@@ -6,33 +6,36 @@ Judged in the picture's own pixels against what the set says, whatever size the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dualtoken_deploy.boxes import Array
 from dualtoken_deploy.dense_data import DenseSample, DenseSet
-from dualtoken_deploy.dense_images import Size, boxes_to_picture, prepare, resize_map
+from dualtoken_deploy.dense_images import Size, prepare
 from dualtoken_deploy.dense_metrics import Objects, average_precision, class_iou, mean_iou, precision_table
-from dualtoken_deploy.detection import Detections
 from dualtoken_deploy.errors import DatasetError
 
 BATCH = 16
 
-# What a model says of a picture, in the pixels of its own size: Detections, or a label map (H, W). A predictor takes
-# uint8 (B, H, W, 3) of that size.
-Answer = Detections | NDArray[np.uint8]
-Predict = Callable[[NDArray[np.uint8]], Sequence[Answer]]
+
+class Found(Protocol):
+    """What was found in a picture, in its own pixels: boxes and perhaps masks of the same objects, or a label map."""
+
+    @property
+    def boxes(self) -> Objects | None: ...
+    @property
+    def masks(self) -> Objects | None: ...
+    @property
+    def label_map(self) -> NDArray[np.uint8] | None: ...
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Truth and answer of one picture in its own pixels: boxes, or label maps."""
-
-    truth: Any
-    found: Any
+# Pictures stretched to the model's size, uint8 (B, H, W, 3), and their own sizes (h, w), to what is found in each.
+Predict = Callable[[NDArray[np.uint8], Sequence[Size]], Sequence[Found]]
+Pair = tuple[DenseSample, Found]  # truth and answer
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,25 @@ def judge(
     Raises DatasetError where the data has other classes than the model, or no object at all.
     """
     check_labels(data, labels)
-    findings, seconds = [], 0.0
+    pairs: list[Pair] = []
+    seconds = 0.0
     for start in range(0, len(data), BATCH):
         if progress:
             progress(f"evaluating {start}/{len(data)}")
         samples = [data[i] for i in range(start, min(start + BATCH, len(data)))]
         batch = np.stack([prepare(sample.image, size)[0] for sample in samples])
         began = time.perf_counter()
-        answers = predict(batch)
+        found = predict(batch, [image_size(sample) for sample in samples])
         seconds += time.perf_counter() - began
-        findings += [find(sample, answer, size) for sample, answer in zip(samples, answers, strict=True)]
-    scores = score(findings, task, len(labels))
-    per_class = score_classes(findings, task, labels)
+        pairs += zip(samples, found, strict=True)
+    scores, per_class = score(pairs, task, len(labels)), score_classes(pairs, task, labels)
     rate = round(len(data) / seconds, 2)
     return DenseEvaluation(source, data.name, task, len(data), scores, per_class, rate, tuple(labels))
+
+
+def image_size(sample: DenseSample) -> Size:
+    height, width = sample.image.shape[:2]
+    return height, width
 
 
 def check_labels(data: DenseSet, labels: Sequence[str]) -> None:
@@ -93,34 +101,38 @@ def check_labels(data: DenseSet, labels: Sequence[str]) -> None:
         )
 
 
-def find(sample: DenseSample, answer: Answer, size: Size) -> Finding:
-    """Truth and answer of one picture, the answer brought back from the model's (H, W) to the picture's pixels."""
-    height, width = sample.image.shape[:2]
-    if not isinstance(answer, Detections):
-        return Finding(sample.label_map, resize_map(answer, (height, width)))
-    boxes = boxes_to_picture(answer.boxes, (size[0] / height, size[1] / width))
-    return Finding(sample.boxes, Objects(boxes, answer.classes, answer.scores))
+def score(pairs: Sequence[Pair], task: str, classes: int) -> dict[str, float]:
+    """{"ap", "ap50", "ap75"} of boxes and, where both sides have masks, "mask_ap" and so on; or {"miou"}; in 0..1."""
+    if task == "segment":
+        return {"miou": mean_iou(*_maps(pairs), classes)}
+    scores = average_precision(*_objects(pairs, "boxes"))
+    if all(side.masks is not None for pair in pairs for side in pair):
+        masks = average_precision(*_objects(pairs, "masks"))
+        scores |= {f"mask_{name}": value for name, value in masks.items()}
+    return scores
 
 
-def score(findings: Iterable[Finding], task: str, classes: int) -> dict[str, float]:
-    """{"ap", "ap50", "ap75"} or {"miou"}, in 0..1."""
-    truth, found = _sides(findings)
-    return average_precision(truth, found) if task == "detect" else {"miou": mean_iou(truth, found, classes)}
-
-
-def score_classes(findings: Iterable[Finding], task: str, labels: Sequence[str]) -> dict[str, float]:
-    """AP over ten overlaps, or IoU, of each class that occurs."""
-    truth, found = _sides(findings)
+def score_classes(pairs: Sequence[Pair], task: str, labels: Sequence[str]) -> dict[str, float]:
+    """AP of boxes over ten overlaps, or IoU, of each class that occurs."""
     if task == "detect":
-        classes, table = precision_table(truth, found)
+        classes, table = precision_table(*_objects(pairs, "boxes"))
         return {labels[c]: float(row.mean()) for c, row in zip(classes, table, strict=True)}
-    shares = class_iou(truth, found, len(labels))
+    shares = class_iou(*_maps(pairs), len(labels))
     return {name: float(value) for name, value in zip(labels, shares, strict=True) if not np.isnan(value)}
 
 
-def _sides(findings: Iterable[Finding]) -> tuple[list[Any], list[Any]]:
-    pairs = [(f.truth, f.found) for f in findings]
-    return [t for t, _ in pairs], [f for _, f in pairs]
+def _objects(pairs: Sequence[Pair], kind: str) -> tuple[list[Objects], list[Objects]]:
+    return [getattr(t, kind) for t, _ in pairs], [getattr(f, kind) for _, f in pairs]
+
+
+def _maps(pairs: Sequence[Pair]) -> tuple[list[Array], list[Array]]:
+    out: tuple[list[Array], list[Array]] = ([], [])
+    for pair in pairs:
+        for side, maps in zip(pair, out, strict=True):
+            if side.label_map is None:
+                raise DatasetError("label maps are needed to judge a segmenter; give data and a model for segmentation")
+            maps.append(side.label_map)
+    return out
 
 
 def _few(labels: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
     from dualtoken_deploy.build import BuildResult
     from dualtoken_deploy.compare import Comparison
+    from dualtoken_deploy.dense_evaluation import DenseEvaluation
     from dualtoken_deploy.diagnose import Diagnosis
     from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
@@ -160,6 +161,14 @@ def evaluation_table(result: Evaluation) -> Table:
     rows = [(f"{result.data}, all {result.images}", share(result.top1), share(result.top5), f"{result.images_per_s:g}")]
     rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
     return table(("class", "top-1", "top-5", "images/s"), rows, result.source)
+
+
+def dense_evaluation_table(result: DenseEvaluation) -> Table:
+    """The whole set in the first row, then AP or IoU of each class."""
+    rows = [(f"{result.data}, all {result.images}", *map(share, result.scores.values()), f"{result.images_per_s:g}")]
+    rest = ("",) * len(result.scores)
+    rows += [(name, share(value), *rest) for name, value in result.per_class.items()]
+    return table(("class", *result.scores, "images/s"), rows, result.source)
 
 
 def drift_table(found: Diagnosis, rows: int) -> Table:

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from dualtoken_deploy.boxes import Array
 from dualtoken_deploy.dense_data import DenseSample, DenseSet, open_dense, read_or_none
-from dualtoken_deploy.dense_evaluation import Answer, find, score
+from dualtoken_deploy.dense_evaluation import Pair, image_size, score
 from dualtoken_deploy.dense_images import boxes_to_model, prepare, resize_map
 from dualtoken_deploy.dense_metrics import IGNORE
-from dualtoken_deploy.detection import anchors, detect
+from dualtoken_deploy.detection import anchors
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError
+from dualtoken_deploy.models.heads.eager import interpret
 from dualtoken_deploy.models.heads.registry import create_dense_model, get_head
 from dualtoken_deploy.models.heads.weights import dense_weights_path
 from dualtoken_deploy.models.weights import read_tensors
@@ -156,29 +157,21 @@ class Dense:
         return by_class + by_box
 
     def judge(self, forward: Callable[[Tensor], Any], checks: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-        findings: dict[int, Any] = {}
+        pairs: dict[int, Pair] = {}
         for pixels, indices in checks:
-            answers = answer(forward(normalise(pixels.float() / 255)), self.config.image_size)
-            for index, given in zip(indices.tolist(), answers, strict=True):
-                findings[index] = find(self.val_set[index], given, self.config.image_size)
+            samples = [self.val_set[i] for i in indices.tolist()]
+            outputs = forward(normalise(pixels.float() / 255))
+            found = interpret(outputs, self.config.image_size, [image_size(sample) for sample in samples])
+            pairs |= zip(indices.tolist(), zip(samples, found, strict=True), strict=True)
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            findings = dict(gather_object(list(findings.items())))  # the last batch may repeat samples: once is enough
-        return score((findings[i] for i in sorted(findings)), self.config.task, len(self.labels))
+            pairs = dict(gather_object(list(pairs.items())))  # the last batch may repeat samples: once is enough
+        return score([pairs[i] for i in sorted(pairs)], self.config.task, len(self.labels))
 
     def describe(self) -> Mapping[str, Any]:
         width = self.config.width or self.head.width
         return {"task": self.config.task, "head": self.head.name, "width": width}
-
-
-def answer(outputs: Any, size: tuple[int, int]) -> list[Answer]:
-    """What a dense model's outputs in evaluation say of each picture: Detections, or a label map uint8 (H, W)."""
-    if isinstance(outputs, Tensor):
-        maps = outputs.argmax(1).to(torch.uint8).cpu().numpy()
-        return list(maps)
-    logits, deltas = (t.float().cpu().numpy() for t in outputs)
-    return [detect(a, b, size) for a, b in zip(logits, deltas, strict=True)]
 
 
 def begin_from(model: nn.Module, init: str) -> str:
