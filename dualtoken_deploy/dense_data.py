@@ -9,10 +9,11 @@ label maps:       DIR/<part>/images/ and DIR/<part>/masks/ with one indexed PNG 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from dualtoken_deploy.images import load_image
 
 TASKS = ("detect", "segment")
 
-SCENES = MappingProxyType({"train": (0, 3000), "val": (1_000_000, 300)})  # first seed, scenes
+SCENES = MappingProxyType({"train": (0, 1500), "val": (1_000_000, 200)})  # first seed, scenes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class DenseSample:
     label_map: NDArray[np.uint8] | None = None
 
 
+class Reader(Protocol):
+    """Makes the samples of a set; `paths` are their pictures, empty where they are generated."""
+
+    @property
+    def paths(self) -> Sequence[Path]: ...
+    def __call__(self, index: int) -> DenseSample: ...
+
+
 @dataclass(frozen=True)
 class DenseSet:
     """Samples for one task. `read(i)` makes sample i; `digest` says whether two sets are the same; `notes` what was
@@ -48,7 +57,7 @@ class DenseSet:
 
     name: str
     labels: tuple[str, ...]
-    read: Callable[[int], DenseSample]
+    read: Reader
     indices: tuple[int, ...]
     digest: str
     notes: tuple[str, ...] = ()
@@ -58,6 +67,11 @@ class DenseSet:
 
     def __getitem__(self, index: int) -> DenseSample:
         return self.read(self.indices[index])
+
+    def where(self, index: int) -> str:
+        """What sample `index` is called: its picture's path, or the set and its number."""
+        paths = self.read.paths
+        return str(paths[self.indices[index]]) if paths else f"{self.name} {self.indices[index]}"
 
     def limit(self, count: int) -> DenseSet:
         """At most `count` samples, spread evenly over the set. Raises UsageError on a count below 1."""
@@ -103,6 +117,7 @@ def _scenes(task: str, part: str) -> DenseSet:
 class _SceneReader:
     task: str
     first: int
+    paths: tuple[Path, ...] = ()
 
     def __call__(self, index: int) -> DenseSample:
         scene = scenes.make_scene(self.first + index)
@@ -125,6 +140,10 @@ def _coco(folder: Path, task: str, part: str) -> DenseSet:
 class _CocoReader:
     task: str
     found: CocoSet
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(image.path for image in self.found.images)
 
     def __call__(self, index: int) -> DenseSample:
         entry = self.found.images[index]
@@ -175,6 +194,10 @@ def _read_labels(path: Path) -> tuple[str, ...]:
 class _LabelMapReader:
     pairs: tuple[tuple[Path, Path], ...]
     classes: int
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(picture for picture, _ in self.pairs)
 
     def __call__(self, index: int) -> DenseSample:
         picture, mask = self.pairs[index]

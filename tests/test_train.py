@@ -25,9 +25,10 @@ from dualtoken_deploy.evaluate import evaluate
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.train import checkpoint, make_config, resume, train
+from dualtoken_deploy.train.classify import soft_cross_entropy
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import UNREADABLE, Augment, TrainImages, mix, random_resized_crop
-from dualtoken_deploy.train.loop import _groups, soft_cross_entropy
+from dualtoken_deploy.train.loop import _groups
 from tests.conftest import TINY
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
