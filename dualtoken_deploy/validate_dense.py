@@ -18,7 +18,7 @@ from dualtoken_deploy.dense_evaluation import Pair, check_labels, image_size, sc
 from dualtoken_deploy.dense_images import prepare_input
 from dualtoken_deploy.dense_outputs import Found, Likeness, interpret
 from dualtoken_deploy.errors import ToleranceError, UsageError
-from dualtoken_deploy.runtimes import Runner, engine_of, load_runner
+from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
 
 REFERENCES = ("eager", "golden")
 
@@ -158,7 +158,7 @@ def read(bundle: Bundle, sample: DenseSample, outputs: dict[str, Array]) -> Foun
     return interpret(outputs, bundle.manifest.task, bundle.manifest.input.size, image_size(sample))
 
 
-def _score(bundle: Bundle, pairs: list[Pair]) -> dict[str, float]:
+def _score(bundle: Bundle, pairs: Sequence[Pair]) -> dict[str, float]:
     return score(pairs, bundle.manifest.task, len(bundle.labels))
 
 
