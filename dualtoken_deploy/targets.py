@@ -90,7 +90,8 @@ _SEGMENTERS = dict.fromkeys(("deeplabv3", "pspnet"), ("raw", "labels"))
 _RAW_DENSE = MappingProxyType({"retinanet": ("raw",), **_SEGMENTERS})  # NonMaxSuppression is not to be had everywhere
 _ALL_DENSE = MappingProxyType({"retinanet": ("raw", "detections"), "mask-rcnn": ("detections",), **_SEGMENTERS})
 
-DENSE_PRECISIONS = ("fp32", "fp16")
+DENSE_PRECISIONS = ("fp32", "fp16", "int8")
+DENSE_INT8 = ("onnxruntime", "openvino")  # whose files run here, so that AP and mean IoU of them are known
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -197,3 +198,7 @@ def check_dense(target: Target, head: str, form: str, precision: str) -> None:
         raise UsageError(f"{target.name} has no {form} of {head} in the graph; leave --suppress out, or take {offered}")
     if precision not in DENSE_PRECISIONS:
         raise UsageError(f"{head} is exported in {' or '.join(DENSE_PRECISIONS)}, not in {precision}")
+    if precision == "int8" and (target.name not in DENSE_INT8 or head == "mask-rcnn"):
+        raise UsageError(
+            f"{head} has no int8 for {target.name}; RetinaNet and the segmenters have it for {', '.join(DENSE_INT8)}"
+        )
