@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_deploy import Bundle, export_dense, load_runner, predict_dense, validate_dense
+from dualtoken_deploy import Bundle, export_dense, load_runner, pipeline_dense_int8, predict_dense, validate_dense
 from dualtoken_deploy import pipeline_dense as pipeline
 from dualtoken_deploy.boxes import decode, suppress, suppress_by_class
 from dualtoken_deploy.dense_outputs import compare
@@ -24,6 +24,7 @@ from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.models.heads.forms import MaskDetector, rpn_anchors
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, STRIDES, MaskRCNN, roi_align
 from dualtoken_deploy.models.heads.rebuild import random_dense_model, rebuild_dense
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions
 from dualtoken_deploy.runtimes.eager import load as load_eager
 from dualtoken_deploy.scenes import CLASSES, CLUTTER, make_scene
@@ -190,7 +191,10 @@ def test_a_bundle_out_of_tolerance_is_not_left(
         ("pspnet", {"classes": 300}, "at most 255 classes"),
         ("retinanet", {"width": 0}, "at least 1"),
         ("retinanet", {"seed": -1}, "out of range"),
-        ("mask-rcnn", {"opset": 23}, "opset"),
+        ("mask-rcnn", {"opset": 23}, "RoiAlign up to opset 21"),
+        ("retinanet", {"precision": "int8"}, "needs a calibration set"),
+        ("mask-rcnn", {"precision": "int8"}, "has no int8"),
+        ("pspnet", {"precision": "int8", "target": "tensorrt"}, "has no int8 for tensorrt"),
     ],
 )
 def test_what_cannot_be_exported_is_said_first(tmp_path: Path, head: str, options: dict[str, Any], text: str) -> None:
@@ -206,6 +210,31 @@ def test_changed_weights_are_noticed(dense_bundle: MakeBundle) -> None:
     manifest.weights["seed"] = 5  # type: ignore[index]
     with pytest.raises(WeightsError, match="export it again"):
         rebuild_dense(manifest)
+
+
+def test_int8_is_gated_by_mean_iou(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a budget that everything holds, every layer that may is in INT8, and really runs so."""
+    monkeypatch.setattr(pipeline_dense_int8, "HELD_OUT", 6)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join((CLUTTER, *CLASSES)))
+    result = export_dense(
+        "pspnet", "onnxruntime", "int8", "tiny-mix", image_size=64, width=16, labels=labels, output=tmp_path / "b",
+        int8=Int8Options("scenes", 10, max_drop=100.0),
+    )  # fmt: skip
+    bundle = Bundle.open(tmp_path / "b")
+    said = bundle.manifest.calibration
+    assert said is not None
+    assert said["metric"] == "miou"
+    assert said["in_float"] == []
+    assert said["held_out"] == {"name": "scenes (val)", "images": 6}
+    assert result.int8_mac_share > 0.8
+    assert 3 < result.sqnr_db < 60
+    check_promise(inspect_bundle(bundle))
+    (found,) = validate_dense([bundle], "scenes", limit=6)
+    assert found.scores is not None
+    assert found.eager_scores is not None
+    lost = 100 * (found.eager_scores["miou"] - found.scores["miou"])
+    assert lost == pytest.approx(said["drop"], abs=1e-6)  # validate's pictures of these six, measured by another way
 
 
 # --- validate, predict, inspect, bench -------------------------------------------------------------------------------
@@ -318,14 +347,15 @@ def test_drawings_that_cannot_be_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     bundle = dense_bundle("retinanet")
-    for code, hint, *arguments in (
-        (2, "does not end in .png", bundle, picture, "--output", tmp_path / "a.jpg"),
-        (4, "no folder", bundle, picture, "--output", tmp_path / "none" / "a.png"),
-        (2, "give one", bundle, picture, picture, "--output", tmp_path / "a.png"),
-        (2, "leave --output out", small_bundle(), picture, "--output", tmp_path / "a.png"),
-        (4, "no picture", bundle, tmp_path / "lacking.png", "--output", tmp_path / "a.png"),
-    ):
-        found, text = fails(capsys, "predict", *arguments)
+    cases: list[tuple[int, str, list[Path]]] = [
+        (2, "does not end in .png", [bundle, picture, tmp_path / "a.jpg"]),
+        (4, "no folder", [bundle, picture, tmp_path / "none" / "a.png"]),
+        (2, "give one", [bundle, picture, picture, tmp_path / "a.png"]),
+        (2, "leave --output out", [small_bundle(), picture, tmp_path / "a.png"]),
+        (4, "no picture", [bundle, tmp_path / "lacking.png", tmp_path / "a.png"]),
+    ]
+    for code, hint, (*arguments, output) in cases:
+        found, text = fails(capsys, "predict", *arguments, "--output", output)
         assert found == code
         assert hint in text
     assert [p.name for p in tmp_path.iterdir()] == ["scene.png"]
