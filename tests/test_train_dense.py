@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dualtoken_deploy.boxes import decode, iou_matrix
+from dualtoken_deploy.cli import main
 from dualtoken_deploy.dense_data import DenseSample, DenseSet, open_dense
 from dualtoken_deploy.dense_evaluation import judge
 from dualtoken_deploy.dense_metrics import IGNORE, Objects
@@ -430,4 +431,51 @@ def test_a_head_that_does_not_learn_the_task(task: str, head: str, tmp_path: Pat
     config = make_config(task=task, head=head, data="scenes", **SETTINGS)
     with pytest.raises(UsageError, match=f"head '{head}' cannot be trained to {task}; heads that can: "):
         train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# The command line
+
+
+def test_a_segmenter_is_trained_and_judged_from_the_command_line(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = str(squares / "maps"), tmp_path / "run"
+    options = ["--image-size", "64", "--width", "8", "--epochs", "1", "--batch-size", "4"]
+    main(
+        ["train", "--task", "segment", "--variant", TINY.name, "--data", data, "--output", str(run), *options, "--json"]
+    )
+    trained = json.loads(capsys.readouterr().out)
+    assert (trained["metric"], trained["epochs"]) == ("miou", 1)
+    main(["evaluate", str(run), "--data", data, "--json"])
+    judged = json.loads(capsys.readouterr().out)
+    assert (judged["task"], judged["images"]) == ("segment", 4)
+    assert judged["miou"] == pytest.approx(trained["best_miou"], abs=1e-6)
+    main(["evaluate", str(run), "--data", data, "--limit", "2"])
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("miou", "grey", "all 2", "images/s"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "--task", "detect", "--head", "pspnet"], 2, "heads that can: retinanet"),
+        (["train", "--task", "detect", "--set", "mixup=0.1"], 2, "mixup is for classification only"),
+        (["train", "--task", "detect", "--data", "nowhere"], 4, "no folder at nowhere"),
+        (["train", "--resume", "run", "--task", "detect"], 2, "--resume takes task, variant"),
+        (["evaluate", "WEIGHTS", "--data", "scenes", "--confusion", "c.png"], 2, "are for classifiers"),
+        (["evaluate", "WEIGHTS", "--data", "scenes"], 4, "use data with the same classes"),
+    ],
+)  # fmt: skip
+def test_what_the_command_line_refuses(
+    arguments: list[str], code: int, message: str, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] == "train" and "--resume" not in arguments:
+        arguments = [*arguments, "--variant", TINY.name, "--output", str(tmp_path / "run")]
+        arguments += [] if "--data" in arguments else ["--data", "scenes"]
+    with pytest.raises(SystemExit) as caught:
+        main([str(detector) if a == "WEIGHTS" else a for a in arguments])
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert caught.value.code == code
+    assert message in line
     assert not (tmp_path / "run").exists()
