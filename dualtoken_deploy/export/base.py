@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dualtoken_deploy.models.base import ImageModel
+from torch import nn
+
+from dualtoken_deploy.bundle import CLASSIFY
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets import Target
 
@@ -23,7 +25,7 @@ Tell = Callable[[str], None]  # is told what happens now, for a progress display
 class Request:
     """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
     do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
-    those of the target's own (`Target.settings`) that were given."""
+    those of the target's own (`Target.settings`) that were given. `task`: that of the bundle."""
 
     precision: str
     contract: InputContract
@@ -33,6 +35,7 @@ class Request:
     device: str | None = None
     labels: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    task: str = CLASSIFY
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Artifact:
     build: Mapping[str, Any] | None = None
 
 
-def run_exporter(target: Target, model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
     module = importlib.import_module(f"dualtoken_deploy.export.{target.name}")
     artifact: Artifact = module.export(model, request, folder, tell)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dualtoken_deploy.bundle import CLASSIFY
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
@@ -17,13 +18,12 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
-from dualtoken_deploy.export.apple.package import describe, save
+from dualtoken_deploy.export.apple.package import OUTPUTS, describe, save
 from dualtoken_deploy.export.apple.passes import teach_channel_norm
-from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, quiet, trace
+from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
@@ -35,7 +35,7 @@ ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
 
-def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
     ct = coremltools("exporting to Core ML")
     deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
@@ -56,13 +56,14 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
     describe(program, request.contract, {**request.metadata, "deployment_target": deployment, "layout": layout})
     package = folder / "model.mlpackage"
-    save(program, package, request.labels if request.contract.kind == "image" else None)
+    labels = request.labels if request.contract.kind == "image" and request.task == CLASSIFY else None
+    save(program, package, labels, OUTPUTS[request.task])
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
     return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)})
 
 
-def default_layout(model: ImageModel) -> str:
+def default_layout(model: nn.Module) -> str:
     """The Neural Engine's layout where there is one for the model, else plain."""
     own = isinstance(model, DualTokenViT) and model.config.token_method == "position-aware"
     return "ane" if own else "plain"
@@ -100,14 +101,14 @@ def check_request(request: Request, deployment: str, layout: str) -> None:
                 f"Core ML's image input is one picture, not {request.contract.batch}; use --batch 1 or --input tensor"
             )
         repeated = [label for label, count in Counter(request.labels).items() if count > 1]
-        if repeated:
+        if repeated and request.task == CLASSIFY:
             raise InputError(
                 f"label {repeated[0]!r} stands for several classes, and Core ML's classifier needs each but once; "
                 "make the labels distinct or use --input tensor"
             )
 
 
-def make_form(model: ImageModel, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
+def make_form(model: nn.Module, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The deploy form in its layout, and the rules that applied.
 
     Where the target has an attention operation the scale stays in it, since it is the operation's own.
@@ -126,16 +127,17 @@ def make_form(model: ImageModel, request: Request, deployment: str, layout: str)
 def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
     """The coremltools model of `module` behind the input contract, with uncompressed weights."""
     contract = request.contract
-    image = contract.kind == "image"
+    image, classifier = contract.kind == "image", contract.kind == "image" and request.task == CLASSIFY
     teach_channel_norm()
     tell("tracing with torch.export")
-    program = trace(ImageClassifier(module, contract) if image else module, contract)
+    wrapped = ImageClassifier(module, contract) if classifier else ImageDense(module, contract) if image else module
+    program = trace(wrapped, contract)
     shape = (contract.batch, 3, *contract.size)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
     else:
         inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
-    names = [request.outputs[0].name, *([PROBABILITIES] if image else [])]
+    outputs = [(s.name, getattr(np, s.dtype)) for s in request.outputs] + [(PROBABILITIES, np.float32)] * classifier
     tell(f"converting to Core ML for {deployment}")
     try:
         with quiet():
@@ -146,7 +148,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
                 minimum_deployment_target=getattr(ct.target, deployment),
                 compute_precision=getattr(ct.precision, ONES.get(request.precision, "FLOAT16")),
                 inputs=inputs,
-                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in names],
+                outputs=[ct.TensorType(name=name, dtype=dtype) for name, dtype in outputs],
                 skip_model_load=True,
             )
     except Exception as error:  # coremltools raises what its front end and its passes raise
