@@ -202,6 +202,8 @@ def test_averaged_weights_follow_their_formula(colours: Path, tmp_path: Path) ->
     torch.testing.assert_close(tensors["ema.head.fc.weight"], expected, rtol=1e-6, atol=1e-7)
     best = checkpoint.load_tensors(tmp_path / "run" / checkpoint.BEST)[0]
     assert torch.equal(best["head.fc.weight"], tensors["ema.head.fc.weight"])
+    resume(tmp_path / "run", epochs=2, ema=0.0)
+    assert not [name for name in state_of(tmp_path / "run") if name.startswith("ema.")]
 
 
 def test_accumulated_parts_step_once_a_batch(colours: Path, tmp_path: Path) -> None:

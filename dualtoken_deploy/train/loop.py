@@ -126,7 +126,8 @@ class _Run:
         tensors, header = checkpoint.load_tensors(path)
         if header["data_sha256"] != self.task.digest:
             raise DatasetError(f"{self.config.data} is not what {self.folder} was trained on (files differ)")
-        self.average = checkpoint.unpack(tensors, self.model, self.optimiser, path)
+        average = checkpoint.unpack(tensors, self.model, self.optimiser, path)
+        self.average = average if self.config.ema else {}
         try:
             self.progress = _Progress(**header["progress"])
         except TypeError as error:

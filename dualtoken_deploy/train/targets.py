@@ -15,8 +15,9 @@ def match(anchors: Array, boxes: Array, classes: Array) -> tuple[NDArray[np.int6
     """For anchors (A, 4) the classes (A,) and box offsets (A, 4) of boxes (N, 4) with classes (N,).
 
     An anchor takes the object that it overlaps most, from FOREGROUND on; below BACKGROUND it is NOTHING, between them
-    UNDECIDED. The anchors that overlap an object most take it in any case, so that none is left without, as common
-    implementations have it; the object that is hardest to reach has the last word. Offsets are zero without an object.
+    UNDECIDED. The anchors that overlap an object most take it in any case, as common implementations have it, so that
+    small objects are learnt too; of two objects with the same such anchors the one that is harder to reach has them.
+    Offsets are zero without an object.
     """
     wanted = np.full(len(anchors), NOTHING, np.int64)
     deltas = np.zeros((len(anchors), 4))
