@@ -165,18 +165,15 @@ def _check_simplified(before: dict[str, numerics.Array], after: dict[str, numeri
         )
 
 
-def to_float16(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto:
-    """float16 tensors and weights; float32 inputs, outputs, FLOAT32_OPERATORS and the nodes named in `keep`."""
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """float16 tensors and weights; float32 inputs, outputs and FLOAT32_OPERATORS."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
         with quiet():
             converted: onnx.ModelProto = convert_float_to_float16(
-                model,
-                keep_io_types=True,
-                op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS],
-                node_block_list=list(keep),
+                model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
             )
             OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
     except (ValueError, RuntimeError) as error:
