@@ -198,7 +198,8 @@ def check_dense(target: Target, head: str, form: str, precision: str) -> None:
         raise UsageError(f"{target.name} takes no {head}; targets that do: {offered}")
     if form not in target.dense[head]:
         offered = ", ".join(t.name for t in TARGETS.values() if form in t.dense.get(head, ()))
-        raise UsageError(f"{target.name} has no {form} of {head} in the graph; leave --suppress out, or take {offered}")
+        option = "--suppress" if form == "detections" else "--argmax"
+        raise UsageError(f"{target.name} has no {form} of {head} in the graph; leave {option} out, or take {offered}")
     if precision not in DENSE_PRECISIONS:
         raise UsageError(f"{head} is exported in {' or '.join(DENSE_PRECISIONS)}, not in {precision}")
     if precision == "fp16" and form == "detections" and target.name == "onnxruntime":
