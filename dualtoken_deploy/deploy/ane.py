@@ -190,16 +190,16 @@ class AneWindowAttention(nn.Module):
 
 
 class AneDownsample(nn.Module):
-    """Downsample: halvings of both sides, convolutions between them."""
+    """FoldedDownsample: an average, then convolutions of stride 2."""
 
-    def __init__(self, source: vit.Downsample, _: bool) -> None:
+    def __init__(self, source: forms.FoldedDownsample, _: bool) -> None:
         super().__init__()
-        self.convs = source.convs
+        self.pool, self.convs = source.pool, source.convs
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = F.avg_pool2d(to_map(x, grid), kernel_size=2, stride=2)
+        x = self.pool(to_map(x, grid))
         for conv in self.convs:
-            x = F.avg_pool2d(conv(x), kernel_size=2, stride=2)
+            x = conv(x)
         return to_tokens(x)
 
 
@@ -361,7 +361,7 @@ REPLACEMENTS: MappingProxyType[type[nn.Module], Callable[[Any, bool], nn.Module]
         layers.Stem: AneStem,
         vit.ConvEncoder: AneConvEncoder,
         vit.WindowAttention: AneWindowAttention,
-        vit.Downsample: AneDownsample,
+        forms.FoldedDownsample: AneDownsample,
         vit.OneStepDownsample: AneOneStepDownsample,
         vit.GlobalAggregation: AneAggregation,
         vit.GlobalBroadcast: AneBroadcast,
@@ -375,4 +375,11 @@ REPLACEMENTS: MappingProxyType[type[nn.Module], Callable[[Any, bool], nn.Module]
     }
 )
 # Modules that the default rules take away, and that have no form here.
-UNFOLDED = (layers.BiDimAttention, layers.PatchMerge, vit.TokenResize, vit.Fuse, forms.ProjectedBroadcast)
+UNFOLDED = (
+    layers.BiDimAttention,
+    layers.PatchMerge,
+    vit.TokenResize,
+    vit.Fuse,
+    vit.Downsample,
+    forms.ProjectedBroadcast,
+)

@@ -47,6 +47,21 @@ class SplitBiDim(nn.Module):
         return x * c_attn * s_attn
 
 
+class FoldedDownsample(nn.Module):
+    """Downsample with each convolution and the average after it in one. (B, N, C) -> (B, N/4^(convs+1), C)."""
+
+    def __init__(self, pool: nn.Module, convs: list[nn.Conv2d]) -> None:
+        super().__init__()
+        self.pool = pool
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = self.pool(to_map(x, grid))
+        for conv in self.convs:
+            x = conv(x)
+        return to_tokens(x)
+
+
 class ReshapeMerge(nn.Module):
     """PatchMerge with space-to-depth as one reshape, a transpose and a reshape. (B, H*W, C) -> (B, H/2 * W/2, C')."""
 

@@ -126,11 +126,16 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
         raise ConversionError(f"onnxsim cannot simplify the model: {first_line(error)}") from error
     if not ok:
         raise ConversionError("onnxsim reports that its result does not check against the original")
-    difference = numerics.compare(_run(model, request), _run(simplified, request))
-    if difference.sqnr_db < SIMPLIFIED_SQNR_DB:
-        raise ConversionError(f"onnxsim changed the result: {difference}; at least {SIMPLIFIED_SQNR_DB} dB are needed")
     out: onnx.ModelProto = simplified
+    check_same(model, out, request, "onnxsim")
     return out
+
+
+def check_same(before: onnx.ModelProto, after: onnx.ModelProto, request: Request, who: str) -> None:
+    """Holds a changed graph against the one before, on a fixed random input. Raises ConversionError."""
+    difference = numerics.compare(_run(before, request), _run(after, request))
+    if difference.sqnr_db < SIMPLIFIED_SQNR_DB:
+        raise ConversionError(f"{who} changed the result: {difference}; at least {SIMPLIFIED_SQNR_DB} dB are needed")
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
