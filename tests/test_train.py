@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -79,6 +80,17 @@ def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
     assert info["labels"] == list(COLOURS)
     assert info["metrics"]["top1"] == 1.0
     assert (info["train_images"], info["val_images"]) == (24, 12)
+
+
+def test_tensorboard_reads_the_numbers_of_the_table(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in set(rows[0]) - {"epoch"}:
+        seen = {e.step: e.value for e in events.Scalars(name)}
+        assert seen == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-5), name
 
 
 def test_the_best_weights_give_the_accuracy_that_the_run_reports(finished: Path, colours: Path) -> None:
