@@ -20,6 +20,7 @@ from dualtoken_deploy.serve.connection import bounded_protocol
 from dualtoken_deploy.serve.grpc import make_server
 from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.http import make_app
+from dualtoken_deploy.serve.memory import keep_freed_memory
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.repository import Repository
 from dualtoken_deploy.serve.settings import Settings, Source
@@ -43,6 +44,7 @@ def run(sources: Sequence[Source], settings: Settings, tell: Callable[[str], Non
     Raises UsageError (a port that is taken), BundleError, MissingError, InputError (TLS files).
     """
     logs.set_up()
+    keep_freed_memory()
     asyncio.run(_serve(sources, settings, tell))
 
 
@@ -162,6 +164,7 @@ def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks for the client's address
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,
