@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +121,28 @@ def test_a_gate_counts_and_closes() -> None:
         await asyncio.wait_for(gate.drained(), 1)
         with pytest.raises(Unavailable), gate.admit():
             pass
+
+    asyncio.run(go())
+
+
+def test_a_gate_that_is_cut_turns_those_inside_away() -> None:
+    async def go() -> None:
+        gate, refused = Gate("m", 2), []
+
+        async def wait_for_ever() -> None:
+            try:
+                with gate.admit():
+                    await asyncio.Event().wait()
+            except Unavailable as error:
+                refused.append(str(error))
+
+        tasks = [asyncio.create_task(wait_for_ever()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert gate.inside == 2
+        gate.cut()
+        await asyncio.wait_for(gate.drained(), 1)
+        await asyncio.gather(*tasks)  # none is left cancelled
+        assert refused == ["m shut down before this request was answered; ask another server"] * 2
 
     asyncio.run(go())
 
@@ -279,27 +298,3 @@ def test_closing_refuses_what_waits() -> None:
         assert {type(r) for r in results} == {Unavailable}
 
     batching(body, merge_rows=1)
-
-
-def test_freed_memory_is_kept_for_the_next_picture() -> None:
-    """Pages that the kernel hands out for each picture of 512x512, in a thread as the decode pool's."""
-    code = (
-        "import io, resource, sys, threading; from PIL import Image\n"
-        "from dualtoken_deploy.images import load_image\n"
-        "from dualtoken_deploy.serve.memory import keep_freed_memory\n"
-        "if sys.argv[1] == 'kept': assert keep_freed_memory()\n"
-        "file = io.BytesIO(); Image.linear_gradient('L').resize((512, 512)).convert('RGB').save(file, 'JPEG')\n"
-        "def work():\n"
-        "  for count in (5, 20):\n"
-        "    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt\n"
-        "    for _ in range(count): load_image(file.getvalue())\n"
-        "  print((resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before) / count)\n"
-        "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
-    )
-    if not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("this C library has no mallopt")
-    pages = {}
-    for how in ("as it is", "kept"):
-        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True, timeout=60)
-        pages[how] = float(done.stdout)
-    assert pages["kept"] < 20 < 200 < pages["as it is"]

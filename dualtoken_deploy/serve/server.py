@@ -27,7 +27,6 @@ from dualtoken_deploy.serve.settings import Settings, Source
 
 BACKLOG = 512
 GRPC_GRACE_SECONDS = 1.0  # for answers that are written and not yet sent
-KEEP_ALIVE_SECONDS = 75
 
 
 class _Uvicorn(uvicorn.Server):
@@ -103,7 +102,7 @@ async def _drain(handler: Handler, settings: Settings, stop: _Stop) -> None:
         task.cancel()
     if handler.gate.inside:
         logs.warning("drain ended before all requests did", in_hand=handler.gate.inside)
-        await handler.repository.close()  # has them refused, while the transports can still say so
+        handler.gate.cut()  # has them refused, while the transports can still say so
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(handler.drained(), GRPC_GRACE_SECONDS)
 
@@ -158,7 +157,7 @@ def _grpc(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server | None,
 def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
     config = uvicorn.Config(
         make_app(handler),
-        http=bounded_protocol(settings.header_seconds, settings.body_seconds),
+        http=bounded_protocol(settings),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -166,7 +165,7 @@ def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,  # nothing here asks for the client's address
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=settings.idle_seconds,  # type: ignore[arg-type]  # call_later's argument and nothing else
         timeout_graceful_shutdown=2,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
