@@ -125,6 +125,28 @@ def test_a_gate_counts_and_closes() -> None:
     asyncio.run(go())
 
 
+def test_a_gate_that_is_cut_turns_those_inside_away() -> None:
+    async def go() -> None:
+        gate, refused = Gate("m", 2), []
+
+        async def wait_for_ever() -> None:
+            try:
+                with gate.admit():
+                    await asyncio.Event().wait()
+            except Unavailable as error:
+                refused.append(str(error))
+
+        tasks = [asyncio.create_task(wait_for_ever()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert gate.inside == 2
+        gate.cut()
+        await asyncio.wait_for(gate.drained(), 1)
+        await asyncio.gather(*tasks)  # none is left cancelled
+        assert refused == ["m shut down before this request was answered; ask another server"] * 2
+
+    asyncio.run(go())
+
+
 class Watch:
     """An Observer that keeps what it is told."""
 

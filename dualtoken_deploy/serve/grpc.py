@@ -7,6 +7,7 @@ request, which looks the same on the wire: it is admitted first and read then.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -214,6 +215,7 @@ def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, 
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", 4 * handler.gate.limit + 16),
         ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.max_connection_idle_ms", math.ceil(settings.idle_seconds * 1000)),
     ]
     server = grpc.aio.server(options=options)
     servicer = Servicer(handler)
