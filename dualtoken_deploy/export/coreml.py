@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from dualtoken_deploy.datasets import open_dataset
@@ -17,8 +19,9 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
+from dualtoken_deploy.export.apple.names import name_after_modules
 from dualtoken_deploy.export.apple.package import describe, save
-from dualtoken_deploy.export.apple.passes import teach_channel_norm
+from dualtoken_deploy.export.apple.passes import teach
 from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
@@ -27,6 +30,7 @@ from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
+from dualtoken_deploy.spec import InputContract
 from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
@@ -123,24 +127,38 @@ def make_form(model: ImageModel, request: Request, deployment: str, layout: str)
     return form.module, (*applied, "ane_layout")
 
 
+def output_names(request: Request) -> list[str]:
+    """Logits, and probabilities where the input is a picture."""
+    return [request.outputs[0].name, *([PROBABILITIES] if request.contract.kind == "image" else [])]
+
+
+def trace_named(
+    module: nn.Module, contract: InputContract, outputs: Sequence[str]
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The program that is converted, its operations named after the model's modules, and those names."""
+    image = contract.kind == "image"
+    program = trace(ImageClassifier(module, contract) if image else module, contract).run_decompositions({})
+    return program, name_after_modules(program, image, outputs)
+
+
 def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
     """The coremltools model of `module` behind the input contract, with uncompressed weights."""
     contract = request.contract
     image = contract.kind == "image"
-    teach_channel_norm()
+    teach()
     tell("tracing with torch.export")
-    program = trace(ImageClassifier(module, contract) if image else module, contract)
+    names = output_names(request)
+    program, _ = trace_named(module, contract, names)
     shape = (contract.batch, 3, *contract.size)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
     else:
         inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
-    names = [request.outputs[0].name, *([PROBABILITIES] if image else [])]
     tell(f"converting to Core ML for {deployment}")
     try:
         with quiet():
             return ct.convert(
-                program.run_decompositions({}),
+                program,
                 source="pytorch",
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, deployment),
