@@ -156,7 +156,9 @@ def training_table(result: TrainResult) -> Table:
 
 def evaluation_table(result: Evaluation) -> Table:
     """The whole set in the first row, then each class."""
-    rows = [(f"{result.data}, all {result.images}", share(result.top1), share(result.top5), _or_dash(result.images_per_s))]
+    rows = [
+        (f"{result.data}, all {result.images}", share(result.top1), share(result.top5), _or_dash(result.images_per_s))
+    ]
     rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
     title = f"{result.source} ({result.engine})" if result.engine else result.source
     return table(("class", "top-1", "top-5", "images/s"), rows, title)

@@ -18,6 +18,7 @@ from dualtoken_deploy.bundle import sha256
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import channel_norm, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.diagnose import diagnose
 from dualtoken_deploy.errors import BundleError, InputError, MissingError, UsageError
 from dualtoken_deploy.export.apple.activations import measure_ranges
 from dualtoken_deploy.export.apple.compress import palette
@@ -125,6 +126,27 @@ def test_every_precision_on_the_saved_package(packages: Callable[..., Bundle], p
     assert_close(logits, bundle.golden["logits"], sqnr_db=SQNR_DB[precision] - 3)
     if precision in SIZE_LIMITS:
         assert bundle.size_bytes <= SIZE_LIMITS[precision] * packages("fp16").size_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        *((precision, {}) for precision in SQNR_DB),
+        ("fp16", {"layout": "plain"}),
+        ("fp16", {"deployment_target": "iOS16"}),
+    ],
+)
+def test_diagnose_finds_no_suspect_in_a_sound_package(
+    packages: Callable[..., Bundle], precision: str, options: dict[str, Any]
+) -> None:
+    """Faults are planted in test_diagnose_coreml.py."""
+    found = diagnose(packages(precision, **options), limit=2)
+    assert (found.first, found.suspect, found.engine) == (None, None, ENGINE)
+    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage2.block1", "stage3.block1", "logits"]
+    names = {d.name for d in found.layers}
+    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage2.block1.token.broadcast.q", "head.neck"} <= names
+    assert found.unseen == 0
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_compression_for_the_oldest_target(packages: Callable[..., Bundle]) -> None:

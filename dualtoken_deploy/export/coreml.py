@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
@@ -25,16 +24,16 @@ from dualtoken_deploy.export.apple.passes import teach
 from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.runtimes.base import planar
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
 from dualtoken_deploy.spec import InputContract
-from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, get_target
+from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, W8A8, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
-W8A8, W8A8_SINCE = "int8-w8a8", "iOS17"
+W8A8_SINCE = "iOS17"
 ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
@@ -51,10 +50,12 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
     program = convert(ct, module, request, deployment, tell)
+    calibration: dict[str, Any] | None = None
     if request.precision == W8A8:
         samples = calibration_samples(request)
-        tell(f"measuring activations on {len(samples)} photographs by reference execution")
-        program = quantize_activations(program, samples)
+        tell(f"measuring activations on {len(samples)} pictures by reference execution")
+        program, in_float = quantize_activations(program, samples)
+        calibration = {**(request.samples.said if request.samples else {}), "in_float": in_float}
     if request.precision in COMPRESSIONS:
         tell(f"compressing weights to {request.precision}")
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
@@ -63,7 +64,7 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     save(program, package, request.labels if request.contract.kind == "image" else None)
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
-    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)})
+    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
 
 
 def default_layout(model: ImageModel) -> str:
@@ -73,11 +74,11 @@ def default_layout(model: ImageModel) -> str:
 
 
 def calibration_samples(request: Request) -> list[np.ndarray[Any, Any]]:
-    """The built-in photographs as the program takes them, (B, 3, H, W) each."""
-    batch = request.contract.batch or 1
-    inputs = load_batch(open_dataset("photographs").images, request.contract)
-    planar = inputs.transpose(0, 3, 1, 2) if request.contract.kind == "image" else inputs
-    return [np.repeat(one[None], batch, axis=0).astype(np.float32) for one in planar]
+    """The request's samples as the program takes them, (B, 3, H, W) each. Raises UsageError without any."""
+    if request.samples is None:
+        raise UsageError(f"{W8A8} needs pictures to measure activations on")
+    inputs = planar(request.samples.inputs, request.contract.tensor)
+    return [np.repeat(one[None], request.contract.batch or 1, axis=0) for one in inputs]
 
 
 def check_request(request: Request, deployment: str, layout: str) -> None:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from dualtoken_deploy.bundle import Manifest
 from dualtoken_deploy.numerics import Array
 
 Tell = Callable[[str], None]
+Traced = TypeVar("Traced")
+
+
+class Last(Generic[Traced]):
+    """Remembers what was traced last: several bundles of one model are often diagnosed in a row, and one graph of a
+    model, which holds its weights, is enough in memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Traced] = {}
+
+    def get(self, manifest: Manifest, settings: Sequence[object], trace: Callable[[], Traced]) -> Traced:
+        """What `trace` gave for this model, input and settings, traced anew where it was not the last."""
+        key = json.dumps(
+            [manifest.variant, dict(manifest.options), dict(manifest.weights), manifest.input.to_json(), *settings]
+        )
+        if key not in self._known:
+            self._known.clear()
+            self._known[key] = trace()
+        return self._known[key]
 
 
 @dataclass(frozen=True)

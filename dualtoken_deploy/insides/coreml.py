@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bundle import Bundle, Manifest
 from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.export.apple.names import operation
 from dualtoken_deploy.export.base import Request
 from dualtoken_deploy.export.coreml import make_form, output_names, trace_named
-from dualtoken_deploy.insides.base import Insides, Tell
+from dualtoken_deploy.insides.base import Insides, Last, Tell
 from dualtoken_deploy.models.registry import rebuild
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.runtimes.base import planar
@@ -31,16 +31,11 @@ def coreml_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
     """Every value of the torch program but moved data, computed by PyTorch: no converter had a part in them."""
     manifest = bundle.manifest
     deployment, layout = _settings(bundle)
-    request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
-    tell("tracing the float program")
-    module, _ = make_form(rebuild(manifest), request, deployment, layout)
-    program, names = trace_named(module, manifest.input, output_names(request))
+    program, names = float_program(manifest, deployment, layout, tell)
+    outputs = {spec.arg.name for spec in program.graph_signature.output_specs}
     tell("running the float program")
     nodes = [node for node in program.graph.nodes if node.name in names]
-    outputs = set(output_names(request))
-    kinds = {
-        name: operation(node) for node in nodes if (name := names[node.name]) in outputs or operation(node) not in MOVES
-    }
+    kinds = {names[n.name]: operation(n) for n in nodes if n.name in outputs or operation(n) not in MOVES}
     recorder = _Recorder(program.module(), {graph: name for graph, name in names.items() if name in kinds})
     with torch.no_grad():
         batches = [torch.from_numpy(planar(_batch(bundle, image), manifest.input.tensor)) for image in inputs]
@@ -48,6 +43,23 @@ def coreml_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
     values = {name: np.concatenate([_first(bundle, run[name]) for run in runs]) for name in kinds}
     edges = [([names[i.name] for i in node.all_input_nodes if i.name in names], [names[node.name]]) for node in nodes]
     return Insides(kinds, values, edges, _to_tokens if layout == "ane" else lambda value: value)
+
+
+def float_program(
+    manifest: Manifest, deployment: str, layout: str, tell: Tell
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The float32 program of a bundle's model, traced anew from its weights, and the names of its values."""
+
+    def trace() -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+        tell("tracing the float program")
+        request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
+        module, _ = make_form(rebuild(manifest), request, deployment, layout)
+        return trace_named(module, manifest.input, output_names(request))
+
+    return _PROGRAMS.get(manifest, [deployment, layout], trace)
+
+
+_PROGRAMS: Last[tuple[torch.export.ExportedProgram, dict[str, str]]] = Last()
 
 
 def probe_coreml(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[str, Array]:
@@ -71,7 +83,7 @@ class _Recorder(torch.fx.Interpreter):
     """Runs a program and keeps the values of the operations in `names`, by the names that these stand for."""
 
     def __init__(self, module: torch.nn.Module, names: dict[str, str]) -> None:
-        super().__init__(module)  # type: ignore[arg-type]  # a GraphModule, as torch.export makes it
+        super().__init__(module)
         self._names = names
         self._found: dict[str, Array] = {}
 

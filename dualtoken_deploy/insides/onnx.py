@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import onnx
 
 from dualtoken_deploy.bundle import Bundle, Manifest
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.export.base import Request
 from dualtoken_deploy.export.onnx import ATTENTION_OPSET, DECOMPOSED_OPSET, export_onnx
-from dualtoken_deploy.insides.base import Insides, Tell
+from dualtoken_deploy.insides.base import Insides, Last, Tell
 from dualtoken_deploy.models.registry import rebuild
-from dualtoken_deploy.probes import Array, Prober
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.probes import Prober
 
 MOVES = frozenset({"Reshape", "Transpose", "Split", "Cast", "Squeeze", "Unsqueeze", "Concat", "Slice", "Expand"})
 
@@ -29,18 +28,12 @@ def onnx_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
 def float_graph(manifest: Manifest, tell: Tell) -> onnx.ModelProto:
     """The float32 ONNX graph of a bundle's model, traced anew from its weights, with the names that the bundle has."""
     opset = ATTENTION_OPSET if manifest.precision == "fp32" else DECOMPOSED_OPSET
-    key = json.dumps(
-        [manifest.variant, dict(manifest.options), dict(manifest.weights), manifest.input.to_json(), opset]
-    )
-    if key not in _GRAPHS:
-        _GRAPHS.clear()  # one at a time: it holds the weights
-        _GRAPHS[key] = _trace(manifest, opset, tell)
-    return _GRAPHS[key]
+
+    def trace() -> onnx.ModelProto:
+        request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
+        return export_onnx(rebuild(manifest), request, DEFAULT_RULES, opset, tell).model
+
+    return _GRAPHS.get(manifest, [opset], trace)
 
 
-_GRAPHS: dict[str, onnx.ModelProto] = {}  # the last one: several bundles of one model are often diagnosed in a row
-
-
-def _trace(manifest: Manifest, opset: int, tell: Tell) -> onnx.ModelProto:
-    request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
-    return export_onnx(rebuild(manifest), request, DEFAULT_RULES, opset, tell).model
+_GRAPHS: Last[onnx.ModelProto] = Last()

@@ -1,7 +1,7 @@
 """Names of the model's own modules for the values of a traced program: `stage2_block3_token_broadcast_q`.
 
-torch.export numbers its operations (`conv2d_11`) and notes which module each came from; coremltools keeps the numbers. So
-the modules take their place before the conversion, and Xcode's performance report speaks of the model's layers.
+torch.export numbers its operations (`conv2d_11`) and notes which module each came from; coremltools keeps the numbers.
+So the modules take their place before the conversion, and Xcode's performance report speaks of the model's layers.
 """
 
 from __future__ import annotations
