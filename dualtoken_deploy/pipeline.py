@@ -107,8 +107,8 @@ def export(
     they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor" (normalised
     float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively, what to
     compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so, and Core ML's
-    int8-w8a8, where other pictures than the photographs are to calibrate it. `deployment_target` (iOS16, iOS17, iOS18, iOS26) and
-    `layout` (ane, plain) are Core ML's own. `options`: as create_model takes them.
+    int8-w8a8, where other pictures than the photographs are to calibrate it. `deployment_target` (iOS16, iOS17, iOS18,
+    iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
     is here; elsewhere the result's `state` is "prepared".

@@ -112,7 +112,7 @@ def test_a_package_without_the_models_names(small_bundle: MakeBundle, tmp_path: 
                 if binding.WhichOneof("binding") == "name":
                     binding.name = new.get(binding.name, binding.name)
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(BundleError, match=r"2 of [0-9]+ values under the model's names"):
+    with pytest.raises(BundleError, match=r"1 of [0-9]+ values under the model's names"):
         diagnose(Bundle.open(folder, verify=False), limit=1)
 
 
