@@ -11,19 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dualtoken_deploy import Bundle, load_runner
 from dualtoken_deploy.bench import bench
 from dualtoken_deploy.bundle import sha256
+from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import channel_norm, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import BundleError, InputError, MissingError, UsageError
+from dualtoken_deploy.diagnose import diagnose
+from dualtoken_deploy.errors import BundleError, InputError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.export.apple.activations import measure_ranges
 from dualtoken_deploy.export.apple.compress import palette
+from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.predict import predict
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes.coreml import ENGINE, MilReferenceRunner
 from dualtoken_deploy.runtimes.mil import MilProgram, load_program
 from dualtoken_deploy.runtimes.mil.program import find_specification
@@ -127,6 +132,27 @@ def test_every_precision_on_the_saved_package(packages: Callable[..., Bundle], p
         assert bundle.size_bytes <= SIZE_LIMITS[precision] * packages("fp16").size_bytes
 
 
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        *((precision, {}) for precision in SQNR_DB),
+        ("fp16", {"layout": "plain"}),
+        ("fp16", {"deployment_target": "iOS16"}),
+    ],
+)
+def test_diagnose_finds_no_suspect_in_a_sound_package(
+    packages: Callable[..., Bundle], precision: str, options: dict[str, Any]
+) -> None:
+    """Faults are planted in test_diagnose_coreml.py."""
+    found = diagnose(packages(precision, **options), limit=2)
+    assert (found.first, found.suspect, found.engine) == (None, None, ENGINE)
+    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage2.block1", "stage3.block1", "logits"]
+    names = {d.name for d in found.layers}
+    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage2.block1.token.broadcast.q", "head.neck"} <= names
+    assert found.unseen == 0
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_compression_for_the_oldest_target(packages: Callable[..., Bundle]) -> None:
     kinds = packages("int8", deployment_target="iOS16").manifest.operators["mil"]
     assert kinds["constexpr_affine_dequantize"] > 20
@@ -142,6 +168,65 @@ def test_activations_are_quantized_before_products_but_the_stem(packages: Callab
     assert fed[:5] == [False] * 5
     assert all(fed[5:])
     assert bundle.manifest.operators["mil"]["quantize"] == bundle.manifest.operators["mil"]["dequantize"]
+
+
+def test_the_manifest_says_what_activations_were_calibrated_on(packages: Callable[..., Bundle]) -> None:
+    photographs = open_dataset("photographs")
+    bundle = packages("int8-w8a8")
+    stem = ["stem_conv1_conv", "stem_conv2_conv", "stem_conv3_conv", "stem_conv4_conv", "stem_proj"]
+    assert bundle.manifest.calibration == {
+        "name": "photographs",
+        "images": len(photographs),
+        "sha256": photographs.digest(contents=True),
+        "method": "minmax",
+        "quantizer": "coremltools linear_symmetric, int8",
+        "in_float": stem,
+    }
+    check_promise(inspect_bundle(bundle))
+    assert packages("int8").manifest.calibration is None
+
+
+def test_own_calibration_pictures_and_the_loss_on_others(packages: Callable[..., Bundle]) -> None:
+    """The ranges are those of the pictures: the largest int8 value times the scale is their largest input."""
+    options = Int8Options("digits", size=12, metric="agreement", max_drop=20.0)
+    bundle = packages("int8-w8a8", int8=options)
+    said = bundle.manifest.calibration
+    assert said is not None
+    assert (said["name"], said["images"], said["held_out"]) == ("digits", 12, {"name": "digits", "images": 360})
+    assert said["sha256"] == open_dataset("digits", "train").limit(12).digest(contents=True)
+    assert 0 <= said["drop"] <= 20
+    assert said["drop"] == pytest.approx(100 * (1 - validate([bundle], data="digits")[0].top1_agreement))
+
+    plain = MilProgram(load_program(packages("fp16").path / PACKAGE))
+    inputs = load_batch(open_dataset("digits", "train").limit(12).images, bundle.manifest.input)
+    largest: dict[str, float] = {}
+    for image in inputs.transpose(0, 3, 1, 2).astype(np.float32):
+        plain.run({"image": image[None]}, lambda name, value: largest.__setitem__(
+            name, max(largest.get(name, 0.0), float(np.abs(value).max()))))  # fmt: skip
+    quantizers = [op for op in load_program(bundle.path / PACKAGE).operations if op.kind == "quantize"]
+    assert len(quantizers) > 20
+    for op in quantizers:
+        scale = float(op.constants["scale"]) if "scale" in op.constants else None
+        assert scale is not None
+        assert 127 * scale == pytest.approx(largest[op.inputs["input"][0]], rel=0.02), op.name
+
+
+def test_calibration_that_loses_too_much_leaves_no_bundle(tmp_path: Path) -> None:
+    """Ranges of black pictures are too narrow for photographs."""
+    from dualtoken_deploy import export
+
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+    for number in range(10):
+        Image.new("RGB", (64, 64)).save(tmp_path / "train" / f"{number}.png")
+    for path in open_dataset("photographs").images:
+        shutil.copy(path, tmp_path / "val")
+    arguments: dict[str, Any] = {**SMALL, "target": "coreml", "precision": "int8-w8a8", "output": tmp_path / "b"}
+    with pytest.raises(ToleranceError, match=r"points of sqnr on .*, the budget is 1: .*--precision int8"):
+        export(int8=Int8Options(str(tmp_path), metric="sqnr", max_drop=1.0), **arguments)
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(UsageError, match="minmax"):
+        export(int8=Int8Options("digits", method="entropy"), **arguments)
 
 
 def test_ranges_are_those_of_all_samples(packages: Callable[..., Bundle]) -> None:

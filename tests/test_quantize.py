@@ -16,8 +16,8 @@ from PIL import Image
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.datasets import open_dataset
-from dualtoken_deploy.diagnose import float_graph
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
+from dualtoken_deploy.insides.onnx import float_graph
 from dualtoken_deploy.inspection import check_promise, inspect_bundle, int8_share
 from dualtoken_deploy.pipeline import make_contract
 from dualtoken_deploy.probes import Prober

@@ -142,11 +142,12 @@ class AneStem(nn.Module):
 
     def __init__(self, stem: layers.Stem, _: bool) -> None:
         super().__init__()
-        self.convs = nn.Sequential(stem.conv1, stem.conv2, stem.conv3, stem.conv4, stem.proj)
-        self.norm = stem.norm
+        self.conv1, self.conv2, self.conv3, self.conv4 = stem.conv1, stem.conv2, stem.conv3, stem.conv4
+        self.proj, self.norm = stem.proj, stem.norm
 
     def forward(self, image: Tensor) -> Tensor:
-        out: Tensor = self.norm(to_tokens(self.convs(image)))
+        x = self.conv4(self.conv3(self.conv2(self.conv1(image))))
+        out: Tensor = self.norm(to_tokens(self.proj(x)))
         return out
 
 

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
+from dualtoken_deploy.export.apple.names import name_after_modules
 from dualtoken_deploy.export.apple.package import describe, save
-from dualtoken_deploy.export.apple.passes import teach_channel_norm
+from dualtoken_deploy.export.apple.passes import teach
 from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.runtimes.base import planar
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
-from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, get_target
+from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, W8A8, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
-W8A8, W8A8_SINCE = "int8-w8a8", "iOS17"
+W8A8_SINCE = "iOS17"
 ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
@@ -47,10 +50,12 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
     program = convert(ct, module, request, deployment, tell)
+    calibration: dict[str, Any] | None = None
     if request.precision == W8A8:
         samples = calibration_samples(request)
-        tell(f"measuring activations on {len(samples)} photographs by reference execution")
-        program = quantize_activations(program, samples)
+        tell(f"measuring activations on {len(samples)} pictures by reference execution")
+        program, in_float = quantize_activations(program, samples)
+        calibration = {**(request.samples.said if request.samples else {}), "in_float": in_float}
     if request.precision in COMPRESSIONS:
         tell(f"compressing weights to {request.precision}")
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
@@ -59,7 +64,7 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
     save(program, package, request.labels if request.contract.kind == "image" else None)
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
-    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)})
+    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
 
 
 def default_layout(model: ImageModel) -> str:
@@ -69,11 +74,11 @@ def default_layout(model: ImageModel) -> str:
 
 
 def calibration_samples(request: Request) -> list[np.ndarray[Any, Any]]:
-    """The built-in photographs as the program takes them, (B, 3, H, W) each."""
-    batch = request.contract.batch or 1
-    inputs = load_batch(open_dataset("photographs").images, request.contract)
-    planar = inputs.transpose(0, 3, 1, 2) if request.contract.kind == "image" else inputs
-    return [np.repeat(one[None], batch, axis=0).astype(np.float32) for one in planar]
+    """The request's samples as the program takes them, (B, 3, H, W) each. Raises UsageError without any."""
+    if request.samples is None:
+        raise UsageError(f"{W8A8} needs pictures to measure activations on")
+    inputs = planar(request.samples.inputs, request.contract.tensor)
+    return [np.repeat(one[None], request.contract.batch or 1, axis=0) for one in inputs]
 
 
 def check_request(request: Request, deployment: str, layout: str) -> None:
@@ -123,24 +128,38 @@ def make_form(model: ImageModel, request: Request, deployment: str, layout: str)
     return form.module, (*applied, "ane_layout")
 
 
+def output_names(request: Request) -> list[str]:
+    """Logits, and probabilities where the input is a picture."""
+    return [request.outputs[0].name, *([PROBABILITIES] if request.contract.kind == "image" else [])]
+
+
+def trace_named(
+    module: nn.Module, contract: InputContract, outputs: Sequence[str]
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The program that is converted, its operations named after the model's modules, and those names."""
+    image = contract.kind == "image"
+    program = trace(ImageClassifier(module, contract) if image else module, contract).run_decompositions({})
+    return program, name_after_modules(program, image, outputs)
+
+
 def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
     """The coremltools model of `module` behind the input contract, with uncompressed weights."""
     contract = request.contract
     image = contract.kind == "image"
-    teach_channel_norm()
+    teach()
     tell("tracing with torch.export")
-    program = trace(ImageClassifier(module, contract) if image else module, contract)
+    names = output_names(request)
+    program, _ = trace_named(module, contract, names)
     shape = (contract.batch, 3, *contract.size)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
     else:
         inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
-    names = [request.outputs[0].name, *([PROBABILITIES] if image else [])]
     tell(f"converting to Core ML for {deployment}")
     try:
         with quiet():
             return ct.convert(
-                program.run_decompositions({}),
+                program,
                 source="pytorch",
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, deployment),
