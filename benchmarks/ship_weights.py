@@ -2,7 +2,8 @@
 
     python benchmarks/ship_weights.py RUN NAME COMMAND...
 
-RUN: a run's folder. NAME: digits or shapes. COMMAND: the commands that made the run, for the JSON beside the weights.
+RUN: a run's folder. NAME: a word of BUILT_IN_WEIGHTS; those of dense tasks begin with the data's name and a dash.
+COMMAND: the commands that made the run, for the JSON beside the weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dualtoken_deploy.evaluate import evaluate
+from dualtoken_deploy.evaluate import evaluate, evaluate_dense, holds_dense_model
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
 from dualtoken_deploy.train import checkpoint
@@ -22,14 +23,19 @@ def main(run: str, name: str, *commands: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "half.safetensors"
         checkpoint.save_weights(draft, tensors, header, half=True)
-        found = evaluate(draft, name)
+        if holds_dense_model(draft):
+            judged = evaluate_dense(draft, name.partition("-")[0])
+            images, figures = judged.images, judged.scores | {"per_class": judged.per_class}
+        else:
+            found = evaluate(draft, name)
+            images, figures = found.images, {"top1": found.top1, "top5": found.top5}
     machine = {key: describe_machine()[key] for key in ("cpu", "isa", "cores", "os", "python")}
-    header |= {"commands": list(commands), "machine": machine, "float16": {"top1": found.top1, "top5": found.top5}}
+    header |= {"commands": list(commands), "machine": machine, "float16": figures}
     header["config"].pop("init")  # a path of the machine it ran on; the commands say it
     target = BUILT_IN_WEIGHTS[name]
     target.parent.mkdir(exist_ok=True)
     checkpoint.save_weights(target, tensors, header, half=True)
-    print(f"{target}: top-1 {100 * found.top1:.2f} % of {found.images}, {target.stat().st_size / 1e6:.2f} MB")
+    print(f"{target}: {figures} of {images} pictures, {target.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

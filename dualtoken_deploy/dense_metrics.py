@@ -14,6 +14,7 @@ from dualtoken_deploy.errors import DatasetError
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))  # COCO's ten overlaps
 RECALLS = np.linspace(0, 1, 101)  # at which it reads the precision
+IGNORE = 255  # in a label map: a pixel that is of no class and counts nowhere
 LIMIT = 100  # detections of a class and an image that it looks at
 
 
@@ -32,12 +33,7 @@ def average_precision(truth: Sequence[Objects], found: Sequence[Objects]) -> dic
     As pycocotools computes it over all areas with 100 detections, without crowds.
     Raises DatasetError where the lists do not fit or nothing is true.
     """
-    if len(truth) != len(found):
-        raise DatasetError(f"{len(truth)} images of truth and {len(found)} of detections; give one each")
-    classes = np.unique(np.concatenate([t.classes for t in truth])) if truth else np.zeros(0)
-    if not len(classes):
-        raise DatasetError("there is no object in the truth, so precision means nothing")
-    table = np.array([[_class_ap(truth, found, c, t) for t in THRESHOLDS] for c in classes])  # (classes, thresholds)
+    _, table = precision_table(truth, found)
     by_threshold = table.mean(0)
     return {
         "ap": float(by_threshold.mean()),
@@ -46,8 +42,31 @@ def average_precision(truth: Sequence[Objects], found: Sequence[Objects]) -> dic
     }
 
 
-def mean_iou(truth: Sequence[Array], found: Sequence[Array], classes: int, ignore: int = 255) -> float:
+def precision_table(
+    truth: Sequence[Objects], found: Sequence[Objects]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The classes (C,) that occur in `truth` and the average precision of each at each of THRESHOLDS (C, 10)."""
+    if len(truth) != len(found):
+        raise DatasetError(f"{len(truth)} images of truth and {len(found)} of detections; give one each")
+    classes = np.unique(np.concatenate([t.classes for t in truth])) if truth else np.zeros(0)
+    if not len(classes):
+        raise DatasetError("there is no object in the truth, so precision means nothing")
+    table = np.array([[_class_ap(truth, found, c, t) for t in THRESHOLDS] for c in classes])
+    return classes.astype(np.int64), table
+
+
+def mean_iou(truth: Sequence[Array], found: Sequence[Array], classes: int, ignore: int = IGNORE) -> float:
     """Mean over the classes that occur of intersection over union, counted over all pixels that are not `ignore`."""
+    shares = class_iou(truth, found, classes, ignore)
+    if np.isnan(shares).all():
+        raise DatasetError("no pixel has a class, so mean IoU means nothing")
+    return float(np.nanmean(shares))
+
+
+def class_iou(
+    truth: Sequence[Array], found: Sequence[Array], classes: int, ignore: int = IGNORE
+) -> NDArray[np.float64]:
+    """Intersection over union of each class over all pixels that are not `ignore`; NaN where it occurs nowhere."""
     counts = np.zeros((classes, classes), np.int64)
     for want, got in zip(truth, found, strict=True):
         seen = want != ignore
@@ -55,9 +74,8 @@ def mean_iou(truth: Sequence[Array], found: Sequence[Array], classes: int, ignor
         counts += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
     inner = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - inner
-    if not union.any():
-        raise DatasetError("no pixel has a class, so mean IoU means nothing")
-    return float((inner[union > 0] / union[union > 0]).mean())
+    out: NDArray[np.float64] = np.divide(inner, union, out=np.full(classes, np.nan), where=union > 0)
+    return out
 
 
 def mask_iou(a: Array, b: Array) -> NDArray[np.float64]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from dualtoken_deploy.bundle import MANIFEST, Bundle
 from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
+from dualtoken_deploy.dense_data import open_dense
+from dualtoken_deploy.dense_evaluation import DenseEvaluation, judge
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.numerics import top_k_hits
@@ -84,6 +86,51 @@ def evaluate(
             logits.append(run_batches(running, contract, inputs))
             seconds += time.perf_counter() - began
     return _count(source, images, np.concatenate(logits), truth, labels, seconds, engine)
+
+
+def evaluate_dense(
+    weights: str | Path,
+    data: str | Path,
+    limit: int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> DenseEvaluation:
+    """Evaluates a detector's or segmenter's weights in eager PyTorch on the val part of `data` (`dense_data`).
+
+    `weights`: a word of BUILT_IN_WEIGHTS, a file, or a run's folder. Raises UsageError, DatasetError, WeightsError,
+    MissingError.
+    """
+    try:
+        import torch
+
+        from dualtoken_deploy.models.heads.eager import eager_predictor
+        from dualtoken_deploy.models.heads.registry import create_dense_model
+        from dualtoken_deploy.models.heads.weights import describe_dense
+        from dualtoken_deploy.runtimes.eager import check_device
+    except ModuleNotFoundError as error:
+        raise missing_extra("export", "evaluating weights in PyTorch") from error
+    said = describe_dense(weights)
+    samples = open_dense(data, said.task)
+    if limit is not None:
+        samples = samples.limit(limit)
+    if threads:
+        torch.set_num_threads(threads)
+    where = check_device(device)
+    predict = eager_predictor(create_dense_model(said.head, weights=weights), said.image_size, where)
+    return judge(str(weights), samples, said.task, predict, said.image_size, said.labels, progress)
+
+
+def holds_dense_model(source: str | Path) -> bool:
+    """Whether `source` are weights of a detector or segmenter; False for bundles, and without torch."""
+    if (Path(source) / MANIFEST).is_file():
+        return False
+    try:
+        from dualtoken_deploy.models.heads import weights
+    except ModuleNotFoundError:
+        return False
+    path = weights.dense_weights_path(source)
+    return path.is_file() and weights.holds_dense_model(source)
 
 
 def _count(

@@ -38,16 +38,17 @@ def save_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], Non
         temporary.unlink(missing_ok=True)
 
 
-def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Losses and accuracies of a training run over its epochs."""
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, figures: Sequence[str]) -> None:
+    """Losses, and `figures` in 0..1, of a training run over its epochs."""
     epochs = [row["epoch"] for row in rows]
 
     def draw(figure: Any) -> None:
         losses, shares = figure.subplots(1, 2)
-        losses.plot(epochs, [row["train_loss"] for row in rows], label="train loss")
-        losses.plot(epochs, [row["val_loss"] for row in rows], label="val loss")
-        shares.plot(epochs, [100 * row["top1"] for row in rows], label="val top-1 (%)")
-        shares.plot(epochs, [100 * row["top5"] for row in rows], label="val top-5 (%)")
+        for name in ("train_loss", "val_loss"):
+            if name in rows[0]:
+                losses.plot(epochs, [row[name] for row in rows], label=name.replace("_", " "))
+        for name in figures:
+            shares.plot(epochs, [100 * row[name] for row in rows], label=f"val {name} (%)")
         for axis in (losses, shares):
             axis.set_xlabel("epoch")
             axis.grid(alpha=0.3)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dualtoken_deploy.bench_report import BenchReport
     from dualtoken_deploy.build import BuildResult
     from dualtoken_deploy.compare import Comparison
+    from dualtoken_deploy.dense_evaluation import DenseEvaluation
     from dualtoken_deploy.diagnose import Diagnosis
     from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
@@ -148,10 +149,11 @@ def inspection_table(inspection: Inspection) -> Table:
 
 def training_table(result: TrainResult) -> Table:
     cells = [
-        (result.weights, str(result.epochs), share(result.top1), share(result.best_top1), str(result.best_epoch),
+        (result.weights, str(result.epochs), share(result.last), share(result.best), str(result.best_epoch),
          f"{result.seconds:.0f}")
     ]  # fmt: skip
-    return table(("best weights", "epochs", "last top-1", "best top-1", "in epoch", "seconds"), cells)
+    metric = result.metric
+    return table(("best weights", "epochs", f"last {metric}", f"best {metric}", "in epoch", "seconds"), cells)
 
 
 def evaluation_table(result: Evaluation) -> Table:
@@ -162,6 +164,14 @@ def evaluation_table(result: Evaluation) -> Table:
     rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
     title = f"{result.source} ({result.engine})" if result.engine else result.source
     return table(("class", "top-1", "top-5", "images/s"), rows, title)
+
+
+def dense_evaluation_table(result: DenseEvaluation) -> Table:
+    """The whole set in the first row, then AP or IoU of each class."""
+    rows = [(f"{result.data}, all {result.images}", *map(share, result.scores.values()), f"{result.images_per_s:g}")]
+    rest = ("",) * len(result.scores)
+    rows += [(name, share(value), *rest) for name, value in result.per_class.items()]
+    return table(("class", *result.scores, "images/s"), rows, result.source)
 
 
 def drift_table(found: Diagnosis, rows: int) -> Table:

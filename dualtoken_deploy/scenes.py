@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from dualtoken_deploy.dense_metrics import Objects
 
+VERSION = 1  # to be raised whenever a scene changes
+CLUTTER = "clutter"  # class 0 of a label map
 CLASSES = ("disc", "square", "triangle", "cross")
 SEEN = 40  # pixels that must be seen of a shape, else it is no object
 

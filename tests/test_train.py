@@ -26,9 +26,10 @@ from dualtoken_deploy.evaluate import evaluate
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.train import checkpoint, make_config, resume, train
+from dualtoken_deploy.train.classify import soft_cross_entropy
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import UNREADABLE, Augment, TrainImages, mix, random_resized_crop
-from dualtoken_deploy.train.loop import _groups, soft_cross_entropy
+from dualtoken_deploy.train.loop import _groups
 from tests.conftest import TINY
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
@@ -213,6 +214,8 @@ def test_averaged_weights_follow_their_formula(colours: Path, tmp_path: Path) ->
     torch.testing.assert_close(tensors["ema.head.fc.weight"], expected, rtol=1e-6, atol=1e-7)
     best = checkpoint.load_tensors(tmp_path / "run" / checkpoint.BEST)[0]
     assert torch.equal(best["head.fc.weight"], tensors["ema.head.fc.weight"])
+    resume(tmp_path / "run", epochs=2, ema=0.0)
+    assert not [name for name in state_of(tmp_path / "run") if name.startswith("ema.")]
 
 
 def test_accumulated_parts_step_once_a_batch(colours: Path, tmp_path: Path) -> None:

@@ -53,8 +53,13 @@ def validate(
 
 
 def evaluate(
-    source: Annotated[str, typer.Argument(help="Bundle folder, or weights: of a run, or digits, or shapes.")],
-    data: Annotated[str, typer.Option(help="Labelled folder (its val part where it has two), or digits, or shapes.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="Bundle folder, or weights: of a run, or digits, shapes, scenes-detect, scenes-segment."),
+    ],
+    data: Annotated[
+        str, typer.Option(help="Labelled folder (its val part where it has two), or digits, shapes; dense: scenes.")
+    ],
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
     variant: Annotated[str | None, typer.Option(help="Checked against what the weights say.")] = None,
     confusion: Annotated[Path | None, typer.Option(help="Draw the confusion matrix here (.png, .svg, .pdf).")] = None,
@@ -62,9 +67,17 @@ def evaluate(
     threads: Threads = None,
     json_output: Json = False,
 ) -> None:
-    """Top-1, top-5 and accuracy per class of a bundle, or of weights in eager PyTorch."""
+    """Accuracy, overall and per class, of a bundle or of weights in eager PyTorch: top-1, AP of boxes, or mean IoU."""
     from dualtoken_deploy.evaluate import evaluate as run
+    from dualtoken_deploy.evaluate import evaluate_dense, holds_dense_model
 
+    if holds_dense_model(source):
+        if variant is not None or confusion is not None:
+            raise UsageError("--variant and --confusion are for classifiers; leave them out for dense weights")
+        with progress() as tell:
+            judged = evaluate_dense(source, data, limit, device, threads, progress=tell)
+        show(json_output, judged.to_json(), lambda r: r.dense_evaluation_table(judged))
+        return
     with progress() as tell:
         result = run(source, data, limit, variant, device, threads, progress=tell)
     show(json_output, result.to_json(), lambda r: r.evaluation_table(result))

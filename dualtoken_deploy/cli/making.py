@@ -75,8 +75,13 @@ def targets(json_output: Json = False) -> None:
 def train(
     variant: Annotated[str | None, typer.Option(help="Model variant; see `dualtoken models`.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Folder with train/ and val/ of class folders, or digits, or shapes.")
+        str | None, typer.Option(help="Folder with train/ and val/ (docs/train.md), or digits, shapes; dense: scenes.")
     ] = None,
+    task: Annotated[str | None, typer.Option(help="classify, detect or segment; classify unless given.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="retinanet to detect; pspnet or deeplabv3 to segment; the first of each.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the head; the paper's unless given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The run's own folder.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run after its last whole epoch.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the train part; 300 unless given.")] = None,
@@ -95,15 +100,17 @@ def train(
     """Trains a variant with the paper's recipe; every setting can be overridden."""
     module = with_torch("training", importing("train"))
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init}
+    kind = {"task": task, "head": head, "width": width}
     settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None} | recipe_settings(setting or [])
     with progress() as tell:
         if resume is not None:
-            if variant or data or output or image_size or option:
-                raise UsageError("--resume takes variant, data, size and options from the run; leave them out")
+            if variant or data or output or image_size or option or any(kind.values()):
+                raise UsageError("--resume takes task, variant, data, size and options from the run; leave them out")
             result = module.resume(resume, tell, **settings)
         else:
             if not (variant and data and output):
                 raise UsageError("training needs --variant, --data and --output (or --resume RUN)")
+            settings |= {k: v for k, v in kind.items() if v is not None}
             if image_size is not None:
                 settings["image_size"] = module.image_size(image_size)
             config = module.make_config(variant=variant, data=data, options=model_options(option or []), **settings)

@@ -214,7 +214,7 @@ def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> Imag
     return model
 
 
-def load_weights(model: ImageModel, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
+def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
     """Loads every tensor or none. Raises WeightsError with all missing, unexpected and mis-shaped keys."""
     given, wanted = read_tensors(path), model.state_dict()
     if replace_head:

@@ -19,7 +19,12 @@ _FOLDER = Path(__file__).parents[1] / "weights"
 
 # Trained by this project and shipped with it; the JSON beside each says how.
 BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
-    {"digits": _FOLDER / "digits-t-mix.safetensors", "shapes": _FOLDER / "shapes-t-mix.safetensors"}
+    {
+        "digits": _FOLDER / "digits-t-mix.safetensors",
+        "shapes": _FOLDER / "shapes-t-mix.safetensors",
+        "scenes-detect": _FOLDER / "scenes-detect-t-mix.safetensors",
+        "scenes-segment": _FOLDER / "scenes-segment-t-mix.safetensors",
+    }
 )
 
 
@@ -39,12 +44,11 @@ def weights_path(weights: str | Path) -> Path:
     return BUILT_IN_WEIGHTS.get(str(weights), Path(weights)) if isinstance(weights, str) else weights
 
 
-def describe_weights(weights: str | Path) -> WeightsInfo | None:
-    """What the header of a safetensors file says; None where it says nothing (other programs' files).
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The JSON that a safetensors file of a training run carries; None where it has none (other programs' files).
 
     Raises WeightsError where the file is missing or damaged.
     """
-    path = weights_path(weights)
     if path.suffix != ".safetensors":
         return None
     from safetensors import SafetensorError, safe_open
@@ -54,13 +58,33 @@ def describe_weights(weights: str | Path) -> WeightsInfo | None:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)
-        if text is None:
-            return None
-        data = json.loads(text)
+        return None if text is None else dict(json.loads(text))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again")
+
+
+def describe_weights(weights: str | Path) -> WeightsInfo | None:
+    """What the header of a safetensors file says; None where it says nothing (other programs' files).
+
+    Raises WeightsError where the file is missing or damaged, or holds a dense model.
+    """
+    path = weights_path(weights)
+    data = read_header(path)
+    if data is None:
+        return None
+    if "task" in data:
+        raise WeightsError(
+            f"{weights} holds a model for the task {data['task']} and no classifier; give weights of a classifier"
+        )
+    try:
         size = tuple(data["image_size"])
         return WeightsInfo(data["variant"], data["options"], (size[0], size[1]), tuple(data["labels"]), data["data"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise damaged(path, error) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

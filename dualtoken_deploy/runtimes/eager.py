@@ -28,6 +28,16 @@ def load(bundle: Bundle, options: RunnerOptions) -> EagerRunner:
     return EagerRunner(rebuild(manifest), manifest.input, manifest.outputs, options)
 
 
+def check_device(device: str | None) -> str:
+    """PyTorch's name of a device that is here, its CPU unless given. Raises MissingError."""
+    import torch
+
+    device = device or "cpu"
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise MissingError(f"PyTorch {torch.__version__} has no device {device!r} here; use cpu")
+    return device
+
+
 class EagerRunner:
     """The model in eager mode, its preprocessing in numpy, so that a fault baked into a graph cannot hide here."""
 
@@ -36,9 +46,7 @@ class EagerRunner:
     ) -> None:
         import torch
 
-        self._device = options.device or "cpu"
-        if self._device != "cpu" and not (self._device.startswith("cuda") and torch.cuda.is_available()):
-            raise MissingError(f"PyTorch {torch.__version__} has no device {self._device!r} here; use cpu")
+        self._device = check_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
         self._model = model.eval().to(self._device)

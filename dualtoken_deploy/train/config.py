@@ -5,13 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from dualtoken_deploy.errors import UsageError
 
 LR_BATCH = 1024  # the batch size that `lr` is for; it scales linearly
-AUGMENTATIONS = ("randaugment", "affine", "none")
+AUGMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # of each task
+    {
+        "classify": ("randaugment", "affine", "none"),
+        "detect": ("photometric", "none"),
+        "segment": ("photometric", "none"),
+    }
+)
 PRECISIONS = ("no", "bf16", "fp16")
+IMAGES_ALONE = ("mixup", "cutmix", "erasing", "label_smoothing")  # what boxes and label maps do not go along with
+
+# Dense tasks: the paper's sections 4.2 (lr 1e-4 at a batch of 16, 12 epochs) and 4.3 (2e-4 at 32, epochs not said).
+DENSE: Mapping[str, Any] = MappingProxyType(
+    {"lr": 6.4e-3, "weight_decay": 1e-4, "epochs": 12, "warmup_epochs": 0.5, "augment": "photometric"}
+    | dict.fromkeys(IMAGES_ALONE, 0.0)
+)
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "classify": {},
+        "detect": {**DENSE, "head": "retinanet", "batch_size": 16},
+        "segment": {**DENSE, "head": "pspnet", "batch_size": 32},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +41,9 @@ class TrainConfig:
 
     variant: str
     data: str
+    task: str = "classify"
+    head: str | None = None  # of a dense task
+    width: int | None = None  # channels of that head; None: the paper's
     image_size: tuple[int, int] = (224, 224)
     options: Mapping[str, Any] = field(default_factory=dict)  # of create_model
     init: str | None = None  # weights to start from; a head of another class count is replaced
@@ -56,12 +80,24 @@ class TrainConfig:
         for name in ("erasing", "flip", "ema", "label_smoothing", "drop_path"):
             value = getattr(self, name)
             _need(0 <= value <= 1, f"{name} must lie in 0..1, not {value}")
-        _need(self.augment in AUGMENTATIONS, f"augment {self.augment!r} is not one of {', '.join(AUGMENTATIONS)}")
+        _need(self.task in AUGMENTATIONS, f"task {self.task!r} is not one of {', '.join(AUGMENTATIONS)}")
+        known = AUGMENTATIONS[self.task]
+        _need(self.augment in known, f"augment {self.augment!r} is not one of {', '.join(known)}")
+        self._check_task()
         _need(self.precision in PRECISIONS, f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         low, high = self.crop_scale
         _need(0 < low <= high <= 1, f"crop_scale {low:g} to {high:g} is no range within 0..1")
         parts = f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
         _need(self.batch_size % self.accumulate == 0, parts)
+
+    def _check_task(self) -> None:
+        if self.task == "classify":
+            _need(self.head is None and self.width is None, "a head and a width belong to --task detect or segment")
+            return
+        _need(self.head is not None, f"task {self.task} needs a head")
+        _need(self.width is None or self.width >= 1, f"width must be at least 1, not {self.width}")
+        for name in IMAGES_ALONE:
+            _need(getattr(self, name) == 0, f"{name} is for classification only; leave it out with --task {self.task}")
 
     @property
     def peak_lr(self) -> float:
@@ -91,8 +127,12 @@ class TrainConfig:
 
 
 def make_config(**settings: Any) -> TrainConfig:
-    """A recipe from settings by name. Raises UsageError on an unknown name or a value of the wrong kind."""
+    """A recipe from settings by name; what is not given is the paper's for the task (DEFAULTS).
+
+    Raises UsageError on an unknown name or a value of the wrong kind.
+    """
     known = {f.name: f for f in fields(TrainConfig)}
+    settings = {**DEFAULTS.get(settings.get("task", "classify"), {}), **settings}
     for name, value in settings.items():
         if name not in known:
             raise UsageError(f"unknown setting {name!r}; valid settings: {', '.join(known)}")

@@ -5,48 +5,62 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
 
-from dualtoken_deploy.datasets import open_parts
-from dualtoken_deploy.errors import DatasetError, OutputError, ToleranceError, UsageError, missing_extra
+from dualtoken_deploy.errors import (
+    DatasetError,
+    OutputError,
+    ToleranceError,
+    UsageError,
+    WeightsError,
+    missing_extra,
+)
 from dualtoken_deploy.machine import library_versions
-from dualtoken_deploy.models.registry import create_model, load_weights
-from dualtoken_deploy.models.weights import read_tensors, weights_path
 from dualtoken_deploy.plots import plot_curves
 from dualtoken_deploy.train import checkpoint
+from dualtoken_deploy.train.classify import Classify
 from dualtoken_deploy.train.config import TrainConfig, make_config
-from dualtoken_deploy.train.data import UNREADABLE, Augment, EpochOrder, EvalImages, TrainImages, normalise
+from dualtoken_deploy.train.data import EpochOrder
+from dualtoken_deploy.train.dense import Dense
+from dualtoken_deploy.train.task import Batch, Task
 
 Tell = Callable[[str], None]
 LIBRARIES = ("torch", "kornia", "accelerate", "numpy", "pillow", "dualtoken-deploy")
 TELL_EVERY_S = 5.0
+TASKS: Mapping[str, Callable[[TrainConfig], Task]] = MappingProxyType(
+    {"classify": Classify, "detect": Dense, "segment": Dense}
+)
 NO_DECAY = ("norm", "bias", "gamma", "global_tokens", "position_bias")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended. `best_top1` and `top1` are fractions of 1 on the val part; `seconds` of this call."""
+    """Where a run ended. `last` and `best` are fractions of 1 of `metric` on the val part; `seconds` of this call."""
 
     run: str
     weights: str
     epochs: int
-    top1: float
-    best_top1: float
+    metric: str  # top1, ap or miou
+    last: float
+    best: float
     best_epoch: int
     seconds: float
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """As the fields, with the figures also under the metric's own name: {"top1", "best_top1"}."""
+        return vars(self) | {self.metric: self.last, f"best_{self.metric}": self.best}
 
 
 @dataclass
@@ -54,7 +68,7 @@ class _Progress:
     """What a run has reached; kept in the header of its last checkpoint."""
 
     epoch: int = 0  # finished
-    best_top1: float = -1.0
+    best: float = -1.0
     best_epoch: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
@@ -80,36 +94,20 @@ class _Run:
     def __init__(self, config: TrainConfig, folder: Path, tell: Tell, resumed: bool = False) -> None:
         self.config, self.folder, self.tell = config, folder, tell
         self.started = time.monotonic()
-        self.notes: list[str] = []
         self.progress = _Progress()
-        self.train_set, self.val_set = open_parts(config.data)
-        self.classes = self.train_set.classes or ()
         self.accelerator = _accelerator(config)
+        self.task = TASKS[config.task](config)
+        self.notes = self.task.notes
         self.main = self.accelerator.is_main_process
         torch.manual_seed(config.seed)
-        self.model = self._model()
+        self.model = self.task.model()
         self.optimiser = torch.optim.AdamW(_groups(self.model, config.weight_decay), lr=config.lr, betas=config.betas)
         self.average: dict[str, Tensor] = {}
-        self.data_hash = self.train_set.digest() + self.val_set.digest()
         if resumed:
             self._restore()
         else:
             self._begin()
         self._prepare()
-
-    def _model(self) -> nn.Module:
-        config = self.config
-        options = {"drop_path": config.drop_path, **config.options}
-        model = create_model(config.variant, len(self.classes), config.image_size, seed=config.seed, **options)
-        if config.init is not None:
-            path = weights_path(config.init)
-            given = read_tensors(path).get("head.fc.weight")
-            if given is not None and len(given) != len(self.classes):
-                self.notes.append(
-                    f"the head of {config.init} has {len(given)} classes, the data {len(self.classes)}: replaced"
-                )
-            load_weights(model, path, replace_head=True, variant=config.variant)
-        return model
 
     def _begin(self) -> None:
         if not self.main:
@@ -126,25 +124,27 @@ class _Run:
             self.notes.append("no epoch was finished yet: begun anew")
             return
         tensors, header = checkpoint.load_tensors(path)
-        if header["data_sha256"] != self.data_hash:
+        if header["data_sha256"] != self.task.digest:
             raise DatasetError(f"{self.config.data} is not what {self.folder} was trained on (files differ)")
-        self.average = checkpoint.unpack(tensors, self.model, self.optimiser, path)
-        self.progress = _Progress(**header["progress"])
+        average = checkpoint.unpack(tensors, self.model, self.optimiser, path)
+        self.average = average if self.config.ema else {}
+        try:
+            self.progress = _Progress(**header["progress"])
+        except TypeError as error:
+            raise WeightsError(f"{path} is of another version of this program; train anew") from error
 
     def _prepare(self) -> None:
         config = self.config
-        self.samples = TrainImages(self.train_set, config)
+        self.samples = self.task.samples
         self.order = EpochOrder(len(self.samples), config.seed)
         part = min(config.batch_size // config.accumulate, len(self.samples))
         processes = self.accelerator.num_processes
         if part % processes:
             raise UsageError(f"a batch of {part} cannot be split over {processes} processes; change --batch-size")
         loader = torch.utils.data.DataLoader(
-            self.samples, part, sampler=self.order, num_workers=config.workers, drop_last=True
+            cast("Dataset[Any]", self.samples), part, sampler=self.order, num_workers=config.workers, drop_last=True
         )
-        checks = EvalImages(self.val_set, config.image_size)
-        val = torch.utils.data.DataLoader(checks, part, num_workers=config.workers)
-        self.augment = Augment(config, len(self.classes))
+        val = torch.utils.data.DataLoader(self.task.checks, part, num_workers=config.workers)
         self.plain = self.model
         if processes > 1 and self.accelerator.device.type == "cuda":
             self.plain = nn.SyncBatchNorm.convert_sync_batchnorm(self.plain)  # type: ignore[no-untyped-call]
@@ -171,8 +171,8 @@ class _Run:
         rows = self.progress.rows
         best = self.folder / checkpoint.BEST
         return TrainResult(
-            str(self.folder), str(best), self.progress.epoch, rows[-1]["top1"], self.progress.best_top1,
-            self.progress.best_epoch, round(time.monotonic() - self.started, 1), tuple(self.notes),
+            str(self.folder), str(best), self.progress.epoch, self.task.metric, rows[-1][self.task.metric],
+            self.progress.best, self.progress.best_epoch, round(time.monotonic() - self.started, 1), tuple(self.notes),
         )  # fmt: skip
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -182,18 +182,15 @@ class _Run:
         self.model.train()
         steps = max(len(self.loader) // config.accumulate, 1)
         total, seen, told, damaged = 0.0, 0, began, 0
-        for number, (pixels, labels, indices) in enumerate(self.loader):
+        for number, batch in enumerate(self.loader):
             lr = self._set_lr(epoch + min(number // config.accumulate, steps - 1) / steps)
             # what is random in a step follows from the seed, the step and the process: a resumed run repeats it
             key = (config.seed, epoch, number, self.accelerator.process_index)
             random = np.random.default_rng(key)
             torch.manual_seed(int(random.integers(2**62)))
-            damaged += self._note_damaged(labels, indices)
+            damaged += self._note_damaged(batch)
             with self.accelerator.accumulate(self.model):
-                images, targets = self.augment(pixels, labels, random)
-                with self.accelerator.autocast():
-                    logits = self.model(images)
-                loss = soft_cross_entropy(logits.float(), targets)
+                loss = self.task.loss(self.model, batch, random, self.accelerator.autocast)
                 self._check(loss, epoch, number)
                 self.accelerator.backward(loss)
                 if config.clip_grad and self.accelerator.sync_gradients:
@@ -209,7 +206,7 @@ class _Run:
                 told = now
                 self._tell_step(epoch + seen / len(self.loader), epoch, total / seen, lr, now - began)
         if damaged * 2 > len(self.samples):
-            raise DatasetError(f"{damaged} of {len(self.samples)} images of {self.train_set.name} cannot be read")
+            raise DatasetError(f"{damaged} of {len(self.samples)} images of {self.task.data} cannot be read")
         trained = time.monotonic() - began
         count = seen * min(config.batch_size // config.accumulate, len(self.samples))
         return {
@@ -223,27 +220,18 @@ class _Run:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 on the val part, with the averaged weights where there are any."""
+        """The task's figures on the val part, with the averaged weights where there are any."""
         own = {k: t.detach().clone() for k, t in self.plain.state_dict().items()} if self.average else {}
         if self.average:
             self.plain.load_state_dict(self.average)
         self.plain.eval()
         # float32, as a bundle is held against: Accelerate's own forward would go through its mixed precision
         forward = getattr(self.plain, "_original_forward", self.plain)
-        sums = torch.zeros(4, dtype=torch.float64)
         with torch.no_grad():
-            for pixels, labels, _ in self.val:
-                logits = forward(normalise(pixels.float() / 255)).float()
-                logits, known = (t.cpu() for t in self.accelerator.gather_for_metrics((logits, labels)))
-                logits, known = logits[known != UNREADABLE], known[known != UNREADABLE]
-                ranked = logits.topk(min(5, logits.shape[1])).indices == known[:, None]
-                loss = nn.functional.cross_entropy(logits, known, reduction="sum")
-                numbers = (float(loss), float(ranked[:, 0].sum()), float(ranked.sum()), float(len(known)))
-                sums += torch.tensor(numbers, dtype=torch.float64)
+            found = self.task.judge(forward, self.val, self.accelerator)
         if own:
             self.plain.load_state_dict(own)
-        count = max(float(sums[3]), 1.0)
-        return dict(zip(("val_loss", "top1", "top5"), (sums[:3] / count).tolist(), strict=True))
+        return found
 
     def _set_lr(self, epoch: float) -> float:
         lr = self.config.lr_at(epoch)
@@ -267,10 +255,10 @@ class _Run:
                 f"warm-up{kept}"
             )
 
-    def _note_damaged(self, labels: Tensor, indices: Tensor) -> int:
+    def _note_damaged(self, batch: Batch) -> int:
         """Names each unreadable file once; counts those of this batch over all processes."""
-        bad = self.accelerator.gather(torch.where(labels == UNREADABLE, indices, -1))
-        found = [str(self.train_set.images[i]) for i in bad[bad >= 0].tolist()]
+        bad = self.accelerator.gather(self.task.unreadable(batch))
+        found = [self.task.path(i) for i in bad[bad >= 0].tolist()]
         for name in found:
             if name not in self.progress.unreadable:
                 self.progress.unreadable.append(name)
@@ -279,21 +267,22 @@ class _Run:
 
     def _finish(self, epoch: int, row: Mapping[str, Any]) -> None:
         """Writes what an epoch gave; the last checkpoint comes last, so that a kill before it repeats the epoch."""
-        progress = self.progress
-        better = row["top1"] > progress.best_top1
+        progress, value = self.progress, row[self.task.metric]
+        better = value > progress.best
         progress.epoch = epoch + 1
         progress.rows.append(dict(row))
         if better:
-            progress.best_top1, progress.best_epoch = row["top1"], epoch + 1
-        line = f"loss {row['train_loss']:.4f}, val {row['val_loss']:.4f}, top-1 {100 * row['top1']:.2f} %"
-        self._say(f"epoch {epoch + 1}/{self.config.epochs}: {line}, {row['seconds']:.0f} s")
+            progress.best, progress.best_epoch = value, epoch + 1
+        figures = "".join(f", {name} {100 * row[name]:.2f} %" for name in self.task.shares)
+        line = f"loss {row['train_loss']:.4f}{figures}, {row['seconds']:.0f} s"
+        self._say(f"epoch {epoch + 1}/{self.config.epochs}: {line}")
         if self.main:
             header = self.header(row)
             if better:
                 weights = self.average or self.plain.state_dict()
                 checkpoint.save_weights(self.folder / checkpoint.BEST, weights, header)
             checkpoint.write_metrics(self.folder / checkpoint.METRICS, progress.rows)
-            plot_curves(progress.rows, self.folder / checkpoint.CURVE)
+            plot_curves(progress.rows, self.folder / checkpoint.CURVE, self.task.shares)
             _tensorboard(self.folder, row)
             optimiser = getattr(self.optimiser, "optimizer", self.optimiser)
             state = checkpoint.pack(self.plain, self.average, optimiser)
@@ -306,11 +295,12 @@ class _Run:
             "variant": self.config.variant,
             "options": dict(self.config.options),
             "image_size": list(self.config.image_size),
-            "labels": list(self.classes),
+            **self.task.describe(),
+            "labels": list(self.task.labels),
             "data": self.config.data,
-            "data_sha256": self.data_hash,
-            "train_images": len(self.train_set),
-            "val_images": len(self.val_set),
+            "data_sha256": self.task.digest,
+            "train_images": len(self.samples),
+            "val_images": len(cast("Sized", self.task.checks)),
             "metrics": dict(row),
             "config": json.loads(json.dumps(self.config.to_json())),
             "versions": library_versions(LIBRARIES),
@@ -329,12 +319,6 @@ class _Run:
             self.tell(text)
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the samples that have a target; `targets` (B, classes) are shares, all zero for none."""
-    losses = -(targets * nn.functional.log_softmax(logits, dim=-1)).sum(-1)
-    return losses.sum() / (targets.sum(-1) > 0).sum().clamp(min=1)
-
-
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices and convolutions only."""
     kept: list[nn.Parameter] = []
@@ -348,7 +332,7 @@ def _accelerator(config: TrainConfig) -> Any:
     try:
         import kornia  # noqa: F401  # fail before anything is written
         from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
+        from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
     except ModuleNotFoundError as error:
         raise missing_extra("train", "training") from error
     # split_batches: a batch is that of all processes together, however many there are
@@ -356,6 +340,8 @@ def _accelerator(config: TrainConfig) -> Any:
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # RetinaNet has the paper's parameters of a level that its head does not read
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.task != "classify")],
     )
 
 

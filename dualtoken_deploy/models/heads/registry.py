@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.models import registry
 from dualtoken_deploy.models.heads.mask_rcnn import MaskRCNN
 from dualtoken_deploy.models.heads.neck import Backbone
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
 from dualtoken_deploy.models.heads.segmentation import Segmenter
+from dualtoken_deploy.models.heads.weights import DenseDescription, describe_dense
 
 Channels = tuple[int, int, int]
+STRIDES = (8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A kind of dense model: `make(backbone, channels, classes)`; the paper's row is on `variant` with `classes`."""
+    """A kind of dense model: `make(backbone, channels, classes, width)`; the paper's row is on `variant`."""
 
     name: str
-    make: Callable[[Backbone, Channels, int], nn.Module]
+    task: str  # detect or segment
+    make: Callable[[Backbone, Channels, int, int], nn.Module]
+    width: int  # channels of the pyramid or of the context, the paper's
     classes: int
     variant: str
     image_size: tuple[int, int]  # at which the paper counts
@@ -33,33 +38,73 @@ class Head:
     paper_macs_g: float
 
 
+def _segmenter(context: str) -> Callable[[Backbone, Channels, int, int], nn.Module]:
+    return lambda backbone, channels, classes, width: Segmenter(backbone, channels, classes, context, width)
+
+
 HEADS: Mapping[str, Head] = MappingProxyType(
     {
         head.name: head
         for head in (
-            Head("retinanet", RetinaNet, 80, "s", (800, 1280), 20.0, 170),
-            Head("mask-rcnn", MaskRCNN, 80, "s-mix", (800, 1280), 30.0, 191),
-            Head("deeplabv3", lambda b, c, n: Segmenter(b, c, n, "deeplabv3"), 150, "s", (512, 512), 26.3, 68.4),
-            Head("pspnet", lambda b, c, n: Segmenter(b, c, n, "pspnet"), 150, "s", (512, 512), 21.7, 58.3),
+            Head("retinanet", "detect", RetinaNet, 256, 80, "s", (800, 1280), 20.0, 170),
+            Head("mask-rcnn", "detect", MaskRCNN, 256, 80, "s-mix", (800, 1280), 30.0, 191),
+            Head("deeplabv3", "segment", _segmenter("deeplabv3"), 512, 150, "s", (512, 512), 26.3, 68.4),
+            Head("pspnet", "segment", _segmenter("pspnet"), 512, 150, "s", (512, 512), 21.7, 58.3),
         )
     }
 )
 
 
-def create_dense_model(
-    head: str, variant: str | None = None, classes: int | None = None, seed: int = registry.DEFAULT_SEED, **options: Any
-) -> nn.Module:
-    """A dense model in evaluation mode, freshly initialised from `seed`; variant and classes default to the paper's.
+def get_head(name: str) -> Head:
+    """The row of a head. Raises UsageError that lists the valid ones."""
+    if name not in HEADS:
+        raise UsageError(f"unknown head {name!r}; valid heads: {', '.join(HEADS)}")
+    return HEADS[name]
 
-    `options` are the classifier's. Raises UsageError on an unknown name or option.
+
+def create_dense_model(
+    head: str,
+    variant: str | None = None,
+    classes: int | None = None,
+    width: int | None = None,
+    weights: str | Path | None = None,
+    image_size: int | tuple[int, int] | str | None = None,
+    seed: int = registry.DEFAULT_SEED,
+    **options: Any,
+) -> nn.Module:
+    """A dense model in evaluation mode, float32, on the CPU.
+
+    `weights`: those of a dense run (its folder, a safetensors file, or a word of BUILT_IN_WEIGHTS), which say variant,
+    classes, width, size and options themselves; None initialises at random from `seed`, and what is not given is the
+    paper's. `width`: channels of the pyramid or of the context. `options` are the classifier's.
+    Raises UsageError on an unknown name or option, WeightsError where the weights are of another model.
     """
-    if head not in HEADS:
-        raise UsageError(f"unknown head {head!r}; valid heads: {', '.join(HEADS)}")
-    row = HEADS[head]
+    row = get_head(head)
+    if weights is not None:
+        said = describe_dense(weights)
+        _check_same(said, weights, head=head, variant=variant, classes=classes, width=width)
+        variant, classes, width = said.variant, len(said.labels), said.width
+        image_size, options = image_size or said.image_size, {**said.options, **options}
+    if width is not None and width < 1:
+        raise UsageError(f"width must be at least 1, not {width}; the paper's is {row.width}")
     name = variant or row.variant
+    if image_size is not None:
+        options["image_size"] = image_size
     model = registry.create_model(name, seed=seed, **options)
+    if model.strides[-3:] != STRIDES:
+        raise UsageError(f"{name} has stages of strides {model.strides}; dense heads need {STRIDES} as the last three")
     channels = tuple(getattr(model.config, "channels"))[-3:]  # noqa: B009 (every family has them)
+    count = row.classes if classes is None else classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = row.make(Backbone(model, channels), channels, row.classes if classes is None else classes)
+        dense = row.make(Backbone(model, channels), channels, count, width or row.width)
+    if weights is not None:
+        registry.load_weights(dense, said.path, variant=f"{head} on {name}")
     return dense.eval()
+
+
+def _check_same(said: DenseDescription, weights: str | Path, **given: str | int | None) -> None:
+    found = {"head": said.head, "variant": said.variant, "classes": len(said.labels), "width": said.width}
+    for name, value in given.items():
+        if value is not None and value != found[name]:
+            raise WeightsError(f"{weights} are weights with {name} {found[name]}, not {value}; leave {name} out")

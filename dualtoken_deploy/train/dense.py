@@ -1,0 +1,193 @@
+"""Detection and segmentation: pictures stretched to one size, their truth flipped with them, judged as bundles are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dualtoken_deploy.boxes import Array
+from dualtoken_deploy.dense_data import DenseSample, DenseSet, open_dense, read_or_none
+from dualtoken_deploy.dense_evaluation import Pair, image_size, score
+from dualtoken_deploy.dense_images import boxes_to_model, prepare, resize_map
+from dualtoken_deploy.dense_metrics import IGNORE
+from dualtoken_deploy.detection import anchors
+from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError
+from dualtoken_deploy.models.heads.eager import interpret
+from dualtoken_deploy.models.heads.registry import create_dense_model, get_head
+from dualtoken_deploy.models.heads.weights import dense_weights_path
+from dualtoken_deploy.models.weights import read_tensors
+from dualtoken_deploy.train.config import TrainConfig
+from dualtoken_deploy.train.data import normalise
+from dualtoken_deploy.train.losses import detection_losses, segmentation_loss
+from dualtoken_deploy.train.targets import UNDECIDED, match
+from dualtoken_deploy.train.task import Batch
+
+# Photometric jitter of SSD (arXiv:1512.02325) in kornia's terms: brightness, contrast, saturation, hue (turns)
+JITTER = (0.125, 0.5, 0.5, 0.05)
+SHARES = {"detect": ("ap", "ap50", "ap75"), "segment": ("miou",)}
+TRAINABLE = ("retinanet", "deeplabv3", "pspnet")
+Truth = tuple[NDArray[Any], ...]
+
+
+class DenseImages(Dataset[tuple[Any, ...]]):
+    """(uint8 (3, H, W), truth..., index, readable): of detection classes (A,) and offsets (A, 4) of the anchors, of
+    segmentation a label map (H, W). A picture that cannot be decoded is black and its truth counts nowhere."""
+
+    def __init__(self, data: DenseSet, config: TrainConfig) -> None:
+        self.data, self.config = data, config
+        self.epoch = 0
+        self.anchors = anchors(config.image_size) if config.task == "detect" else np.zeros((0, 4))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        size = self.config.image_size
+        sample = read_or_none(self.data, index)
+        if sample is None:
+            return np.zeros((3, *size), np.uint8), *self._nothing(), index, False
+        image, scale = prepare(sample.image, size)
+        flip = np.random.default_rng((self.config.seed, self.epoch, index)).random() < self.config.flip
+        truth = self._truth(sample, scale, flip)
+        if flip:
+            image = image[:, ::-1]
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), *truth, index, True
+
+    def _truth(self, sample: DenseSample, scale: tuple[float, float], flip: bool) -> Truth:
+        height, width = self.config.image_size
+        if sample.label_map is not None:
+            labels = resize_map(sample.label_map, (height, width))
+            return (np.ascontiguousarray(labels[:, ::-1] if flip else labels).astype(np.int64),)
+        if sample.boxes is None:
+            raise DatasetError(f"{self.data.name} has neither boxes nor label maps for the task {self.config.task}")
+        boxes = boxes_to_model(sample.boxes.shapes, scale)
+        classes, offsets = match(self.anchors, flipped(boxes, width) if flip else boxes, sample.boxes.classes)
+        return classes, offsets.astype(np.float32)
+
+    def _nothing(self) -> Truth:
+        if self.config.task == "segment":
+            return (np.full(self.config.image_size, IGNORE, np.int64),)
+        return np.full(len(self.anchors), UNDECIDED), np.zeros((len(self.anchors), 4), np.float32)
+
+
+class CheckImages(Dataset[tuple[Any, ...]]):
+    """(uint8 (3, H, W), index) to be judged; a picture that cannot be decoded raises ImageError."""
+
+    def __init__(self, data: DenseSet, size: tuple[int, int]) -> None:
+        self.data, self.size = data, size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return np.ascontiguousarray(prepare(self.data[index].image, self.size)[0].transpose(2, 0, 1)), index
+
+
+def flipped(boxes: Array, width: float) -> NDArray[np.float64]:
+    """Boxes (N, 4) in an image of that width, mirrored left to right."""
+    out: NDArray[np.float64] = boxes[:, [2, 1, 0, 3]] * (-1.0, 1.0, -1.0, 1.0) + (width, 0.0, width, 0.0)
+    return out
+
+
+class Dense:
+    """The tasks detect and segment. A batch is what DenseImages gives, collated."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        head = str(config.head)
+        if head not in TRAINABLE or get_head(head).task != config.task:
+            valid = ", ".join(name for name in TRAINABLE if get_head(name).task == config.task)
+            raise UsageError(f"head {head!r} cannot be trained to {config.task}; heads that can: {valid}")
+        self.config, self.head = config, get_head(head)
+        self.shares = SHARES[config.task]
+        self.metric = self.shares[0]
+        train, self.val_set = (open_dense(config.data, config.task, part) for part in ("train", "val"))
+        if train.labels != self.val_set.labels:
+            odd = sorted(set(train.labels) ^ set(self.val_set.labels))
+            raise DatasetError(f"{train.name} and {self.val_set.name} have different classes: {', '.join(odd[:5])}")
+        self.data, self.labels = train.name, train.labels
+        self.digest = train.digest + self.val_set.digest
+        self.samples = DenseImages(train, config)
+        self.checks = CheckImages(self.val_set, config.image_size)
+        self.notes = [*train.notes, *self.val_set.notes]
+        self.jitter: Any = None
+        if config.augment == "photometric":
+            from kornia.augmentation import ColorJitter
+
+            self.jitter = ColorJitter(*JITTER)
+
+    def model(self) -> nn.Module:
+        config = self.config
+        options = {"drop_path": config.drop_path, **config.options}
+        model = create_dense_model(
+            self.head.name, config.variant, len(self.labels), config.width, image_size=config.image_size,
+            seed=config.seed, **options,
+        )  # fmt: skip
+        if config.init is not None:
+            self.notes.append(begin_from(model, config.init))
+        return model
+
+    def path(self, index: int) -> str:
+        return self.samples.data.where(index)
+
+    def unreadable(self, batch: Batch) -> Tensor:
+        return torch.where(batch[-1], -1, batch[-2])
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        random: np.random.Generator,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> Tensor:
+        images = batch[0].float() / 255
+        if self.jitter is not None:
+            images = self.jitter(images).clamp(0, 1)
+        with autocast():
+            first, second = (t.float() for t in model(normalise(images)))
+        if self.config.task == "segment":
+            return segmentation_loss(first, second, batch[1])
+        by_class, by_box = detection_losses(first, second, batch[1], batch[2])
+        return by_class + by_box
+
+    def judge(self, forward: Callable[[Tensor], Any], checks: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+        pairs: dict[int, Pair] = {}
+        for pixels, indices in checks:
+            samples = [self.val_set[i] for i in indices.tolist()]
+            outputs = forward(normalise(pixels.float() / 255))
+            found = interpret(outputs, self.config.image_size, [image_size(sample) for sample in samples])
+            pairs |= zip(indices.tolist(), zip(samples, found, strict=True), strict=True)
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            pairs = dict(gather_object(list(pairs.items())))  # the last batch may repeat samples: once is enough
+        return score([pairs[i] for i in sorted(pairs)], self.config.task, len(self.labels))
+
+    def describe(self) -> Mapping[str, Any]:
+        width = self.config.width or self.head.width
+        return {"task": self.config.task, "head": self.head.name, "width": width}
+
+
+def begin_from(model: nn.Module, init: str) -> str:
+    """Gives a dense model the weights of a classifier, or those of a dense run that fit; says what was taken.
+
+    Raises WeightsError where the file is not of this variant: then not even the backbone fits.
+    """
+    given, wanted = read_tensors(dense_weights_path(init)), model.state_dict()
+    if not any(name.startswith("backbone.model.") for name in given):
+        given = {f"backbone.model.{name}": t for name, t in given.items() if not name.startswith("head.")}
+    fitting = {k: t for k, t in given.items() if k in wanted and t.shape == wanted[k].shape}
+    needed = [name for name in wanted if name.startswith("backbone.model.")]
+    if lacking := [name for name in needed if name not in fitting]:
+        raise WeightsError(
+            f"{init} does not fit the backbone: {len(lacking)} of its {len(needed)} tensors are missing or of another "
+            f"shape ({lacking[0]}); give weights of the same variant and options"
+        )
+    model.load_state_dict({**wanted, **fitting})
+    return f"{len(fitting)} of {len(wanted)} tensors begin as in {init}, the others anew"
