@@ -219,6 +219,22 @@ def test_macs_are_those_of_torch(graph: onnx.ModelProto) -> None:
     assert read_products(graph).total == pytest.approx(counted, rel=0.04)  # the constant G's MLP is folded away
 
 
+def test_every_attention_is_a_layer_of_its_own_in_the_names_of_the_model(graph: onnx.ModelProto) -> None:
+    """Also in stage 3, where one product makes the queries of both. At 64x64 image tokens are 8x8, 4x4 and 2x2, those
+    of Global Aggregation always 2x2, and G has 7x7; an attention is two products of queries * keys * channels."""
+    found: dict[str, list[int]] = {}
+    for value, macs in read_products(graph).macs.items():
+        if "/attention" in value:
+            found.setdefault(onnx_qdq.layer_of(value), []).append(macs)
+    wanted = {}
+    for stage, (channels, tokens) in enumerate([(48, 64), (96, 16), (192, 4)], 1):
+        wanted[f"stage{stage}.block1.token.aggregate/attention"] = [4 * 4 * channels] * 2
+        wanted[f"stage{stage}.block1.token.broadcast/attention"] = [tokens * 49 * channels] * 2
+    assert found == wanted
+    layers = {onnx_qdq.layer_of(value) for value in read_products(graph).macs}
+    assert {"stage3.block1.token.broadcast.kv", "stage3.block1.token.broadcast.proj"} <= layers
+
+
 @pytest.mark.parametrize(
     ("flags", "unsigned", "reduced"),
     [(["avx2"], True, True), (["avx2", "avx512_vnni"], True, False), (["avx_vnni"], True, False),
