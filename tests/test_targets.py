@@ -13,7 +13,10 @@ from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, check_precision, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
-SHARED = {"export": {"__init__", "base", "dense", "naming", "onnx"}, "runtimes": {"__init__", "base", "eager"}}
+SHARED = {
+    "export": {"__init__", "base", "dense", "naming", "onnx", "openvino_ir"},
+    "runtimes": {"__init__", "base", "eager"},
+}
 
 
 @pytest.mark.parametrize("folder", SHARED)

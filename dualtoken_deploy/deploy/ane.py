@@ -239,21 +239,44 @@ class AneBroadcast(nn.Module):
         return out
 
 
+class AneJoinedAggregation(nn.Module):
+    """JoinedAggregation over (B, C, 1, S)."""
+
+    def __init__(self, source: forms.JoinedAggregation, whole: bool) -> None:
+        super().__init__()
+        self.heads, self.scale, self.whole = source.heads, source.scale, whole
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.heads, self.scale, self.whole)
+
+
+class AneJoinedBroadcast(nn.Module):
+    """JoinedBroadcast: (B, C, 1, S), (B, C, 1, n) -> (B, C, 1, S)."""
+
+    def __init__(self, source: forms.JoinedBroadcast, whole: bool) -> None:
+        super().__init__()
+        self.heads, self.scale, self.whole = source.heads, source.scale, whole
+        self.kv, self.proj = source.kv, source.proj
+
+    def forward(self, q: Tensor, g_new: Tensor) -> Tensor:
+        k, v = self.kv(g_new).chunk(2, dim=1)
+        out: Tensor = self.proj(attention(q, k, v, self.heads, self.scale, self.whole))
+        return out
+
+
 class AneJoinedTokenModule(nn.Module):
     """JoinedTokenModule over (B, C, 1, S)."""
 
-    def __init__(self, source: forms.JoinedTokenModule, whole: bool) -> None:
+    def __init__(self, source: forms.JoinedTokenModule, _: bool) -> None:
         super().__init__()
-        self.heads, self.scales, self.whole = source.heads, source.scales, whole
-        self.norm, self.qkvq, self.resize = source.norm, source.qkvq, source.resize
-        self.fuse, self.kv, self.proj = source.fuse, source.kv, source.proj
+        self.norm, self.qkvq, self.resize, self.fuse = source.norm, source.qkvq, source.resize, source.fuse
+        self.aggregate, self.broadcast = source.aggregate, source.broadcast  # replaced by themselves
 
     def forward(self, x_local: Tensor, g: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
         q, k, v, q_image = self.qkvq(self.norm(x_local)).chunk(4, dim=1)
-        x_ga = self.resize(attention(q, k, v, self.heads, self.scales[0], self.whole), grid)
+        x_ga = self.resize(self.aggregate(q, k, v), grid)
         g_new = x_ga if self.fuse is None else self.fuse(g, x_ga)
-        k, v = self.kv(g_new).chunk(2, dim=1)
-        return self.proj(attention(q_image, k, v, self.heads, self.scales[1], self.whole)), g_new
+        return self.broadcast(q_image, g_new), g_new
 
 
 class AneMatrixResize(nn.Module):
@@ -367,6 +390,8 @@ REPLACEMENTS: MappingProxyType[type[nn.Module], Callable[[Any, bool], nn.Module]
         vit.GlobalAggregation: AneAggregation,
         vit.GlobalBroadcast: AneBroadcast,
         forms.JoinedTokenModule: AneJoinedTokenModule,
+        forms.JoinedAggregation: AneJoinedAggregation,
+        forms.JoinedBroadcast: AneJoinedBroadcast,
         forms.MatrixResize: AneMatrixResize,
         vit.MixMlp: AneMixMlp,
         forms.ConstantTokens: AneConstantTokens,

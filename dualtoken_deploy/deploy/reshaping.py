@@ -102,8 +102,8 @@ def join_queries(model: ImageModel, size: Size | None) -> int:
             torch.cat((aggregate.qkv.weight, broadcast.q.weight)), torch.cat((aggregate.qkv.bias, broadcast.q.bias))
         )
         return forms.JoinedTokenModule(
-            module.norm, joined, aggregate.heads, (aggregate.scale, broadcast.scale),
-            module.resize, module.fuse, broadcast.kv, broadcast.proj,
+            module.norm, joined, forms.JoinedAggregation(aggregate.heads, aggregate.scale), module.resize, module.fuse,
+            forms.JoinedBroadcast(broadcast.kv, broadcast.proj, broadcast.heads, broadcast.scale),
         )  # fmt: skip
 
     return replace(model, PositionAwareTokenModule, make)
