@@ -18,35 +18,47 @@ if TYPE_CHECKING:
     from dualtoken_deploy.bench import bench
     from dualtoken_deploy.bundle import Bundle
     from dualtoken_deploy.inspection import inspect_bundle
+    from dualtoken_deploy.models.heads.registry import create_dense_model
     from dualtoken_deploy.models.registry import create_model
     from dualtoken_deploy.pipeline import export
+    from dualtoken_deploy.pipeline_dense import export_dense
     from dualtoken_deploy.predict import predict
+    from dualtoken_deploy.predict_dense import predict_dense
     from dualtoken_deploy.runtimes import load_runner
     from dualtoken_deploy.validate import validate
+    from dualtoken_deploy.validate_dense import validate_dense
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Bundle": "bundle",
     "bench": "bench",
+    "create_dense_model": "models.heads.registry",
     "create_model": "models.registry",
     "export": "pipeline",
+    "export_dense": "pipeline_dense",
     "inspect_bundle": "inspection",
     "load_runner": "runtimes",
     "predict": "predict",
+    "predict_dense": "predict_dense",
     "validate": "validate",
+    "validate_dense": "validate_dense",
 }
 
 __all__ = [
     "Bundle",
     "__version__",
     "bench",
+    "create_dense_model",
     "create_model",
     "export",
+    "export_dense",
     "inspect_bundle",
     "load_runner",
     "predict",
+    "predict_dense",
     "validate",
+    "validate_dense",
 ]
 
 

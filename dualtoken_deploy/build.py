@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dualtoken_deploy.bundle import COMPLETE, GOLDEN, LABELS, MANIFEST, Bundle, Manifest, new_folder, write_bundle
+from dualtoken_deploy.bundle import (
+    CLASSIFY,
+    COMPLETE,
+    GOLDEN,
+    LABELS,
+    MANIFEST,
+    Bundle,
+    Manifest,
+    new_folder,
+    write_bundle,
+)
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
 from dualtoken_deploy.inspection import check_share, int8_share, kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
@@ -20,6 +30,7 @@ from dualtoken_deploy.nvidia.engine import ENGINE, INSPECTION, Host, this_host
 from dualtoken_deploy.runtimes import Execution, load_runner
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.validate import measure, run_batches
+from dualtoken_deploy.validate_dense import compare_golden
 
 __all__ = ["BuildOptions", "BuildResult", "build_bundle", "build_command", "parse_batches", "why_no_build"]
 
@@ -147,7 +158,11 @@ def _checked(source: Bundle, folder: Path, manifest: Manifest) -> Manifest:
     """The manifest with what the engine does, measured on the saved file. Raises ToleranceError."""
     contract, tolerance = manifest.input, manifest.tolerance
     with load_runner(Bundle(folder, manifest)) as runner:
-        numbers = measure(source.golden["logits"], run_batches(runner, contract, source.golden["input"]))
+        if manifest.task == CLASSIFY:
+            numbers = measure(source.golden["logits"], run_batches(runner, contract, source.golden["input"]))
+        else:
+            found = compare_golden(source, runner)
+            numbers = {**asdict(found), "top1_agreement": found.agreement}
         execution = runner.execution()
     _check_golden(manifest, numbers, tolerance)
     allowed = (manifest.build or {})["float32_share_allowed"]

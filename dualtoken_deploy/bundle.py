@@ -29,6 +29,7 @@ from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 
 SCHEMA_VERSION = 1
 COMPLETE, PREPARED = "complete", "prepared"
+CLASSIFY = "classify"
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
 
 
@@ -38,6 +39,8 @@ class Manifest:
 
     `weights` has "source" ("random" or the file's path), "seed" for random ones and "sha256" of the tensors.
     `products` lists the model's matrix products at batch 1 as [batch, m, k, n, count]; bench times them alone.
+    `task`: classify, detect or segment; of the last two `head` names the model and `dense` has its "form" (raw, labels,
+    detections), "classes" and "width".
     `state` "prepared": a step on the device (`dualtoken build`) is still to come; `build` says how that one was done.
     """
 
@@ -60,6 +63,9 @@ class Manifest:
     calibration: Mapping[str, Any] | None = None
     state: str = COMPLETE
     build: Mapping[str, Any] | None = None
+    task: str = CLASSIFY
+    head: str | None = None
+    dense: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -123,12 +129,20 @@ class Bundle:
 
     @cached_property
     def golden(self) -> dict[str, NDArray[Any]]:
-        """`input`: what to feed, in the contract's own form. `logits`: eager float32 logits for it."""
+        """`input`: what to feed, in the contract's own form. `logits`: eager float32 logits for it; of a dense bundle
+        its outputs by name, the large ones thinned (`dense_outputs.thin`)."""
         try:
             with np.load(self.path / GOLDEN, allow_pickle=False) as data:
-                return {name: data[name] for name in ("input", "logits")}
+                return {name: data[name] for name in ("input", *(spec.name for spec in self.manifest.outputs))}
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise BundleError(f"{self.path / GOLDEN} cannot be read ({error}); export the bundle again") from error
+
+    def need_classifier(self, what: str, instead: str = "") -> None:
+        """Raises UsageError where this is a dense bundle: `what` is for classifiers."""
+        if self.manifest.task != CLASSIFY:
+            raise UsageError(
+                f"{self.path} is a bundle of {self.manifest.head}; {what} is for classifiers{instead and '; '}{instead}"
+            )
 
     def verify(self) -> None:
         """Raises BundleError on the first file that is missing or whose sha256 is not the manifest's."""

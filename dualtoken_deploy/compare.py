@@ -85,6 +85,8 @@ def compare(
     opened = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
     if not opened:
         raise UsageError("no bundle to compare")
+    for bundle in opened:
+        bundle.need_classifier("compare", "use dualtoken validate --data and dualtoken bench")
     if len({b.manifest.weights["sha256"] for b in opened}) > 1:
         raise UsageError("the bundles are of different weights; compare those of one model")
     images = open_dataset(data)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dualtoken_deploy.boxes import Array
+from dualtoken_deploy.spec import InputContract
 
 Size = tuple[int, int]  # (H, W)
 Scale = tuple[float, float]  # the model's size over the picture's: (vertical, horizontal)
@@ -23,6 +24,15 @@ def prepare(image: NDArray[np.uint8], size: Size) -> tuple[NDArray[np.uint8], Sc
     if (height, width) == size:
         return image, scale
     return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)), scale
+
+
+def prepare_input(image: NDArray[np.uint8], contract: InputContract) -> Array:
+    """A picture uint8 (h, w, 3) as a dense bundle's contract wants it: uint8 (1, H, W, 3) or float32 (1, 3, H, W)."""
+    prepared, _ = prepare(image, contract.size)
+    if contract.kind == "image":
+        return prepared[None]
+    normalised = (prepared / 255.0 - np.array(contract.mean)) / np.array(contract.std)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None], dtype=np.float32)  # HWC -> 1CHW
 
 
 def boxes_to_model(boxes: Array, scale: Scale) -> NDArray[np.float64]:

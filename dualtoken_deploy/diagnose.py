@@ -118,6 +118,7 @@ def diagnose(
     """
     tell = progress or (lambda _: None)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened.need_classifier("diagnose")
     manifest = opened.manifest
     if manifest.target not in LOOKS:
         raise UsageError(f"diagnose cannot look into {manifest.target}; it can into {', '.join(LOOKS)}")

@@ -162,6 +162,7 @@ def _open(
 ) -> tuple[AbstractContextManager[Runner], InputContract, tuple[str, ...]]:
     if isinstance(source, Bundle) or (Path(source) / MANIFEST).is_file():
         bundle = source if isinstance(source, Bundle) else Bundle.open(source)
+        bundle.need_classifier("evaluate", "use dualtoken validate --data")
         return load_runner(bundle, device, threads), bundle.manifest.input, bundle.labels
     if Path(source).is_dir():
         raise UsageError(f"{source} is a folder without {MANIFEST}; give a bundle, or the weights file in the folder")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from dualtoken_deploy.build import build_bundle, build_command, why_no_build
 from dualtoken_deploy.bundle import COMPLETE, PREPARED, Bundle, Manifest, new_folder, write_bundle
@@ -164,7 +165,7 @@ def export(
             model = random_model(variant, seed, image_size=contract.size, **options)
         else:
             model = create_model(variant, image_size=contract.size, weights=weights, **options)
-        _check_space(folder, model)
+        check_space(folder, model)
         outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
         metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
@@ -182,11 +183,11 @@ def export(
         result = _seal(folder, manifest, model, names, tell)
     result = replace(result, bundle=str(final), warnings=warnings + result.warnings)
     if row.built_by:
-        result = _build_here(result, final, tell)
+        result = build_here(result, final, tell)
     return replace(result, seconds=round(time.perf_counter() - start, 1))
 
 
-def _build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
+def build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
     """Finishes a prepared bundle where the device is here; elsewhere says what is left to do."""
     reason = why_no_build()
     if reason:
@@ -258,7 +259,7 @@ def _labels(path: str | Path | None, classes: int) -> tuple[str, ...]:
     return names
 
 
-def _check_space(folder: Path, model: ImageModel) -> None:
+def check_space(folder: Path, model: nn.Module) -> None:
     """Some converters leave a short file behind when space runs out, and say nothing: so ask before."""
     needed = 4 * count_params(model) * 5 // 4 + (
         8 << 20
@@ -315,7 +316,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
     inputs = load_batch(photographs, contract)
     tell(f"checking the saved files against eager on {len(inputs)} photographs")
     with EagerRunner(model, contract, draft.outputs, RunnerOptions()) as eager:
-        kept = _clear_of_ties(model, eager.normalised(inputs), draft.precision)
+        kept = clear_of_ties(model, eager.normalised(inputs), draft.precision)
         inputs = inputs if kept is None else inputs[kept]
         expected = run_batches(eager, contract, inputs)
     checker = get_target(draft.target).checked_by
@@ -365,7 +366,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
     )
 
 
-def _clear_of_ties(model: ImageModel, images: np.ndarray[Any, Any], precision: str) -> np.ndarray[Any, Any] | None:
+def clear_of_ties(model: ImageModel, images: np.ndarray[Any, Any], precision: str) -> np.ndarray[Any, Any] | None:
     """Which images stay TIE_MARGIN away from every point where the model jumps; None where it never does.
 
     Nearer, two exact float32 programs may round to different sides, and neither is wrong. In another precision hardly

@@ -47,6 +47,7 @@ def predict(
     if not images or top < 1:
         raise UsageError("predict needs at least one picture, and a top of at least 1")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened.need_classifier("predict's most likely classes", "call predict_dense")
     contract = opened.manifest.input
     inputs = load_batch(images, contract)
     with load_runner(opened, device, threads) as runner:

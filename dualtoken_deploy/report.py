@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from dualtoken_deploy.inspection import Inspection
     from dualtoken_deploy.pipeline import ExportResult
     from dualtoken_deploy.predict import Prediction
+    from dualtoken_deploy.predict_dense import DensePrediction
     from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.validate import Validation
+    from dualtoken_deploy.validate_dense import DenseValidation
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
@@ -136,12 +138,44 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
     return table(("image", "label", "probability"), cells, _engines(predictions), left=2)
 
 
+def found_table(predictions: Sequence[DensePrediction]) -> Table:
+    """Objects with their boxes in pixels, or areas with their shares of the picture."""
+    if any(p.task == "segment" for p in predictions):
+        areas = [
+            (p.image if rank == 0 else "", a.label, share(a.share))
+            for p in predictions
+            for rank, a in enumerate(p.areas)
+        ]
+        return table(("image", "label", "of its pixels"), areas, _engines(predictions), left=2)
+    cells = []
+    for p in predictions:
+        rows = [(o.label, f"{o.score:.3f}", ", ".join(f"{v:.1f}" for v in o.box)) for o in p.objects]
+        for rank, row in enumerate(rows or [("nothing found", "", "")]):
+            cells.append((p.image if rank == 0 else "", *row))
+    return table(("image", "label", "score", "box (x1, y1, x2, y2)"), cells, _engines(predictions), left=2)
+
+
+def dense_validation_table(results: Sequence[DenseValidation]) -> Table:
+    """One row a bundle; scores as the bundle's, with eager's behind the stroke."""
+    names = list(dict.fromkeys(name for r in results for name in r.scores or {}))
+    cells = [
+        (
+            *(r.bundle, r.reference, str(r.images), f"{r.sqnr_db:.1f}", f"{r.max_abs_error:.2e}", share(r.agreement)),
+            *(" / ".join(share((s or {}).get(name)) for s in (r.scores, r.eager_scores)) for name in names),
+        )
+        for r in results
+    ]
+    columns = ("bundle", "against", "images", "SQNR (dB)", "max error", "alike", *(f"{n}, eager" for n in names))
+    return table(columns, cells, _engines(results), left=2)
+
+
 def inspection_table(inspection: Inspection) -> Table:
     """Executed operators, most frequent first, with the dtype they run in."""
     ranked = sorted(inspection.operators.items(), key=lambda item: -item[1])
     cells = [(kind, inspection.executed_precision.get(kind, "-"), str(count)) for kind, count in ranked]
     m = inspection.manifest
-    title = f"{m.variant} for {m.target} {m.precision}; files verified; what executes here:"
+    what = m.variant if m.head is None else f"{m.head} on {m.variant}"
+    title = f"{what} for {m.target} {m.precision}; files verified; what executes here:"
     if inspection.engine:
         title += f" ({inspection.engine})"
     return table(("operator", "runs in", "count"), cells, title, left=2)
@@ -185,7 +219,9 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
     return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
 
 
-def _engines(results: Sequence[Validation] | Sequence[Prediction]) -> str | None:
+def _engines(
+    results: Sequence[Validation] | Sequence[Prediction] | Sequence[DensePrediction] | Sequence[DenseValidation],
+) -> str | None:
     """A title that says what stood in for a target's own runtime."""
     return "; ".join(dict.fromkeys(r.engine for r in results if r.engine)) or None
 

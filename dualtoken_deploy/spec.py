@@ -9,6 +9,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1, over ImageNet-1k's trai
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875  # 224 of 256: the evaluation crop of the paper's code base
 
+STRETCH = "stretch"  # how a dense model's picture is resized: to `size`, whatever its sides; bilinear, antialiased
+
 Dim = int | str  # a size, or the name of a dynamic one
 
 
@@ -35,7 +37,8 @@ class InputContract:
     """What a program has to feed, and what it need not do because the graph does it.
 
     `kind` "image": uint8 NHWC RGB, cast, mean and std are baked into the graph. "tensor": normalised float32 NCHW.
-    The image is resized (bicubic, antialiased) to cover `size / crop_ratio`, then `size` is cropped from its centre.
+    The image is resized (bicubic, antialiased) to cover `size / crop_ratio`, then `size` is cropped from its centre;
+    `resize` STRETCH (dense models) has no crop.
     """
 
     tensor: TensorSpec

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from dualtoken_deploy.errors import UsageError
@@ -21,7 +21,7 @@ class Target:
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
     options of export that are this target's own. `check_images`: photographs that export checks on, where
-    the runtime is too slow here for all of them.
+    the runtime is too slow here for all of them. `dense`: heads with the forms of their outputs that are on offer.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
@@ -44,6 +44,7 @@ class Target:
     vendor: str | None = None
     settings: tuple[str, ...] = ()
     check_images: int | None = None
+    dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -86,6 +87,12 @@ _COREML_TOLERANCES = MappingProxyType(
 
 _COREAI_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=90.0), "fp16": Tolerance(sqnr_db=35.0)})
 
+_SEGMENTERS = dict.fromkeys(("deeplabv3", "pspnet"), ("raw", "labels"))
+_RAW_DENSE = MappingProxyType({"retinanet": ("raw",), **_SEGMENTERS})  # NonMaxSuppression is not to be had everywhere
+_ALL_DENSE = MappingProxyType({"retinanet": ("raw", "detections"), "mask-rcnn": ("detections",), **_SEGMENTERS})
+
+DENSE_PRECISIONS = ("fp32", "fp16")
+
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         target.name: target
@@ -100,6 +107,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 tolerances=_TOLERANCES_INT8,
                 aliases=("onnx",),
                 any_size=True,
+                dense=_ALL_DENSE,
             ),
             Target(
                 name="openvino",
@@ -110,6 +118,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 modules=("openvino",),
                 tolerances=_TOLERANCES_INT8,
                 any_size=True,
+                dense=_ALL_DENSE,
             ),
             Target(
                 name="tensorrt",
@@ -123,6 +132,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 portable=False,
                 built_by="build",
                 checked_by="onnxruntime",
+                dense=_RAW_DENSE,
                 vendor="TensorRT from NVIDIA (docs/tensorrt.md)",
             ),
             Target(
@@ -144,6 +154,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 source="torch",
                 modules=("coremltools",),
                 tolerances=_COREML_TOLERANCES,
+                dense=_RAW_DENSE,
                 settings=("deployment_target", "layout"),
             ),
             Target(
@@ -175,3 +186,15 @@ def check_precision(target: Target, precision: str) -> None:
         raise UsageError(
             f"unknown precision {precision!r} for {target.name}; valid precisions: {', '.join(target.precisions)}"
         )
+
+
+def check_dense(target: Target, head: str, form: str, precision: str) -> None:
+    """Raises UsageError where the target does not offer the head, the form of its outputs, or the precision for it."""
+    if head not in target.dense:
+        offered = ", ".join(t.name for t in TARGETS.values() if head in t.dense)
+        raise UsageError(f"{target.name} takes no {head}; targets that do: {offered}")
+    if form not in target.dense[head]:
+        offered = ", ".join(t.name for t in TARGETS.values() if form in t.dense.get(head, ()))
+        raise UsageError(f"{target.name} has no {form} of {head} in the graph; leave --suppress out, or take {offered}")
+    if precision not in DENSE_PRECISIONS:
+        raise UsageError(f"{head} is exported in {' or '.join(DENSE_PRECISIONS)}, not in {precision}")

@@ -58,6 +58,7 @@ def lay_out(bundle: Bundle, repository: Path, version: int = 1, force: bool = Fa
     Raises UsageError for a target that no Triton backend takes, a name that Triton would not, or a model that is there
     already (unless `force`), OutputError where the repository cannot be written.
     """
+    bundle.need_classifier("the Triton repository")
     backend = check_target(bundle.manifest.target)
     if not NAME.fullmatch(bundle.name):
         raise UsageError(f"{bundle.name!r} is no name for a Triton model; rename the bundle's folder")

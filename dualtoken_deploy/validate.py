@@ -73,6 +73,7 @@ def validate(
     results = []
     for item in bundles:
         bundle = item if isinstance(item, Bundle) else Bundle.open(item)
+        bundle.need_classifier("this validation", "call validate_dense")
         if progress:
             progress(f"validating {bundle.name} against {chosen}")
         results.append(_validate(bundle, images, chosen, device, threads))

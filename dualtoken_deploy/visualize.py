@@ -43,7 +43,9 @@ def visualize(source: str | Path, image: str | Path, output: str | Path) -> NDAr
 
 def _model(source: str | Path) -> ImageModel:
     if (Path(source) / MANIFEST).is_file():
-        return rebuild(Bundle.open(source).manifest)
+        bundle = Bundle.open(source)
+        bundle.need_classifier("visualize", "dualtoken predict --output draws what it found")
+        return rebuild(bundle.manifest)
     info = describe_weights(source)
     if info is None:
         raise WeightsError(f"{source} does not say its variant and classes; give a bundle or the weights of a run")

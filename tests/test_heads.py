@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
-from dualtoken_deploy.boxes import decode, iou_matrix, suppress
+from dualtoken_deploy.boxes import decode, iou_matrix
 from dualtoken_deploy.detection import anchors, detect
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.export.dense import export_dense
 from dualtoken_deploy.models.count import count_macs, count_params
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, MaskRCNN, roi_align
 from dualtoken_deploy.models.heads.registry import HEADS, create_dense_model
@@ -116,7 +113,7 @@ def test_an_unknown_head_lists_the_valid_ones() -> None:
         create_dense_model("yolo")
 
 
-# --- detections and export ---
+# --- detections ---
 
 
 def test_detections_by_the_definitions() -> None:
@@ -135,65 +132,3 @@ def test_detections_by_the_definitions() -> None:
     assert found.classes.tolist() == [c for _, c, _ in wanted]
     np.testing.assert_allclose(found.scores, [s for s, _, _ in wanted], rtol=1e-12)
     np.testing.assert_allclose(found.boxes, [b for _, _, b in wanted], rtol=1e-12)
-
-
-def run_openvino(path: Path, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    import openvino as ov
-
-    compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return [np.array(value) for value in compiled(image).values()]
-
-
-def test_retinanet_exports_with_suppression_that_is_ours(tmp_path: Path) -> None:
-    model = create_dense_model("retinanet", **SMALL)
-    assert isinstance(model, RetinaNet)
-    size = (64, 96)
-    image = np.random.default_rng(2).normal(size=(1, 3, *size)).astype(np.float32)
-    with torch.no_grad():  # an untrained head gives everything 0.01: spread its scores and offsets
-        logits, deltas = model(torch.from_numpy(image))
-        model.class_tower.predict.weight.mul_(1.5 / logits.std())
-        model.class_tower.predict.get_parameter("bias").fill_(-3.0)
-        model.box_tower.predict.weight.mul_(0.3 / deltas.std())
-    export_dense(model, size, tmp_path / "raw.onnx")
-    export_dense(model, size, tmp_path / "nms.onnx", suppress=True)
-    with torch.no_grad():
-        logits, deltas = (t.numpy() for t in model(torch.from_numpy(image)))
-    raw = onnxruntime.InferenceSession(str(tmp_path / "raw.onnx")).run(None, {"input": image})
-    for outputs in (raw, run_openvino(tmp_path / "raw.onnx", image)):
-        assert_close(outputs[0], logits, sqnr_db=100)
-        assert_close(outputs[1], deltas, sqnr_db=100)
-    grid = decode(deltas[0], anchors(size), size)
-    scores = 1 / (1 + np.exp(-logits[0].astype(np.float64)))
-    wanted = set()
-    for c in range(4):
-        above = np.flatnonzero(scores[:, c] > 0.05)
-        wanted |= {(0, c, int(above[k])) for k in suppress(grid[above], scores[above, c], 0.5)[:100]}
-    boxes, _, selected = onnxruntime.InferenceSession(str(tmp_path / "nms.onnx")).run(None, {"input": image})
-    np.testing.assert_allclose(boxes[0], grid, atol=1e-3)
-    assert len(wanted) > 50
-    assert {tuple(row) for row in selected.tolist()} == wanted
-    in_openvino = run_openvino(tmp_path / "nms.onnx", image)[2]
-    assert {tuple(row) for row in in_openvino.tolist() if row[0] >= 0} == wanted
-
-
-@pytest.mark.parametrize(("head", "labels"), [("pspnet", False), ("deeplabv3", True)])
-def test_segmenters_export(head: str, labels: bool, tmp_path: Path) -> None:
-    model = create_dense_model(head, **SMALL)
-    size = (64, 70)
-    export_dense(model, size, tmp_path / "m.onnx", labels=labels)
-    image = np.random.default_rng(2).normal(size=(1, 3, *size)).astype(np.float32)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(image)).numpy()
-    ours = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input": image})[0]
-    for output in (ours, run_openvino(tmp_path / "m.onnx", image)[0]):
-        if labels:
-            assert (output == logits.argmax(1)).mean() > 0.999  # logits of an untrained head can tie within rounding
-        else:
-            assert_close(output, logits, sqnr_db=100)
-
-
-def test_options_of_the_other_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="belongs to RetinaNet"):
-        export_dense(create_dense_model("pspnet", **SMALL), (64, 64), tmp_path / "m.onnx", suppress=True)
-    with pytest.raises(UsageError, match="belong to segmenters"):
-        export_dense(create_dense_model("retinanet", **SMALL), (64, 64), tmp_path / "m.onnx", labels=True)

@@ -536,12 +536,12 @@ def test_built_already_and_other_targets(
 def test_export_builds_where_the_device_is_here(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dualtoken_deploy.pipeline import ExportResult, _build_here
+    from dualtoken_deploy.pipeline import ExportResult, build_here
 
     monkeypatch.setattr("dualtoken_deploy.pipeline.why_no_build", why_no_build)
     folder = prepared()
     exported = ExportResult(str(folder), "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
-    result = _build_here(exported, folder, lambda _: None)
+    result = build_here(exported, folder, lambda _: None)
     assert (result.state, result.next_step, result.executed_precision) == ("complete", None, "float16")
     assert (folder / "model.engine").exists()
 

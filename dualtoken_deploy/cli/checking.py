@@ -31,23 +31,39 @@ if TYPE_CHECKING:
 def validate(
     bundles: Bundles = None,
     data: Annotated[
-        str | None, typer.Option(help="Image folder, or `photographs`; the golden input unless given.")
+        str | None,
+        typer.Option(help="Image folder, or `photographs`; for dense bundles `scenes` or a dense folder; else golden."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
     reference: Annotated[str | None, typer.Option(help="eager or golden; eager where torch is installed.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Least share of equal top-1, in 0..1.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Least top-1 accuracy, in 0..1.")] = None,
     min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB.")] = None,
+    min_ap: Annotated[float | None, typer.Option(help="Detectors: least AP of the boxes, in 0..1.")] = None,
+    min_miou: Annotated[float | None, typer.Option(help="Segmenters: least mean IoU, in 0..1.")] = None,
     device: Device = None,
     threads: Threads = None,
     json_output: Json = False,
 ) -> None:
     """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
+    from dualtoken_deploy.bundle import Bundle
     from dualtoken_deploy.validate import gate
     from dualtoken_deploy.validate import validate as run
+    from dualtoken_deploy.validate_dense import all_dense, gate_dense, validate_dense
 
+    opened = [Bundle.open(path) for path in find_bundles(bundles)]
+    if all_dense(opened):
+        if min_top1 is not None:
+            raise UsageError("--min-top1 is for classifiers; give --min-ap or --min-miou")
+        with progress() as tell:
+            found = validate_dense(opened, data, limit, reference, device, threads, progress=tell)
+        show(json_output, {"results": [f.to_json() for f in found]}, lambda r: r.dense_validation_table(found))
+        gate_dense(found, min_ap, min_miou, min_sqnr, min_agreement)
+        return
+    if min_ap is not None or min_miou is not None:
+        raise UsageError("--min-ap and --min-miou are for dense bundles; these are classifiers: give --min-top1")
     with progress() as tell:
-        results = run(find_bundles(bundles), data, limit, reference, device, threads, progress=tell)
+        results = run(opened, data, limit, reference, device, threads, progress=tell)
     show(json_output, {"results": [r.to_json() for r in results]}, lambda r: r.validation_table(results))
     gate(results, min_agreement, min_top1, min_sqnr)
 

@@ -119,8 +119,13 @@ def train(
 
 
 def export(
-    variant: Annotated[str, typer.Option(help="Model variant; see `dualtoken models`.")],
     target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: the portable ones that are here.")],
+    variant: Annotated[
+        str | None, typer.Option(help="Model variant; see `dualtoken models`. With --head the paper's unless given.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Dense model on the variant: retinanet, mask-rcnn, deeplabv3 or pspnet.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, int8 or one of the target's own (`dualtoken targets`).")
     ] = "fp32",
@@ -136,6 +141,11 @@ def export(
     input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's own choice unless given.")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="--head: channels of its pyramid or context.")] = None,
+    suppress: Annotated[
+        bool, typer.Option("--suppress", help="RetinaNet: suppression in the graph (ONNX Runtime, OpenVINO).")
+    ] = False,
+    argmax: Annotated[bool, typer.Option("--argmax", help="Segmenters: the label map instead of logits.")] = False,
     option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     calibration: Annotated[
@@ -159,14 +169,38 @@ def export(
     from dualtoken_deploy.targets import get_target
 
     options = model_options(option or [])
-    if classes is not None:
-        options["num_classes"] = classes
     pipeline = with_torch("exporting", importing("pipeline"))
     names = pipeline.exportable_targets() if "all" in target else [get_target(t).name for t in dict.fromkeys(target)]
     if not names:
         raise missing_extra("all", "exporting to any target")
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
+    if head is None and (width is not None or suppress or argmax):
+        raise UsageError("--width, --suppress and --argmax belong to dense models; give --head as well")
+    if head is not None:
+        if batch != "1" or device is not None or calibration is not None or triton_repository is not None:
+            raise UsageError(
+                "a dense bundle takes one image at a time, in fp32 or fp16, and is not laid out for Triton; leave "
+                "--batch, --device, --calibration and --triton-repository out"
+            )
+        if "all" in target:
+            names = [name for name in names if head in get_target(name).dense]
+        dense = with_torch("exporting", importing("pipeline_dense"))
+        with progress() as tell:
+            results = [
+                dense.export_dense(
+                    head, name, precision, variant, weights, output, labels, image_size, classes, width, input_kind,
+                    suppress, argmax, opset, seed, force, deployment_target, layout, command_line(),
+                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
+                )
+                for name in names
+            ]  # fmt: skip
+        _show_exports(results, json_output)
+        return
+    if variant is None:
+        raise UsageError("give --variant (`dualtoken models` lists them), or --head for a dense model")
+    if classes is not None:
+        options["num_classes"] = classes
     int8 = None
     if calibration is not None:
         settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
@@ -187,6 +221,11 @@ def export(
             )  # fmt: skip
             if triton_repository is not None:
                 _lay_out(results[-1].bundle, triton_repository, force)
+    _show_exports(results, json_output)
+
+
+def _show_exports(results: Sequence[Any], json_output: bool) -> None:
+    """Prints what was exported. Raises MissingError where a step on the device is left."""
     for warning in dict.fromkeys(w for r in results for w in r.warnings):
         say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]

@@ -18,6 +18,7 @@ from dualtoken_deploy.deploy import folding, reshaping
 from dualtoken_deploy.deploy.surgery import Size
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.heads.neck import Backbone
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DeployForm:
 
 
 def deploy_form(
-    model: ImageModel, rules: Iterable[str] | None = None, image_size: Size | None = None, any_size: bool = False
+    model: nn.Module, rules: Iterable[str] | None = None, image_size: Size | None = None, any_size: bool = False
 ) -> DeployForm:
     """Rewrites a copy of the model for one image size (the model's own unless given); the model is left as it is.
 
@@ -45,7 +46,11 @@ def deploy_form(
 
     `rules`: names from RULES, applied in the order of that table whatever the order given; None: DEFAULT_RULES.
     Folding is done in float64, the result has the model's dtype. Raises UsageError on an unknown rule.
+
+    A dense model, or a form of one, comes back whole with the classifier in its Backbone rewritten.
     """
+    if not isinstance(model, ImageModel):
+        return _dense_form(model, rules, image_size)
     wanted = set(DEFAULT_RULES if rules is None else rules)
     if unknown := wanted - set(RULES):
         raise UsageError(f"unknown deploy rules {', '.join(sorted(unknown))}; valid rules: {', '.join(RULES)}")
@@ -55,6 +60,14 @@ def deploy_form(
     with torch.no_grad():
         counts = {name: rule.apply(working, size) for name, rule in RULES.items() if name in wanted}
     return DeployForm(working.to(dtype), MappingProxyType(counts))
+
+
+def _dense_form(model: nn.Module, rules: Iterable[str] | None, image_size: Size | None) -> DeployForm:
+    whole = copy.deepcopy(model).eval().requires_grad_(False)
+    backbone = next(m for m in whole.modules() if isinstance(m, Backbone))
+    form = deploy_form(backbone.model, rules, image_size)
+    backbone.set_submodule("model", form.module)
+    return DeployForm(whole, form.rules)
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(

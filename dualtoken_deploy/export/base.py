@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import nn
 
-from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.bundle import CLASSIFY
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets import Target
 
@@ -34,7 +35,8 @@ class Samples:
 class Request:
     """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
     do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
-    those of the target's own (`Target.settings`) that were given. `samples`: for a precision that measures ranges."""
+    those of the target's own (`Target.settings`) that were given. `samples`: for a precision that measures ranges.
+    `task`: that of the bundle."""
 
     precision: str
     contract: InputContract
@@ -45,6 +47,7 @@ class Request:
     labels: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     samples: Samples | None = None
+    task: str = CLASSIFY
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Artifact:
     calibration: Mapping[str, Any] | None = None
 
 
-def run_exporter(target: Target, model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
     module = importlib.import_module(f"dualtoken_deploy.export.{target.name}")
     artifact: Artifact = module.export(model, request, folder, tell)

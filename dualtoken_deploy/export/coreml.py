@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dualtoken_deploy.bundle import CLASSIFY
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
@@ -19,17 +19,15 @@ from dualtoken_deploy.errors import ConversionError, InputError, UsageError, fir
 from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
 from dualtoken_deploy.export.apple.names import name_after_modules
-from dualtoken_deploy.export.apple.package import describe, save
+from dualtoken_deploy.export.apple.package import OUTPUTS, describe, save
 from dualtoken_deploy.export.apple.passes import teach
-from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, quiet, trace
+from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.runtimes.base import planar
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
-from dualtoken_deploy.spec import InputContract
 from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, W8A8, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
@@ -38,7 +36,7 @@ ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
 
-def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.mlpackage. Raises UsageError on a combination that Core ML does not have, ConversionError."""
     ct = coremltools("exporting to Core ML")
     deployment = request.settings.get("deployment_target", DEFAULT_DEPLOYMENT_TARGET)
@@ -61,13 +59,14 @@ def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Art
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
     describe(program, request.contract, {**request.metadata, "deployment_target": deployment, "layout": layout})
     package = folder / "model.mlpackage"
-    save(program, package, request.labels if request.contract.kind == "image" else None)
+    labels = request.labels if request.contract.kind == "image" and request.task == CLASSIFY else None
+    save(program, package, labels, OUTPUTS[request.task])
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
     return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
 
 
-def default_layout(model: ImageModel) -> str:
+def default_layout(model: nn.Module) -> str:
     """The Neural Engine's layout where there is one for the model, else plain."""
     own = isinstance(model, DualTokenViT) and model.config.token_method == "position-aware"
     return "ane" if own else "plain"
@@ -105,14 +104,14 @@ def check_request(request: Request, deployment: str, layout: str) -> None:
                 f"Core ML's image input is one picture, not {request.contract.batch}; use --batch 1 or --input tensor"
             )
         repeated = [label for label, count in Counter(request.labels).items() if count > 1]
-        if repeated:
+        if repeated and request.task == CLASSIFY:
             raise InputError(
                 f"label {repeated[0]!r} stands for several classes, and Core ML's classifier needs each but once; "
                 "make the labels distinct or use --input tensor"
             )
 
 
-def make_form(model: ImageModel, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
+def make_form(model: nn.Module, request: Request, deployment: str, layout: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The deploy form in its layout, and the rules that applied.
 
     Where the target has an attention operation the scale stays in it, since it is the operation's own.
@@ -129,17 +128,19 @@ def make_form(model: ImageModel, request: Request, deployment: str, layout: str)
 
 
 def output_names(request: Request) -> list[str]:
-    """Logits, and probabilities where the input is a picture."""
-    return [request.outputs[0].name, *([PROBABILITIES] if request.contract.kind == "image" else [])]
+    """Those of the request, and probabilities where a picture is classified."""
+    classifier = request.contract.kind == "image" and request.task == CLASSIFY
+    return [*(output.name for output in request.outputs), *([PROBABILITIES] if classifier else [])]
 
 
-def trace_named(
-    module: nn.Module, contract: InputContract, outputs: Sequence[str]
-) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+def trace_named(module: nn.Module, request: Request) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     """The program that is converted, its operations named after the model's modules, and those names."""
-    image = contract.kind == "image"
-    program = trace(ImageClassifier(module, contract) if image else module, contract).run_decompositions({})
-    return program, name_after_modules(program, image, outputs)
+    image, contract = request.contract.kind == "image", request.contract
+    if image:
+        wrapper = ImageClassifier if request.task == CLASSIFY else ImageDense
+        module = wrapper(module, contract)
+    program = trace(module, contract).run_decompositions({})
+    return program, name_after_modules(program, image, output_names(request))
 
 
 def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
@@ -148,13 +149,14 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
     image = contract.kind == "image"
     teach()
     tell("tracing with torch.export")
-    names = output_names(request)
-    program, _ = trace_named(module, contract, names)
+    program, _ = trace_named(module, request)
     shape = (contract.batch, 3, *contract.size)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
     else:
         inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
+    dtypes = {spec.name: getattr(np, spec.dtype) for spec in request.outputs}
+    outputs = [(name, dtypes.get(name, np.float32)) for name in output_names(request)]
     tell(f"converting to Core ML for {deployment}")
     try:
         with quiet():
@@ -165,7 +167,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
                 minimum_deployment_target=getattr(ct.target, deployment),
                 compute_precision=getattr(ct.precision, ONES.get(request.precision, "FLOAT16")),
                 inputs=inputs,
-                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in names],
+                outputs=[ct.TensorType(name=name, dtype=dtype) for name, dtype in outputs],
                 skip_model_load=True,
             )
     except Exception as error:  # coremltools raises what its front end and its passes raise

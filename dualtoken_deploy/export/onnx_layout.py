@@ -51,7 +51,7 @@ def drop_unit_batch(model: onnx.ModelProto) -> int:
     """Tokens of one image as (N, C): ONNX Runtime makes a Gemm with bias of such a layer, and of one over (1, N, C)
     a Gemm between two Reshapes. Returns how many operators now work on (N, C)."""
     graph = _Graph(model)
-    tokens = {v for v, s in graph.shapes.items() if len(s) == 3 and s[0] == 1}
+    tokens = {v for v, s in graph.shapes.items() if len(s) == 3 and s[0] == 1 and all(s)}
     tokens -= {v.name for v in (*model.graph.input, *model.graph.output)}
     flat = [n for n in model.graph.node if tokens & {*n.input, *n.output} and _is_rowwise(n, graph, tokens)]
     outputs = {v for n in flat for v in n.output if v in tokens}

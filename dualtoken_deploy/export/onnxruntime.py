@@ -6,19 +6,19 @@ import copy
 from pathlib import Path
 
 import onnx
+from torch import nn
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.export.onnx import ATTENTION_OPSET, DECOMPOSED_OPSET, check_same, export_onnx, operator_counts
+from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, check_same, default_opset, export_onnx, operator_counts
 from dualtoken_deploy.export.onnx_layout import attention_over_tokens, drop_unit_batch
-from dualtoken_deploy.models.base import ImageModel
 
 RULES = DEFAULT_RULES  # docs/decisions/003-rules-per-target.md
 
 
-def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.onnx. fp16 takes the decomposed opset, so that softmax can stay in float32."""
-    opset = request.opset or (DECOMPOSED_OPSET if request.precision == "fp16" else ATTENTION_OPSET)
+    opset = request.opset or (DECOMPOSED_OPSET if request.precision == "fp16" else default_opset(request))
     exported = export_onnx(model, request, RULES, opset, tell)
     if request.precision != "fp32" or request.contract.any_size:
         onnx.save(exported.model, folder / "model.onnx")

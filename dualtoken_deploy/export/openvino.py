@@ -7,24 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, missing_extra
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.export.onnx import ATTENTION_OPSET, export_onnx
+from dualtoken_deploy.export.onnx import default_opset, export_onnx
 from dualtoken_deploy.export.openvino_ir import save_ir
-from dualtoken_deploy.models.base import ImageModel
 
 RULES = (*DEFAULT_RULES, "pool_by_convolution")  # docs/decisions/003-rules-per-target.md
 
 
-def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.xml and model.bin. The ONNX in between is float32; fp16 is a matter of the stored weights."""
     try:
         import openvino as ov
     except ImportError as error:
         raise missing_extra("openvino", "exporting to OpenVINO") from error
     source = replace(request, precision="fp32")
-    exported = export_onnx(model, source, RULES, request.opset or ATTENTION_OPSET, tell)
+    exported = export_onnx(model, source, RULES, request.opset or default_opset(request), tell)
     tell("converting to OpenVINO IR")
     try:
         converted = ov.Core().read_model(exported.model.SerializeToString())

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+from torch import nn
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
-from dualtoken_deploy.models.base import ImageModel
 
 RULES = DEFAULT_RULES
 
@@ -27,7 +27,7 @@ PRODUCTS = ("MatMul", "Conv", "Gemm")
 FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
 
 
-def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.onnx: float32, or float16 with float32 softmax, normalisation, inputs and outputs.
 
     Raises UsageError on an opset that TensorRT 10.3 does not parse.

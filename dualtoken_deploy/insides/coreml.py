@@ -12,7 +12,7 @@ from dualtoken_deploy.bundle import Bundle, Manifest
 from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.export.apple.names import operation
 from dualtoken_deploy.export.base import Request
-from dualtoken_deploy.export.coreml import make_form, output_names, trace_named
+from dualtoken_deploy.export.coreml import make_form, trace_named
 from dualtoken_deploy.insides.base import Insides, Last, Tell
 from dualtoken_deploy.models.registry import rebuild
 from dualtoken_deploy.numerics import Array
@@ -54,7 +54,7 @@ def float_program(
         tell("tracing the float program")
         request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
         module, _ = make_form(rebuild(manifest), request, deployment, layout)
-        return trace_named(module, manifest.input, output_names(request))
+        return trace_named(module, request)
 
     return _PROGRAMS.get(manifest, [deployment, layout], trace)
 

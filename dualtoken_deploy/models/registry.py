@@ -195,6 +195,12 @@ def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> Imag
     and its layer scale of 1e-6 hides the Conv Encoder from every comparison.
     """
     model = create_model(variant, seed=seed, **options)
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Gives every bias, gain and statistic of a freshly initialised model a random value, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -207,11 +213,10 @@ def random_model(variant: str, seed: int = DEFAULT_SEED, **options: Any) -> Imag
                 tensor.copy_(1.0 + 0.2 * noise)
             elif name.endswith("gamma"):
                 tensor.copy_(0.5 + 0.1 * noise)
-            elif name == "global_tokens":
+            elif name.rpartition(".")[2] == "global_tokens":
                 tensor.copy_(noise)
             elif tensor.ndim == 1 or name.endswith("position_bias"):
                 tensor.copy_(0.1 * noise)
-    return model
 
 
 def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False, variant: str = "this model") -> None:

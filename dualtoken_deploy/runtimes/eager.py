@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bundle import CLASSIFY, Bundle
 from dualtoken_deploy.errors import MissingError, missing_extra
 from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
 from dualtoken_deploy.spec import InputContract, TensorSpec
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 def load(bundle: Bundle, options: RunnerOptions) -> EagerRunner:
     """The eager model that the bundle was made from. Raises MissingError (no torch), WeightsError (no file)."""
     try:
+        from dualtoken_deploy.models.heads.rebuild import rebuild_dense
         from dualtoken_deploy.models.registry import rebuild
     except ImportError as error:
         raise missing_extra("export", "the eager model") from error
     manifest = bundle.manifest
-    return EagerRunner(rebuild(manifest), manifest.input, manifest.outputs, options)
+    model = rebuild(manifest) if manifest.task == CLASSIFY else rebuild_dense(manifest)
+    return EagerRunner(model, manifest.input, manifest.outputs, options)
 
 
 def check_device(device: str | None) -> str:
@@ -74,8 +76,9 @@ class EagerRunner:
         (name,) = (s.name for s in self.inputs)
         image = torch.from_numpy(np.ascontiguousarray(self.normalised(feeds[name])))
         with torch.inference_mode():
-            logits = self._model(image.to(self._device))
-        return {self._outputs[0].name: logits.float().cpu().numpy()}
+            found = self._model(image.to(self._device))
+        values = found if isinstance(found, tuple) else (found,)
+        return {s.name: v.cpu().numpy().astype(s.dtype) for s, v in zip(self._outputs, values, strict=True)}
 
     def execution(self) -> Execution:
         """Kinds of leaf modules, with the dtype of their parameters."""

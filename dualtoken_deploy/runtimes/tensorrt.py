@@ -114,6 +114,7 @@ class TensorRtRunner(Bordered):
         """One buffer for each tensor, as large as the profile's largest batch, and its address in the context."""
         trt = self._trt
         dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16"}
+        dtypes[trt.DataType.INT32] = "int32"
         wanted = {spec.name: spec for spec in (*self._inputs, *self._outputs)}
         found = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         if set(found) != set(wanted):

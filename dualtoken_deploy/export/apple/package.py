@@ -6,22 +6,36 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from dualtoken_deploy.bundle import CLASSIFY
 from dualtoken_deploy.export.apple.classifier import LABEL, LABEL_PROBABILITIES, add_classifier
 from dualtoken_deploy.export.apple.source import PROBABILITIES
 from dualtoken_deploy.runtimes.mil.program import find_specification
 from dualtoken_deploy.runtimes.mil.vendor import model_proto
-from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.spec import STRETCH, InputContract
 
 AUTHOR = "dualtoken-deploy"
 LICENSE = "Code: Apache-2.0. The weights have the licence of whoever trained them."
 _CLUTTER = ("executorch_debug_handle_mapping.json",)  # written for torch.export sources, with names of the tracer
-OUTPUTS = {
-    "logits": "Raw class scores before softmax, (batch, classes), in the order of the labels",
-    LABEL: "Label of the most likely class",
-    LABEL_PROBABILITIES: "Probability of each label",
-}
+OUTPUTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        CLASSIFY: {
+            "logits": "Raw class scores before softmax, (batch, classes), in the order of the labels",
+            LABEL: "Label of the most likely class",
+            LABEL_PROBABILITIES: "Probability of each label",
+        },
+        "detect": {
+            "logits": "Raw class scores of each anchor before the sigmoid, (1, anchors, classes)",
+            "deltas": "Offsets of each anchor's box: shift of its centre over its sides, log of the ratio of sides",
+        },
+        "segment": {
+            "logits": "Raw class scores of each pixel before softmax, (1, classes, height, width)",
+            "labels": "Index of the most likely class of each pixel, (1, height, width)",
+        },
+    }
+)
 _DATE = "com.github.apple.coremltools.conversion_date"  # would make every day's bytes differ
 
 
@@ -31,7 +45,8 @@ def describe(model: Any, contract: InputContract, metadata: Mapping[str, str]) -
 
     model.author, model.license, model.version = AUTHOR, LICENSE, __version__
     model.short_description = (
-        f"DualToken-ViT {metadata['variant']}, image classification; {metadata['precision']}; "
+        f"DualToken-ViT {metadata['variant']}, {metadata.get('head', 'image classification')}; "
+        f"{metadata['precision']}; "
         f"weights: {metadata['weights']}"
     )
     model.input_description[contract.tensor.name] = input_text(contract)
@@ -44,20 +59,18 @@ def input_text(contract: InputContract) -> str:
     """One sentence on what to feed."""
     height, width = contract.size
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (contract.mean, contract.std))
+    if contract.resize == STRETCH:
+        how = "stretched (bilinear) to that size"
+    else:
+        how = f"resized (bicubic) until it covers the size / {contract.crop_ratio:g}, then cropped at its centre"
     if contract.kind == "image":
-        return (
-            f"RGB picture of {width} x {height} pixels: resized (bicubic) until it covers the size / "
-            f"{contract.crop_ratio:g}, then cropped at its centre; mean ({mean}) and std ({std}) are applied inside"
-        )
-    return (
-        f"float32 (batch, 3, {height}, {width}): RGB in 0..1, resized (bicubic) until it covers the size / "
-        f"{contract.crop_ratio:g}, cropped at its centre, then (x - ({mean})) / ({std})"
-    )
+        return f"RGB picture of {width} x {height} pixels: {how}; mean ({mean}) and std ({std}) are applied inside"
+    return f"float32 (batch, 3, {height}, {width}): RGB in 0..1, {how}, then (x - ({mean})) / ({std})"
 
 
-def save(model: Any, package: Path, labels: Sequence[str] | None) -> None:
-    """Saves a coremltools model, with class labels unless `labels` is None. What differs from run to run goes: the
-    date, random identifiers, the order of maps."""
+def save(model: Any, package: Path, labels: Sequence[str] | None, texts: Mapping[str, str]) -> None:
+    """Saves a coremltools model, with class labels unless `labels` is None; `texts` say what its outputs are. What
+    differs from run to run goes: the date, random identifiers, the order of maps."""
     model.save(str(package))
     for name in _CLUTTER:
         (package / name).unlink(missing_ok=True)
@@ -68,7 +81,7 @@ def save(model: Any, package: Path, labels: Sequence[str] | None) -> None:
     if labels is not None:
         add_classifier(spec, labels, PROBABILITIES)
     for output in spec.description.output:
-        output.shortDescription = OUTPUTS[output.name]
+        output.shortDescription = texts[output.name]
     spec.description.metadata.userDefined.pop(_DATE, None)
     path.write_bytes(spec.SerializeToString(deterministic=True))
     for made in (package, *package.rglob("*")):  # coremltools leaves some of them private

@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,17 @@ class ImageClassifier(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(self.pixels(image))
         return logits, torch.softmax(logits, dim=-1)
+
+
+class ImageDense(nn.Module):
+    """Pixels -> whatever a dense model gives."""
+
+    def __init__(self, model: nn.Module, contract: InputContract) -> None:
+        super().__init__()
+        self.pixels, self.model = PixelInput(contract.mean, contract.std), model
+
+    def forward(self, image: Tensor) -> Any:
+        return self.model(self.pixels(image))
 
 
 def example_input(contract: InputContract) -> Tensor:

@@ -92,4 +92,6 @@ def _to_image(x: Tensor, image: Tensor) -> Tensor:
     """Logits of the padded image's grid, interpolated to its pixels and cut to the image."""
     height, width = (side + -side % 32 for side in image.shape[2:])
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+    if (height, width) == tuple(image.shape[2:]):  # slicing everything is an alias to torch.export: Core ML has none
+        return x
     return x[:, :, : image.shape[2], : image.shape[3]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dualtoken_deploy.runtimes.mil.ops import compression, pointwise, products, reductions, shapes
+from dualtoken_deploy.runtimes.mil.ops import compression, pointwise, products, reductions, resizing, shapes
 
 __all__ = ["OPERATIONS", "Implementation"]
 
@@ -34,6 +34,8 @@ def _rows() -> dict[str, Implementation]:
         )),
         pointwise.gelu,
         pointwise.select,
+        resizing.upsample_nearest_neighbor,
+        resizing.reduce_argmax,
     ]  # fmt: skip
     wide = [
         *(getattr(products, n) for n in ("linear", "matmul", "conv", "scaled_dot_product_attention")),
@@ -41,6 +43,7 @@ def _rows() -> dict[str, Implementation]:
             "softmax", "layer_norm", "batch_norm", "instance_norm", "max_pool", "avg_pool",
         )),
         *(getattr(pointwise, n) for n in ("clip", "leaky_relu", "rsqrt", "inverse", "log")),
+        resizing.upsample_bilinear,
         *(getattr(compression, n) for n in ("quantize", "dequantize", "classify")),
     ]  # fmt: skip
     rows = {f.__name__: Implementation(f, False) for f in exact} | {f.__name__: Implementation(f, True) for f in wide}
