@@ -273,7 +273,7 @@ def asked(link: socket.socket) -> bytes:
 
 def test_a_connection_that_asks_nothing_is_closed(start: Callable[..., Server]) -> None:
     server = start("--idle-seconds", "0.2")
-    states = []
+    states: list[Any] = []
     with keep_alive(server) as link, grpc.insecure_channel(server.grpc) as channel:
         channel.subscribe(states.append)
         live: Any = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
