@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from grpc_reflection.v1alpha import reflection
 
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs, protocol
@@ -236,6 +237,7 @@ def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, 
         _guarded("ModelInfer", servicer.model_infer, handler), request_deserializer=None, response_serializer=_serialise
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
     address = f"[{settings.host}]" if ":" in settings.host else settings.host
     where = f"{address}:{settings.grpc_port}"
     try:
