@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.errors import InputError, MissingError, UsageError
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate, key_fits
 from dualtoken_deploy.serve.batcher import Batcher
 from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
 from dualtoken_deploy.serve.multipart import picture_of
 from dualtoken_deploy.serve.pool import WorkerDied
+from dualtoken_deploy.serve.ray import check_reachable
 from dualtoken_deploy.serve.repository import _version_order
 from dualtoken_deploy.serve.settings import Settings, Source, parse_sources, read_api_key
 
@@ -298,3 +300,14 @@ def test_closing_refuses_what_waits() -> None:
         assert {type(r) for r in results} == {Unavailable}
 
     batching(body, merge_rows=1)
+
+
+def test_an_address_where_no_ray_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        check_reachable(address)
+    with pytest.raises(MissingError, match=f"no Ray at {address} .*; start one: ray start --head") as caught:
+        check_reachable(address)
+    assert caught.value.exit_code == 3
+    for left_to_ray in ("auto", "local", "ray://127.0.0.1:1", "127.0.0.1:99999"):
+        check_reachable(left_to_ray)
