@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dualtoken_deploy import dense_outputs
+from dualtoken_deploy import dense_outputs, numerics
 from dualtoken_deploy.bundle import COMPLETE, PREPARED, Bundle, Manifest, new_folder, write_bundle
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.dense_images import prepare_input
@@ -20,7 +20,7 @@ from dualtoken_deploy.dense_outputs import DETECTED, RAW
 from dualtoken_deploy.errors import InputError, ToleranceError, UsageError, WeightsError
 from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_image
-from dualtoken_deploy.inspection import kind_precision, product_precision
+from dualtoken_deploy.inspection import int8_share, kind_precision, product_precision
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.heads.forms import FORMS, choose_form, outputs_of
@@ -44,6 +44,9 @@ from dualtoken_deploy.pipeline import (
     read_labels,
     target_settings,
 )
+from dualtoken_deploy.pipeline_dense_int8 import write_dense_int8
+from dualtoken_deploy.pipeline_int8 import check_executed
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import STRETCH, Tolerance
@@ -99,6 +102,7 @@ def export_dense(
     opset: int | None = None,
     seed: int = DEFAULT_SEED,
     force: bool = False,
+    int8: Int8Options | None = None,
     deployment_target: str | None = None,
     layout: str | None = None,
     command: str = "dualtoken_deploy.export_dense(...)",
@@ -121,6 +125,9 @@ def export_dense(
     get_head(head)
     form = choose_form(head, suppress, argmax)
     check_dense(row, head, form, precision)
+    if (precision == "int8") != (int8 is not None):
+        needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration scenes)"
+        raise UsageError(f"{row.name} {precision} {needs}")
     settings = target_settings(row, deployment_target=deployment_target, layout=layout)
     plan = _plan(head, form, variant, weights, labels, image_size, classes, width, seed, options, command)
     contract = replace(make_contract(input_kind, plan.size, 1), crop_ratio=1.0, resize=STRETCH)
@@ -138,9 +145,15 @@ def export_dense(
             labels=plan.labels, settings=settings, task=get_head(head).task,
         )  # fmt: skip
         module = FORMS[head][form](model, plan.size)
-        artifact = run_exporter(row, module, request, folder, tell)
-        draft = _draft(plan, model, module, row, request, artifact)
-        result = _seal(folder, draft, module, plan.labels, tell)
+
+        def draft(artifact: Artifact) -> Manifest:
+            return _draft(plan, model, module, row, request, artifact)
+
+        if int8 is not None:
+            manifest = write_dense_int8(module, row, request, int8, folder, draft, tell)
+        else:
+            manifest = draft(run_exporter(row, module, request, folder, tell))
+        result = _seal(folder, manifest, module, plan.labels, tell)
     warnings = () if weights else (f"weights are random (seed {seed}): latency is real, what is found means nothing",)
     result = replace(result, bundle=str(final), warnings=warnings + result.warnings)
     if row.built_by:
@@ -166,6 +179,9 @@ def _plan(
         raise UsageError(f"{head} has anchors and maps of one size; give --image-size HxW")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
+    for name, value in (("classes", classes), ("width", width)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
     row = get_head(head)
     given = None if labels is None else read_labels(Path(labels))
     if weights is not None:
@@ -233,6 +249,8 @@ def _draft(
 
 def tolerance(row: Target, form: str, precision: str) -> Tolerance:
     """SQNR over raw outputs as for classifiers, whatever the largest logit; detections and label maps by agreement."""
+    if precision == "int8":  # gated by AP or mean IoU on held-out pictures instead
+        return Tolerance(row.tolerances[precision].sqnr_db if form == RAW else -numerics.SQNR_LIMIT_DB, 0.0)
     if form == RAW:
         return Tolerance(row.tolerances[precision].sqnr_db, 0.0)
     sqnr = DETECTIONS_SQNR_DB[precision] if form == DETECTED else 0.0
@@ -258,13 +276,17 @@ def _seal(folder: Path, draft: Manifest, module: nn.Module, labels: tuple[str, .
         execution, engine = runner.execution(), engine_of(runner)
     numbers = dense_outputs.worst(found)
     _check(draft, numbers)
+    share, floats = int8_share(draft, execution)
+    if draft.calibration is not None:
+        planned = draft.calibration["planned_int8_mac_share"]
+        check_executed(planned, share, floats, f"{draft.head} on {draft.variant} for {draft.target}")
     kinds = {} if checker else kind_precision(execution)
     manifest = replace(
         draft,
         executed_precision=kinds,
         measured={
             **draft.measured,
-            "int8_mac_share": 0.0,
+            "int8_mac_share": share,
             **({} if kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~kept).sum())}}),
             "golden": asdict(found[0]),
             "photographs": {"images": len(inputs), **asdict(numbers)},
@@ -280,6 +302,8 @@ def _seal(folder: Path, draft: Manifest, module: nn.Module, labels: tuple[str, .
         executed_precision="not run" if checker else product_precision(kinds),
         sqnr_db=round(numbers.sqnr_db, 1),
         top1_agreement=numbers.agreement,
+        int8_mac_share=share,
+        drop=None if draft.calibration is None else draft.calibration["drop"],
         size_mib=round(Bundle.open(folder).size_bytes / 2**20, 2),
         seconds=0.0,
         warnings=(f"{draft.target}: checked by {engine}",) if engine else (),

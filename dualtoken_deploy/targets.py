@@ -88,10 +88,12 @@ _COREML_TOLERANCES = MappingProxyType(
 _COREAI_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=90.0), "fp16": Tolerance(sqnr_db=35.0)})
 
 _SEGMENTERS = dict.fromkeys(("deeplabv3", "pspnet"), ("raw", "labels"))
+_RAW_SEGMENTERS = dict.fromkeys(_SEGMENTERS, ("raw",))
 _RAW_DENSE = MappingProxyType({"retinanet": ("raw",), **_SEGMENTERS})  # NonMaxSuppression is not to be had everywhere
 _ALL_DENSE = MappingProxyType({"retinanet": ("raw", "detections"), "mask-rcnn": ("detections",), **_SEGMENTERS})
 
-DENSE_PRECISIONS = ("fp32", "fp16")
+DENSE_PRECISIONS = ("fp32", "fp16", "int8")
+DENSE_INT8 = ("onnxruntime", "openvino")  # whose files run here, so that AP and mean IoU of them are known
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -145,6 +147,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 tolerances=_TOLERANCES_INDUCTOR,
                 aliases=("aoti",),
                 portable=False,
+                dense=_RAW_SEGMENTERS,
             ),
             Target(
                 name="coreml",
@@ -165,6 +168,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 source="torch",
                 modules=("coreai", "coreai_torch"),
                 tolerances=_COREAI_TOLERANCES,
+                dense=_RAW_SEGMENTERS,
                 check_images=2,  # float16 takes 38 s an image on two cores
             ),
         )
@@ -198,3 +202,12 @@ def check_dense(target: Target, head: str, form: str, precision: str) -> None:
         raise UsageError(f"{target.name} has no {form} of {head} in the graph; leave --suppress out, or take {offered}")
     if precision not in DENSE_PRECISIONS:
         raise UsageError(f"{head} is exported in {' or '.join(DENSE_PRECISIONS)}, not in {precision}")
+    if precision == "fp16" and form == "detections" and target.name == "onnxruntime":
+        raise UsageError(
+            f"{target.name} computes in float16, which has steps of half a pixel from 512 on, so {head} has no "
+            "detections in it; give --precision fp32, or for RetinaNet leave --suppress out"
+        )
+    if precision == "int8" and (target.name not in DENSE_INT8 or head == "mask-rcnn"):
+        raise UsageError(
+            f"{head} has no int8 for {target.name}; RetinaNet and the segmenters have it for {', '.join(DENSE_INT8)}"
+        )

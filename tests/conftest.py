@@ -61,6 +61,28 @@ def small_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def dense_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
+    """dense_bundle(head, target, precision, **options) -> a small dense bundle that knows the scenes' classes."""
+    from dualtoken_deploy import export_dense
+    from dualtoken_deploy.scenes import CLASSES, CLUTTER
+
+    made: dict[str, Path] = {}
+
+    def make(head: str, target: str = "onnxruntime", precision: str = "fp32", **options: object) -> Path:
+        name = "-".join([head, target, precision, *(f"{k}_{v}" for k, v in sorted(options.items()))])
+        if name not in made:
+            labels = bundle_store / f"{name}.labels.txt"
+            clutter = [] if head in ("retinanet", "mask-rcnn") else [CLUTTER]
+            labels.write_text("\n".join([*clutter, *CLASSES]) + "\n")
+            given = {"variant": TINY.name, "image_size": (64, 96), "width": 16, "labels": labels} | options
+            made[name] = bundle_store / name
+            export_dense(head, target, precision, output=made[name], **given)  # type: ignore[arg-type]
+        return made[name]
+
+    return make
+
+
 @pytest.fixture
 def own_bundle(small_bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy of the small ONNX Runtime bundle that a test may damage."""

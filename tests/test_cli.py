@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dualtoken_deploy.cli import main
+from tests.commands import fails
 
 COMMANDS = (
     *("models", "targets", "export", "build", "validate", "bench", "inspect", "predict", "serve", "train", "evaluate"),
@@ -27,18 +28,6 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """Exit code and the one error line of a command that has to fail."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    assert isinstance(caught.value.code, int)
-    return caught.value.code, lines[0]
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,15 @@ CASES: list[Case] = [
      lambda a: torch.tensor([[-62.5, 65.0]])),
     ("dequantize", {"input": np.array([[0, 255], [1, 2]], np.uint8), "scale": np.array([1, 0.5], np.float32), "axis": np.int32(0)},
      lambda a: torch.tensor([[0, 255], [0.5, 1]])),
+    *(("upsample_nearest_neighbor", {"x": r(1, 2, 5, 7), "scale_factor_height": np.float32(a), "scale_factor_width": np.float32(b)},
+       lambda q, a=a, b=b: F.interpolate(t(q["x"]), scale_factor=(a, b), mode="nearest")) for a, b in ((2, 2), (3, 1), (1.5, 2.5))),
+    *(("upsample_bilinear", {"x": r(1, 2, 5, 7), "scale_factor_height": np.float32(h / 5), "scale_factor_width": np.float32(w / 7), "align_corners": np.bool_(corners)},
+       lambda q, h=h, w=w, corners=corners: F.interpolate(t(q["x"]), (h, w), mode="bilinear", align_corners=corners))
+      for h, w in ((10, 14), (6, 23), (64, 96), (5, 7)) for corners in (False, True)),
+    ("upsample_bilinear", {"x": r(1, 2, 1, 1), "scale_factor_height": np.float32(6), "scale_factor_width": np.float32(9), "align_corners": np.bool_(False)},
+     lambda q: F.interpolate(t(q["x"]), (6, 9), mode="bilinear", align_corners=False)),
+    *(("reduce_argmax", {"x": r(2, 5, 3), "axis": np.int32(axis), "keep_dims": np.bool_(keep), "output_dtype": "int32"},
+       lambda q, axis=axis, keep=keep: t(q["x"]).argmax(axis, keep).int()) for axis in (1, -1) for keep in (False, True)),
 ]  # fmt: skip
 
 

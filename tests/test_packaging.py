@@ -44,6 +44,20 @@ def test_a_device_has_no_torch_and_little_else(device: Path, tmp_path: Path) -> 
     assert not {"torch", "onnx", "openvino", "scikit-image", "scipy"} & names
 
 
+def test_a_device_finds_and_draws_objects(
+    device: Path, dense_bundle: Callable[..., Path], photograph: Path, tmp_path: Path
+) -> None:
+    bundle, drawn = dense_bundle("retinanet"), tmp_path / "found.png"
+    arguments = ("--min-score", "0.1", "--output", drawn, "--json")
+    (found,) = json.loads(run(device / "dualtoken", "predict", bundle, photograph, *arguments, cwd=tmp_path).stdout)
+    assert found["objects"]
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    scenes = ("--data", "scenes", "--limit", "2", "--min-sqnr", "100", "--json")
+    (judged,) = json.loads(run(device / "dualtoken", "validate", bundle, *scenes, cwd=tmp_path).stdout)["results"]
+    assert judged["reference"] == "golden"
+    assert judged["scores"].keys() == {"ap", "ap50", "ap75"}
+
+
 def test_a_device_predicts_validates_and_benches(
     device: Path, small_bundle: Callable[..., Path], photograph: Path, tmp_path: Path
 ) -> None:

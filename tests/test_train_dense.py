@@ -16,10 +16,10 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.dense_data import DenseSample, DenseSet, open_dense
 from dualtoken_deploy.dense_evaluation import judge
 from dualtoken_deploy.dense_metrics import IGNORE, Objects
+from dualtoken_deploy.dense_outputs import Found
 from dualtoken_deploy.detection import anchors
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError, WeightsError
 from dualtoken_deploy.evaluate import evaluate_dense, holds_dense_model
-from dualtoken_deploy.models.heads.eager import Answer
 from dualtoken_deploy.models.heads.registry import create_dense_model
 from dualtoken_deploy.models.heads.weights import describe_dense
 from dualtoken_deploy.models.registry import create_model
@@ -252,9 +252,9 @@ def test_the_judge_asks_for_stretched_pictures_and_takes_their_own_pixels() -> N
     truth = [data[i] for i in range(3)]
     asked: list[Any] = []
 
-    def predict(batch: Any, sizes: Any) -> list[Answer]:
+    def predict(batch: Any, sizes: Any) -> list[Found]:
         asked.append((batch.shape, batch.dtype, list(sizes)))
-        return [Answer(sure(sample.boxes), sure(sample.masks)) for sample in truth]
+        return [Found(sure(sample.boxes), sure(sample.masks)) for sample in truth]
 
     found = judge("perfect", data, "detect", predict, (64, 80), data.labels)
     assert asked == [((3, 64, 80, 3), np.uint8, [(96, 96)] * 3)]
@@ -267,7 +267,7 @@ def test_the_judge_asks_for_stretched_pictures_and_takes_their_own_pixels() -> N
 
 def test_the_judge_splits_mean_iou_by_class() -> None:
     data = open_dense("scenes", "segment").limit(4)
-    nothing = [Answer(label_map=np.zeros((96, 96), np.uint8)) for _ in range(4)]
+    nothing = [Found(label_map=np.zeros((96, 96), np.uint8)) for _ in range(4)]
     found = judge("blind", data, "segment", lambda *_: nothing, (64, 64), data.labels)
     maps = [data[i].label_map for i in range(4)]
     clutter = float(np.mean([m == 0 for m in maps if m is not None]))

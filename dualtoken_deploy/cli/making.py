@@ -175,13 +175,17 @@ def export(
         raise missing_extra("all", "exporting to any target")
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
+    int8 = None
+    if calibration is not None:
+        settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
+        int8 = pipeline.Int8Options(*settings)
     if head is None and (width is not None or suppress or argmax):
         raise UsageError("--width, --suppress and --argmax belong to dense models; give --head as well")
     if head is not None:
-        if batch != "1" or device is not None or calibration is not None or triton_repository is not None:
+        if batch != "1" or device is not None or triton_repository is not None:
             raise UsageError(
-                "a dense bundle takes one image at a time, in fp32 or fp16, and is not laid out for Triton; leave "
-                "--batch, --device, --calibration and --triton-repository out"
+                "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --device and "
+                "--triton-repository out"
             )
         if "all" in target:
             names = [name for name in names if head in get_target(name).dense]
@@ -190,7 +194,7 @@ def export(
             results = [
                 dense.export_dense(
                     head, name, precision, variant, weights, output, labels, image_size, classes, width, input_kind,
-                    suppress, argmax, opset, seed, force, deployment_target, layout, command_line(),
+                    suppress, argmax, opset, seed, force, int8, deployment_target, layout, command_line(),
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
                 for name in names
@@ -201,10 +205,6 @@ def export(
         raise UsageError("give --variant (`dualtoken models` lists them), or --head for a dense model")
     if classes is not None:
         options["num_classes"] = classes
-    int8 = None
-    if calibration is not None:
-        settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
-        int8 = pipeline.Int8Options(*settings)
     if triton_repository is not None:
         _check_triton(names)
     results = []

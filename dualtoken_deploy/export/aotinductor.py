@@ -17,7 +17,6 @@ from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, MissingError, first_line
 from dualtoken_deploy.export.base import Artifact, Request, Tell, quiet
-from dualtoken_deploy.models.base import ImageModel
 
 RULES = DEFAULT_RULES
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,7 +36,7 @@ class Typed(nn.Module):
         return logits.float()
 
 
-def export(model: ImageModel, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.pt2. Raises MissingError without a C++ compiler or the device, ConversionError where torch fails."""
     device = check_device(request.device)
     compiler = find_compiler()

@@ -18,12 +18,11 @@ from dualtoken_deploy.export.apple.coreai_form import HalfPrecision, to_coreai_f
 from dualtoken_deploy.export.apple.package import AUTHOR, LICENSE, input_text
 from dualtoken_deploy.export.apple.source import PixelInput, trace
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 
 CONVERSION_SECONDS = 1200  # S took 16 s on a quiet machine; a conversion that hangs is to end
 
 
-def export(model: DualTokenViT, request: Request, folder: Path, tell: Tell) -> Artifact:
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes model.aimodel. The program takes float32 NCHW: pixels 0..255 for an image contract, else normalised ones.
 
     Raises UsageError on an opset or a dynamic batch, ConversionError where coreai-torch fails or ends its process.

@@ -25,6 +25,7 @@ from dualtoken_deploy.models.registry import MIN_IMAGE_SIZE
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
 OPSETS = range(DECOMPOSED_OPSET, 24)
+ROI_ALIGN_OPSET = 21  # onnxruntime 1.31 has no kernel for the RoiAlign of opset 22
 
 # A simplifier only reorders float32 arithmetic; measured on S: 130 dB and more.
 SIMPLIFIED_SQNR_DB = 110.0
@@ -63,6 +64,8 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     """
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not offered; choose one of {OPSETS.start} to {OPSETS.stop - 1}")
+    if _cuts_out(request) and opset > ROI_ALIGN_OPSET:
+        raise UsageError(f"ONNX Runtime has RoiAlign up to opset {ROI_ALIGN_OPSET}, not for {opset}; leave --opset out")
     tell("rewriting to the deploy form")
     form = deploy_form(model, rules, request.contract.size, any_size=request.contract.any_size)
     module = with_input(form.module, request)
@@ -82,9 +85,13 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
 
 
 def default_opset(request: Request) -> int:
-    """The newest opset whose operators ONNX Runtime has: its RoiAlign, which mask outputs need, ends before 22."""
-    has_masks = any(output.name == "masks" for output in request.outputs)
-    return DECOMPOSED_OPSET if has_masks else ATTENTION_OPSET
+    """The newest opset whose operators ONNX Runtime has."""
+    return DECOMPOSED_OPSET if _cuts_out(request) else ATTENTION_OPSET
+
+
+def _cuts_out(request: Request) -> bool:
+    """Whether the graph has RoiAlign: what gives masks does."""
+    return any(output.name == "masks" for output in request.outputs)
 
 
 def with_input(module: nn.Module, request: Request) -> nn.Module:
@@ -161,18 +168,15 @@ def check_same(before: onnx.ModelProto, after: onnx.ModelProto, request: Request
         )
 
 
-def to_float16(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto:
-    """float16 tensors and weights; float32 inputs, outputs, FLOAT32_OPERATORS and the nodes named in `keep`."""
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """float16 tensors and weights; float32 inputs, outputs and FLOAT32_OPERATORS."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
         with quiet():
             converted: onnx.ModelProto = convert_float_to_float16(
-                model,
-                keep_io_types=True,
-                op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS],
-                node_block_list=list(keep),
+                model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
             )
             OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
     except (ValueError, RuntimeError) as error:

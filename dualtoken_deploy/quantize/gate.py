@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ ENOUGH_DB = 30.0  # metric sqnr: points lost are the dB below this
 QUICK = 24  # held-out inputs for the noise of one layer
 
 Tell = Callable[[str], None]
-RunFolder = Callable[[Path, Array], Array]  # the target's runner over the files in a folder: inputs -> logits
+RunFolder = Callable[[Path, Array], Any]  # the target's runner over the files in a folder: inputs -> what it gives
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,33 @@ class Int8Options:
             raise UsageError(f"a max drop of {self.max_drop} points is outside of 0..100")
 
 
+class Judge(Protocol):
+    """Held-out inputs and what is lost on them, against eager: points of `metric`, and SQNR."""
+
+    @property
+    def held_out(self) -> HeldOut: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    def score(self, outputs: Any, count: int | None = None) -> Score:
+        """Of what the runner gave for the first `count` held-out inputs."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reference:
-    """The eager logits over the held-out inputs, and what is measured against them."""
+    """A classifier's judge: the eager logits over the held-out inputs, and what is measured against them."""
 
     held_out: HeldOut
     logits: Array
     metric: str
 
-    def score(self, logits: Array, count: int | None = None) -> Score:
+    def score(self, outputs: Array, count: int | None = None) -> Score:
         """Of logits over the first `count` held-out inputs."""
         expected = self.logits[:count]
-        sqnr = numerics.compare(expected, logits).sqnr_db
-        return Score(self._drop(expected, logits, sqnr, count), sqnr)
+        sqnr = numerics.compare(expected, outputs).sqnr_db
+        return Score(self._drop(expected, outputs, sqnr, count), sqnr)
 
     def _drop(self, expected: Array, actual: Array, sqnr: float, count: int | None) -> float:
         if self.metric == "sqnr":
@@ -83,7 +97,7 @@ def quantize_within_budget(
     target: str,
     model: onnx.ModelProto,
     calibration: CalibrationSet,
-    reference: Reference,
+    reference: Judge,
     options: Int8Options,
     run: RunFolder,
     folder: Path,
@@ -129,7 +143,7 @@ def _search(
     model: onnx.ModelProto,
     backend: Backend,
     calibration: CalibrationSet,
-    reference: Reference,
+    reference: Judge,
     options: Int8Options,
     run: RunFolder,
     tell: Tell,

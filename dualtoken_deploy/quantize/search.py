@@ -29,7 +29,8 @@ class Unit:
     @property
     def block(self) -> str:
         """The part of the model that it lies in: `stem`, `stage2.block3`, `head`, ..."""
-        parts = self.name.split("/")[0].split(".")
+        name = self.name.removeprefix("model.").removeprefix("backbone.model.")  # of a dense model's classifier
+        parts = name.split("/")[0].split(".")
         return ".".join(parts[:2]) if parts[0].startswith("stage") else parts[0]
 
 

@@ -19,7 +19,7 @@ from dualtoken_deploy.dense_images import boxes_to_model, prepare, resize_map
 from dualtoken_deploy.dense_metrics import IGNORE
 from dualtoken_deploy.detection import anchors
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError
-from dualtoken_deploy.models.heads.eager import interpret
+from dualtoken_deploy.models.heads.eager import interpret_batch
 from dualtoken_deploy.models.heads.registry import create_dense_model, get_head
 from dualtoken_deploy.models.heads.weights import dense_weights_path
 from dualtoken_deploy.models.weights import read_tensors
@@ -161,7 +161,7 @@ class Dense:
         for pixels, indices in checks:
             samples = [self.val_set[i] for i in indices.tolist()]
             outputs = forward(normalise(pixels.float() / 255))
-            found = interpret(outputs, self.config.image_size, [image_size(sample) for sample in samples])
+            found = interpret_batch(outputs, self.config.image_size, [image_size(sample) for sample in samples])
             pairs |= zip(indices.tolist(), zip(samples, found, strict=True), strict=True)
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
