@@ -47,6 +47,7 @@ class NncfQuantizer:
         self._nodes = {n.output[0]: n.name for n in model.graph.node}
         self._input = model.graph.input[0].name
         self._calibration = calibration
+        self._last: tuple[frozenset[str], Any] | None = None
         self.products = replace(self.products, eligible=self.products.eligible & self._integers(model))
 
     def _integers(self, model: onnx.ModelProto) -> frozenset[str]:
@@ -67,11 +68,17 @@ class NncfQuantizer:
         return f"NNCF TRANSFORMER, preset MIXED, overflow fix {'off' if self._safe() else 'on'}"
 
     def quantize(self, in_float: Iterable[str] = ()) -> Any:
-        """The openvino.Model with INT8 in every eligible layer but those `in_float`."""
-        nncf, kept = self._nncf, set(in_float)
-        excluded = [
+        """The openvino.Model with INT8 in every eligible layer but those `in_float`; the last one is kept."""
+        kept = set(in_float)
+        excluded = frozenset(
             self._nodes[v] for v in self.products.macs if v not in self.products.eligible or layer_of(v) in kept
-        ]
+        )
+        if self._last is None or self._last[0] != excluded:
+            self._last = excluded, self._quantize(sorted(excluded))
+        return self._last[1]
+
+    def _quantize(self, excluded: list[str]) -> Any:
+        nncf = self._nncf
         samples = [self._calibration.inputs[i : i + 1] for i in range(len(self._calibration.inputs))]
         fix = nncf.OverflowFix.DISABLE if self._safe() else nncf.OverflowFix.ENABLE
         try:
