@@ -35,6 +35,7 @@ from dualtoken_deploy.quantize.onnx_qdq import (
     read_products,
     without_zero_points,
 )
+from dualtoken_deploy.quantize.openvino_nncf import NncfQuantizer
 from dualtoken_deploy.quantize.ranges import PERCENTILE, collect_ranges, entropy_range, percentile_range
 from dualtoken_deploy.runtimes import load_runner
 
@@ -330,6 +331,42 @@ def test_an_int8_bundle_runs_what_it_promises(int8_bundle: Bundle) -> None:
     assert found.int8_mac_share == pytest.approx(int8_bundle.manifest.measured["int8_mac_share"])
     check_promise(found)
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_nncf_under_the_gate(
+    small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same search with NNCF as its quantizer: what the manifest says is what runs, so the promise holds."""
+    pytest.importorskip("nncf", reason="the extra [quantize] is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = dataclasses.replace(INT8, size=10, quantizer="nncf")
+    bundle = Bundle.open(small_bundle("openvino", "int8", int8=asked))
+    said = bundle.manifest.calibration
+    assert said is not None
+    assert said["quantizer"].startswith("NNCF TRANSFORMER, preset MIXED")
+    assert (said["metric"], said["max_drop"], said["held_out"]["images"]) == ("agreement", 60.0, 360)
+    assert said["drop"] <= 60
+    assert said["search"]["trace"][0]["action"] == "all in INT8"
+    found = inspect_bundle(bundle)
+    assert found.int8_mac_share == pytest.approx(said["planned_int8_mac_share"], abs=0.01)
+    assert found.int8_mac_share > 0.3
+    check_promise(found)
+
+
+def test_nncf_leaves_out_what_it_is_told(
+    small_bundle: Callable[..., Path], graph: onnx.ModelProto, calibration: CalibrationSet, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("nncf", reason="the extra [quantize] is not installed")
+    monkeypatch.setattr(NncfQuantizer, "_integers", lambda self, _: self.products.eligible)  # spares a call of NNCF
+    kept = "stage1.block1.ffn.fc1"
+    save_ir(NncfQuantizer(graph, calibration).quantize([kept]), tmp_path)
+    with load_runner(
+        Bundle(tmp_path, dataclasses.replace(Bundle.open(small_bundle()).manifest, target="openvino")), threads=1
+    ) as runner:
+        nodes = runner.execution().nodes
+    assert nodes.get(f"{kept}/MatMul") != "int8"  # in float it may lie in a joined kernel of another name
+    assert nodes["stage1.block1.ffn.fc2/MatMul"] == "int8"
 
 
 def test_the_search_can_be_drawn(int8_bundle: Bundle, small_bundle: Callable[..., Path], tmp_path: Path) -> None:
