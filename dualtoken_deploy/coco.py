@@ -51,7 +51,7 @@ class CocoImage:
         own = self._objects()
         if any(i.segmentation is None for i in own):
             return None
-        masks = np.array([decode_mask(i.segmentation, self.size) for i in own], bool).reshape(-1, *self.size)
+        masks = np.array([self._mask(i) for i in own], bool).reshape(-1, *self.size)
         return Objects(masks, np.array([i.category for i in own], np.int64))
 
     def label_map(self) -> NDArray[np.uint8]:
@@ -61,11 +61,16 @@ class CocoImage:
         for instance in self.instances:
             if instance.segmentation is None:
                 raise DatasetError(f"{self.path}: annotation {instance.id} has no segmentation to make a label map of")
-            mask = decode_mask(instance.segmentation, self.size)
-            parts.append((mask, IGNORE if instance.crowd else instance.category + 1))
+            parts.append((self._mask(instance), IGNORE if instance.crowd else instance.category + 1))
         for mask, value in sorted(parts, key=lambda part: -int(part[0].sum())):
             out[mask] = value
         return out
+
+    def _mask(self, instance: Instance) -> Mask:
+        try:
+            return decode_mask(instance.segmentation, self.size)
+        except DatasetError as error:
+            raise DatasetError(f"{self.path}: annotation {instance.id}: {error}") from error
 
     def _objects(self) -> list[Instance]:
         return [i for i in self.instances if not i.crowd]
@@ -91,13 +96,13 @@ def open_coco(folder: Path, part: str) -> CocoSet:
         categories = {c["id"]: str(c["name"]) for c in data["categories"]}
         pictures = {p["id"]: (str(p["file_name"]), (int(p["height"]), int(p["width"]))) for p in data["images"]}
         entries = list(data["annotations"])
+        order = {number: i for i, number in enumerate(sorted(categories))}
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             f"{path} is not in COCO's format ({type(error).__name__}: {error}); export it anew"
         ) from error
     if not pictures or not entries:
         raise DatasetError(f"{path} has {len(pictures)} images and {len(entries)} annotations; it needs some of both")
-    order = {number: i for i, number in enumerate(sorted(categories))}
     grouped: dict[Any, list[Instance]] = {number: [] for number in pictures}
     empty = []
     for entry in entries:
@@ -113,7 +118,7 @@ def open_coco(folder: Path, part: str) -> CocoSet:
     if lacking := [image.path for image in images if not image.path.is_file()]:
         raise DatasetError(f"{len(lacking)} of {len(images)} pictures of {path} are not there, first: {lacking[0]}")
     notes = (f"{path}: {len(empty)} annotations with an empty box left out (first: id {empty[0]})",) if empty else ()
-    labels = tuple(categories[number] for number in sorted(categories))
+    labels = tuple(categories[number] for number in order)
     return CocoSet(path, labels, images, hashlib.sha256(text).hexdigest(), notes)
 
 
@@ -141,14 +146,14 @@ def _instance(entry: Any, path: Path, pictures: Mapping[Any, tuple[str, Size]], 
     try:
         picture, category = entry["image_id"], entry["category_id"]
         left, top, width, height = (float(v) for v in entry["bbox"])
-        crowd = bool(entry.get("iscrowd", 0))
+        crowd, listed = bool(entry.get("iscrowd", 0)), (picture in pictures, category in order)
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(
             f"{path}: annotation {number} is empty or not whole (image_id, category_id, bbox of four); mend it"
         ) from error
-    if picture not in pictures:
+    if not listed[0]:
         raise DatasetError(f"{path}: annotation {number} is of image {picture}, which the file does not list")
-    if category not in order:
+    if not listed[1]:
         raise DatasetError(f"{path}: annotation {number} has category {category}, which the file does not list")
     if not all(np.isfinite((left, top, width, height))):
         raise DatasetError(f"{path}: annotation {number} has a box that is no number: {entry['bbox']}")

@@ -180,11 +180,13 @@ def _label_maps(folder: Path, task: str, part: str) -> DenseSet:
 
 def _read_labels(path: Path) -> tuple[str, ...]:
     try:
-        labels = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        labels = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
     except FileNotFoundError as error:
         raise DatasetError(f"no {path}; write the class names there, one a line, that of index 0 first") from error
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is no UTF-8 text; save it as such") from error
+    if "" in labels:
+        raise DatasetError(f"{path} has no name in line {labels.index('') + 1}; each line names the class of its index")
     if not 2 <= len(labels) <= IGNORE:
         raise DatasetError(f"{path} names {len(labels)} classes; a label map has 2 to {IGNORE}")
     return labels

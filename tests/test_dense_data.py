@@ -141,6 +141,7 @@ def note(**changes: Any) -> dict[str, Any]:
         ({"annotations": [note(bbox=[])]}, "annotation 8 is empty or not whole"),
         ({"annotations": [note(bbox=[1, 2, 0, 4])]}, "every one of its 1 annotations has an empty box"),
         ({"annotations": [note(category_id=5)]}, "annotation 8 has category 5, which the file does not list"),
+        ({"annotations": [note(image_id=[4])]}, "annotation 8 is empty or not whole"),
         ({"annotations": [note(image_id=1)]}, "annotation 8 is of image 1, which"), ({"images": None}, "COCO's format"),
         ({"annotations": [note(bbox=[1, 2, float("nan"), 4])]}, "a box that is no number"),
         ({"images": [{"id": 4, "file_name": "no.png", "height": 4, "width": 6}]}, r"names the picture no\.png"),
@@ -161,7 +162,7 @@ def test_annotation_files_that_are_not_whole(tmp_path: Path, changes: dict[str, 
 )  # fmt: skip
 def test_segmentations_that_are_not_whole(tmp_path: Path, segmentation: Any, message: str) -> None:
     data = open_dense(coco(tmp_path, annotations=[note(segmentation=segmentation)]), "detect")
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=rf"4\.png: annotation 8: .*{message}"):
         data[0]
 
 
@@ -226,6 +227,7 @@ def test_a_folder_of_label_maps(tmp_path: Path) -> None:
         (lambda d: (d / "val/masks/1.png").unlink(), r"1 of 2 pictures have no label map, first: no file .*1\.png"),
         (lambda d: (d / "labels.txt").unlink(), r"no .*labels\.txt; write the class names"),
         (lambda d: (d / "labels.txt").write_text("one\n"), "names 1 classes"),
+        (lambda d: (d / "labels.txt").write_text("one\n\ntwo\n"), "no name in line 2"),
         (lambda d: Image.new("L", (5, 4)).save(d / "val/masks/1.png"), r"has 4 x 5 pixels .*, its picture .* 4 x 6"),
         (lambda d: Image.new("L", (6, 4), 3).save(d / "val/masks/1.png"), r"the index 3, but labels\.txt names 3"),
         (lambda d: Image.new("RGB", (6, 4)).save(d / "val/masks/1.png"), "a PNG of mode RGB; a label map is indexed"),

@@ -17,12 +17,10 @@ from dualtoken_deploy import built_in, shapes
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset, open_parts
-from dualtoken_deploy.dense_data import open_dense
 from dualtoken_deploy.errors import DatasetError, OutputError, UsageError, WeightsError
-from dualtoken_deploy.evaluate import evaluate, evaluate_dense
+from dualtoken_deploy.evaluate import evaluate
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
-from dualtoken_deploy.models.heads.weights import describe_dense
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.runtimes import load_runner
@@ -69,29 +67,11 @@ def test_evaluation_needs_labels(small_bundle: Callable[..., Path]) -> None:
 
 
 CLASSIFIERS = {"digits": 224, "shapes": 64}  # with the sides of their images
-DENSE = {"scenes-detect": "retinanet", "scenes-segment": "pspnet"}
 
 
 def test_every_shipped_weights_are_tested_and_small() -> None:
-    assert set(BUILT_IN_WEIGHTS) == {*CLASSIFIERS, *DENSE}
+    assert set(BUILT_IN_WEIGHTS) == set(CLASSIFIERS)
     assert max(path.stat().st_size for path in BUILT_IN_WEIGHTS.values()) <= 10e6
-
-
-@pytest.mark.parametrize("name", sorted(DENSE))
-def test_shipped_dense_weights_say_what_they_are(name: str) -> None:
-    said = describe_dense(name)
-    assert (said.task, said.head, said.variant, said.data) == (name.split("-")[1], DENSE[name], "t-mix", "scenes")
-    beside = json.loads(BUILT_IN_WEIGHTS[name].with_suffix(".json").read_text())
-    assert tuple(beside["labels"]) == said.labels
-    train, val = (open_dense("scenes", said.task, part) for part in ("train", "val"))
-    assert train.labels == said.labels
-    assert beside["data_sha256"] == train.digest + val.digest
-
-
-@pytest.mark.parametrize(("name", "metric"), [("scenes-detect", "ap50"), ("scenes-segment", "miou")])
-def test_shipped_dense_weights_are_as_good_as_they_say(name: str, metric: str) -> None:
-    """On 40 scenes of the held-out part; the whole part's figure is in the JSON beside the weights."""
-    assert evaluate_dense(name, "scenes", limit=40).scores[metric] >= 0.55
 
 
 @pytest.mark.parametrize("name", sorted(CLASSIFIERS))

@@ -339,13 +339,15 @@ def test_a_segmenter_run(head: str, squares: Path, tmp_path: Path) -> None:
 
 def test_an_unreadable_picture_is_named_and_counted(tmp_path: Path) -> None:
     squares = write_sets(tmp_path / "squares", pictures=3)
-    (squares / "train/1.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    for part in ("train", "val"):
+        (squares / part / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
     said: list[str] = []
     config = make_config(task="detect", data=str(squares), epochs=1, **SETTINGS | {"batch_size": 3})
     train(config, tmp_path / "run", said.append)
     assert sum(text.endswith("train/1.png") for text in said) == 1
     header, row = (tmp_path / "run/metrics.csv").read_text().splitlines()
-    assert dict(zip(header.split(","), row.split(","), strict=True))["unreadable"] == "1"
+    figures = dict(zip(header.split(","), row.split(","), strict=True))
+    assert (figures["unreadable"], figures["val_unreadable"]) == ("1", "1")
 
 
 def test_a_loss_that_is_no_number_stops_a_detector(
@@ -419,6 +421,7 @@ def test_defaults_are_the_papers_for_each_task() -> None:
         ({"task": "detect", "augment": "affine"}, "not one of photometric, none"),
         ({"task": "classify", "head": "pspnet"}, "belong to --task detect or segment"),
         ({"task": "detect", "width": 0}, "width must be at least 1"),
+        ({"task": "segment", "width": "wide"}, "width must be at least 1, not wide"),
     ],
 )  # fmt: skip
 def test_bad_recipes(settings: dict[str, Any], message: str) -> None:

@@ -22,8 +22,6 @@ BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
     {
         "digits": _FOLDER / "digits-t-mix.safetensors",
         "shapes": _FOLDER / "shapes-t-mix.safetensors",
-        "scenes-detect": _FOLDER / "scenes-detect-t-mix.safetensors",
-        "scenes-segment": _FOLDER / "scenes-segment-t-mix.safetensors",
     }
 )
 

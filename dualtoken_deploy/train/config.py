@@ -95,7 +95,8 @@ class TrainConfig:
             _need(self.head is None and self.width is None, "a head and a width belong to --task detect or segment")
             return
         _need(self.head is not None, f"task {self.task} needs a head")
-        _need(self.width is None or self.width >= 1, f"width must be at least 1, not {self.width}")
+        whole = self.width is None or (isinstance(self.width, int) and self.width >= 1)
+        _need(whole, f"width must be at least 1, not {self.width}")
         for name in IMAGES_ALONE:
             _need(getattr(self, name) == 0, f"{name} is for classification only; leave it out with --task {self.task}")
 

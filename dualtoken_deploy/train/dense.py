@@ -78,7 +78,7 @@ class DenseImages(Dataset[tuple[Any, ...]]):
 
 
 class CheckImages(Dataset[tuple[Any, ...]]):
-    """(uint8 (3, H, W), index) to be judged; a picture that cannot be decoded raises ImageError."""
+    """(uint8 (3, H, W), index) to be judged; black where the picture cannot be decoded."""
 
     def __init__(self, data: DenseSet, size: tuple[int, int]) -> None:
         self.data, self.size = data, size
@@ -87,7 +87,10 @@ class CheckImages(Dataset[tuple[Any, ...]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return np.ascontiguousarray(prepare(self.data[index].image, self.size)[0].transpose(2, 0, 1)), index
+        sample = read_or_none(self.data, index)
+        if sample is None:
+            return np.zeros((3, *self.size), np.uint8), index
+        return np.ascontiguousarray(prepare(sample.image, self.size)[0].transpose(2, 0, 1)), index
 
 
 def flipped(boxes: Array, width: float) -> NDArray[np.float64]:
@@ -157,17 +160,21 @@ class Dense:
         return by_class + by_box
 
     def judge(self, forward: Callable[[Tensor], Any], checks: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-        pairs: dict[int, Pair] = {}
+        """The task's scores, and how many pictures could not be decoded and were left out of them."""
+        size = self.config.image_size
+        pairs: dict[int, Pair | None] = {}
         for pixels, indices in checks:
-            samples = [self.val_set[i] for i in indices.tolist()]
-            outputs = forward(normalise(pixels.float() / 255))
-            found = interpret_batch(outputs, self.config.image_size, [image_size(sample) for sample in samples])
-            pairs |= zip(indices.tolist(), zip(samples, found, strict=True), strict=True)
+            samples = [read_or_none(self.val_set, i) for i in indices.tolist()]
+            sizes = [size if sample is None else image_size(sample) for sample in samples]
+            found = interpret_batch(forward(normalise(pixels.float() / 255)), size, sizes)
+            for index, sample, answer in zip(indices.tolist(), samples, found, strict=True):
+                pairs[index] = None if sample is None else (sample, answer)
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
             pairs = dict(gather_object(list(pairs.items())))  # the last batch may repeat samples: once is enough
-        return score([pairs[i] for i in sorted(pairs)], self.config.task, len(self.labels))
+        read = [pair for _, pair in sorted(pairs.items(), key=lambda item: item[0]) if pair is not None]
+        return {**score(read, self.config.task, len(self.labels)), "val_unreadable": len(pairs) - len(read)}
 
     def describe(self) -> Mapping[str, Any]:
         width = self.config.width or self.head.width

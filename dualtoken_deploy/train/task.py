@@ -65,7 +65,7 @@ class Task(Protocol):
         ...
 
     def judge(self, forward: Callable[[Tensor], Any], checks: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-        """Figures of a row, over all processes; `forward` takes normalised images in float32."""
+        """Figures of a row, over all processes, `metric` and `shares` among them; `forward` takes normalised images."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
