@@ -14,7 +14,7 @@ from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, check_precision, g
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
 SHARED = {
-    "export": {"__init__", "base", "dense", "naming", "onnx", "openvino_ir"},
+    "export": {"__init__", "base", "naming", "onnx", "onnx_layout", "openvino_ir", "operations"},
     "runtimes": {"__init__", "base", "eager"},
 }
 
