@@ -341,7 +341,8 @@ def test_one_class_only(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs must be at least 1"), ({"lr": math.nan}, "lr must be 0 or more"),
         ({"augment": "magic"}, "not one of randaugment, affine, none"), ({"warmup": 3}, "unknown setting 'warmup'"),
         ({"epochs": 1.5}, "not of the kind"), ({"crop_scale": ("[0.5", "1.0]")}, "not of the kind"),
-        ({"crop_scale": 0.5}, "not of the kind"), ({"augment": 3}, "not of the kind"), ({"crop_scale": (0.9, 0.1)}, "no range"),
+        ({"crop_scale": 0.5}, "not of the kind"), ({"augment": 3}, "not of the kind"),
+        ({"crop_scale": (0.9, 0.1)}, "no range"),
         ({"accumulate": 5}, "not a multiple"), ({"lr": "fast"}, "not of the kind"),
     ],
 )  # fmt: skip
