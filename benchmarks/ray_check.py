@@ -1,9 +1,11 @@
-"""`--engine ray` on this machine: two replicas, the outside clients, a replica killed under load. About two minutes.
+"""`--engine ray` on this machine: two replicas, the outside clients, a replica killed under load. Two minutes or three.
 
-    python benchmarks/ray_check.py BUNDLE [--port 8090]
+    python benchmarks/ray_check.py BUNDLE [--port 8090] [--replicas 2|auto] [--cluster]
 
-Run it with a python that has the extra [ray]. It fails unless every answer with 200 is right, and unless the killed
-replica is replaced and answers again; it prints what it saw as JSON.
+With `auto` the second replica has to come from the load; with `--cluster` a Ray is started first, the server is given
+its address, and that Ray has to live on without the application. Run it with a python that has the extra [ray]. It
+fails unless every answer with 200 is right, and unless the killed replica is replaced and answers again; it prints
+what it saw as JSON.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ import argparse
 import http.client
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +32,8 @@ from dualtoken_deploy import Bundle
 from dualtoken_deploy.serve import protocol
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_SECONDS, RECOVERY_SECONDS, LOAD_SECONDS = 180, 90, 25
+READY_SECONDS, SCALE_SECONDS, RECOVERY_SECONDS, LOAD_SECONDS = 180, 120, 90, 25
+REPLICAS = 2
 ATOL = 1e-4  # eager against the runtime, as measured at export
 
 
@@ -60,7 +67,7 @@ def ask(port: int, body: bytes, header: int) -> tuple[str, np.ndarray | None]:
 
 
 def kill_one_under_load(port: int, bundle: Bundle) -> dict[str, object]:
-    """Clients ask for LOAD_SECONDS; a replica dies after a fifth of that."""
+    """Clients ask until there are REPLICAS and for LOAD_SECONDS; a replica dies after a fifth of that."""
     golden, spec = bundle.golden, bundle.manifest.input.tensor
     size = {"binary_data_size": golden["input"].nbytes}
     given = {"name": spec.name, "datatype": protocol.datatype(spec), "shape": list(golden["input"].shape)}
@@ -77,6 +84,10 @@ def kill_one_under_load(port: int, bundle: Bundle) -> dict[str, object]:
     threads = [threading.Thread(target=client) for _ in range(6)]
     for thread in threads:
         thread.start()
+    began, first = time.monotonic(), len(replicas())
+    while len(replicas()) < REPLICAS and time.monotonic() - began < SCALE_SECONDS:
+        time.sleep(0.2)
+    scaled = time.monotonic() - began
     time.sleep(LOAD_SECONDS / 5)
     before = replicas()
     os.kill(before[0], signal.SIGKILL)
@@ -94,7 +105,9 @@ def kill_one_under_load(port: int, bundle: Bundle) -> dict[str, object]:
         thread.join()
     after = Counter(ask(port, body, len(text))[0] for _ in range(20))
     return {
-        "replicas_before": len(before),
+        "replicas_at_first": first,
+        "replicas_under_load": len(before),
+        "scaled_after_s": round(scaled, 1),
         "codes_under_load": dict(codes),
         "wrong_answers": len(wrong),
         "replaced_after_s": recovered and round(recovered, 1),
@@ -106,12 +119,54 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--port", type=int, default=8090)
+    parser.add_argument("--replicas", default=str(REPLICAS), choices=(str(REPLICAS), "auto"))
+    parser.add_argument("--cluster", action="store_true")
     arguments = parser.parse_args()
-    options = ("--engine", "ray", "--replicas", "2", "--port", str(arguments.port))
+    # a token of this run, so that no other Ray of this machine is met, and nobody else meets this one
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if not arguments.cluster:
+        return check(arguments, None)
+    with cluster() as address:
+        return check(arguments, address)
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray of one node, started as people do, and its address. Ended by its own process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).parent / "ray"
+    options = ("--block", "--include-dashboard", "false", "--node-ip-address", "127.0.0.1")
+    command = [ray, "start", "--head", "--port", str(port), *options]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + READY_SECONDS
+        while not is_up(f"127.0.0.1:{port}"):
+            if time.monotonic() > end or process.poll() is not None:
+                raise SystemExit("no Ray came up")
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def is_up(address: str) -> bool:
+    """Whether a Ray answers, without Serve's application of ours in it; asked in a process of its own."""
+    code = (
+        "import sys, ray; from ray import serve\n"
+        "ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
+        "assert 'dualtoken' not in serve.status().applications\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, address], capture_output=True).returncode == 0
+
+
+def check(arguments: argparse.Namespace, address: str | None) -> int:
+    options = ["--engine", "ray", "--replicas", arguments.replicas, "--port", str(arguments.port)]
+    if address:
+        options += ["--address", address]
     command = [sys.executable, "-m", "dualtoken_deploy", "serve", f"m={arguments.bundle}", *options]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         watchdog = threading.Timer(READY_SECONDS, process.kill)
         watchdog.start()
@@ -133,11 +188,14 @@ def main() -> int:
         found |= kill_one_under_load(arguments.port, Bundle.open(arguments.bundle))
         process.send_signal(signal.SIGTERM)
         found["exit_code"] = process.wait(90)
+        if address:
+            found["cluster_lives_on"] = is_up(address)
     finally:
         process.kill()
         process.wait()
     print(json.dumps(found, indent=1))
     good = found["wrong_answers"] == 0 and found["codes_after"] == {"200": 20} and found["exit_code"] == 0
+    good = good and found["replicas_under_load"] == REPLICAS and found.get("cluster_lives_on", True)
     return 0 if good and found["replaced_after_s"] is not None else 1
 
 

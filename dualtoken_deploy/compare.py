@@ -15,7 +15,7 @@ from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.datasets import match_labels, open_dataset
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.plots import save_figure
-from dualtoken_deploy.runtimes import RunnerOptions, eager, load_runner, why_no_latency
+from dualtoken_deploy.runtimes import RunnerOptions, eager, engine_of, load_runner, why_no_latency
 from dualtoken_deploy.validate import measure, run_over
 
 WORTH_DROP = 0.5  # points: more than this is not worth any speed without being asked for
@@ -47,6 +47,7 @@ class Row:
     against_eager: Ratio | None
     int8_mac_share: float
     verdict: str
+    engine: str | None = None  # what stood in for the target's own runtime, if anything did
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ def compare(
     for i, bundle in enumerate(opened):
         tell(f"running {bundle.name}")
         with load_runner(bundle, None, threads) as runner:
-            logits = run_over(images, bundle.manifest.input, runner)
+            engine, logits = engine_of(runner), run_over(images, bundle.manifest.input, runner)
         numbers = measure(expected, logits)
         top1 = None if truth is None else float((logits.argmax(1) == truth).mean())
         drop = 1 - numbers["top1_agreement"] if top1 is None or eager_top1 is None else eager_top1 - top1
-        found[i] = {"top1": top1, "drop": 100 * drop, "sqnr_db": numbers["sqnr_db"]}
+        found[i] = {"top1": top1, "drop": 100 * drop, "sqnr_db": numbers["sqnr_db"], "engine": engine}
     timed = [b for b in opened if why_no_latency(b) is None]
     report = bench(timed, "eager", threads, None, rounds, seconds, None, tell) if timed else None
     rows = tuple(_row(b, found[i], opened, report, len(images)) for i, b in enumerate(opened))
@@ -134,6 +135,7 @@ def _row(
         against_eager=None if own is None else own.ratio,
         int8_mac_share=manifest.measured.get("int8_mac_share", 0.0),
         verdict=verdict(numbers["drop"], faster, size_ratio, why_no_latency(bundle)),
+        engine=numbers["engine"],
     )
 
 

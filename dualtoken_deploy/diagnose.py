@@ -1,42 +1,73 @@
 """Where a bundle drifts: its values layer by layer against those of the eager model, in the model's own names.
 
-The bundle's values are read by extra outputs. What they are held against is the float graph of the same model, named
-alike, and that graph is itself held against the eager model at the end of every block and at the logits.
+What the bundle's values are held against is a float program of the same model, named alike, and that program is itself
+held against the eager model at the end of every block and at the logits.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx
 import torch
 
 from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle import Bundle, Manifest
 from dualtoken_deploy.datasets import open_dataset
-from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, UsageError
-from dualtoken_deploy.export.base import Request
-from dualtoken_deploy.export.onnx import ATTENTION_OPSET, DECOMPOSED_OPSET, export_onnx
+from dualtoken_deploy.errors import BundleError, ConversionError, UsageError
 from dualtoken_deploy.images import load_batch
+from dualtoken_deploy.insides.base import Insides, Tell
+from dualtoken_deploy.insides.coreml import coreml_insides, probe_coreml
+from dualtoken_deploy.insides.onnx import onnx_insides
 from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.plots import save_figure
-from dualtoken_deploy.probes import Array, Prober, probe_onnx, probe_openvino
+from dualtoken_deploy.probes import probe_onnx, probe_openvino
 from dualtoken_deploy.runtimes import RunnerOptions
+from dualtoken_deploy.runtimes.coreml import ENGINE
 from dualtoken_deploy.runtimes.eager import EagerRunner
+from dualtoken_deploy.targets import W8A8
 
-PROBES: Mapping[str, Callable[[Path, Sequence[str], Array], dict[str, Array]]] = MappingProxyType(
-    {"onnxruntime": probe_onnx, "openvino": probe_openvino}
+
+@dataclass(frozen=True)
+class Look:
+    """How to look into the bundles of a target: the float values, the bundle's own, and what computes the latter if
+    that is not the target's runtime. `thresholds`: dB below which a layer counts as drifted, by precision."""
+
+    expected: Callable[[Bundle, Array, Tell], Insides]
+    actual: Callable[[Bundle, Sequence[str], Array], dict[str, Array]]
+    thresholds: Mapping[str, float]
+    engine: str | None = None
+
+
+# The bundles of this project keep 110, 45 and 12 dB at their worst layer.
+_THRESHOLDS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "int8": 8.0})
+# Core ML's round every tensor to float16: T (mix) with trained weights keeps 33 dB at its worst layer. A fault of a
+# whole layer, a transposed or rescaled weight, leaves less than 3 dB whatever the precision.
+_COREML_THRESHOLDS = MappingProxyType(
+    {
+        "fp32": 80.0,
+        "fp16": 25.0,
+        "int8": 18.0,
+        W8A8: 8.0,
+        "palettized8": 18.0,
+        "palettized6": 10.0,
+        "palettized4": 3.0,
+    }
 )
-# Below it a layer counts as drifted, in dB: the bundles of this project keep 110, 45 and 12 at their worst layer.
-THRESHOLDS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "int8": 8.0})
-MOVES = frozenset({"Reshape", "Transpose", "Split", "Cast", "Squeeze", "Unsqueeze", "Concat", "Slice", "Expand"})
-REFERENCE_DB = 90.0  # the float graph against eager
+LOOKS: Mapping[str, Look] = MappingProxyType(
+    {
+        "onnxruntime": Look(onnx_insides, probe_onnx, _THRESHOLDS),
+        "openvino": Look(onnx_insides, probe_openvino, _THRESHOLDS),
+        "coreml": Look(coreml_insides, probe_coreml, _COREML_THRESHOLDS, ENGINE),
+    }
+)
+REFERENCE_DB = 90.0  # the float program against eager
+LEAST_SEEN = 0.5  # of the values; the bundles of this version have 95 % and more
 DEFAULT_IMAGES = 4
 
 
@@ -62,10 +93,16 @@ class Diagnosis:
     blocks: tuple[Drift, ...]
     first: str | None
     suspect: str | None
-    unseen: int  # values of the float graph that the bundle does not have under their names
+    unseen: int  # values of the float program that the bundle does not have under their names
+    engine: str | None = None  # what stood in for the target's own runtime, if anything did
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; an infinite error, where a value overflowed, is null."""
+        data = asdict(self)
+        for drift in (*data["layers"], *data["blocks"]):
+            if not math.isfinite(drift["max_abs_error"]):
+                drift["max_abs_error"] = None
+        return data
 
 
 def diagnose(
@@ -83,33 +120,37 @@ def diagnose(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     opened.need_classifier("diagnose")
     manifest = opened.manifest
-    if manifest.target not in PROBES:
-        raise UsageError(f"diagnose cannot look into {manifest.target}; it can into {', '.join(PROBES)}")
+    if manifest.target not in LOOKS:
+        raise UsageError(f"diagnose cannot look into {manifest.target}; it can into {', '.join(LOOKS)}")
+    look = LOOKS[manifest.target]
     images = open_dataset("photographs" if data is None else data).limit(limit)
     inputs = load_batch(images.images, manifest.input)
-    graph = float_graph(manifest, tell)
-    kinds = {n.output[0]: n.op_type for n in graph.graph.node if n.op_type not in MOVES}
-    tell("running the float graph")
-    expected = Prober(graph, list(kinds)).run_each(inputs)
-    blocks = _check_reference(manifest, expected, inputs)
+    inside = look.expected(opened, inputs, tell)
+    kinds, expected = inside.kinds, inside.values
+    blocks = _check_reference(manifest, inside, inputs)
     tell("running the bundle")
-    actual = PROBES[manifest.target](opened.path, list(kinds), inputs)
+    actual = look.actual(opened, list(kinds), inputs)
     seen = [name for name in kinds if name in actual and actual[name].size == expected[name].size]
+    if len(seen) < LEAST_SEEN * len(kinds):
+        raise BundleError(
+            f"{opened.path} has {len(seen)} of {len(kinds)} values under the model's names; export it again with this "
+            "version"
+        )
     compared = {name: numerics.compare(expected[name].ravel(), actual[name].ravel()) for name in seen}
-    sources = _sources(graph, set(seen))
+    sources = inside.sources(set(seen))
     layers = []
     for name in seen:
         best = min((compared[s].sqnr_db for s in sources[name]), default=numerics.SQNR_LIMIT_DB)
         found = compared[name]
         layers.append(Drift(name, kinds[name], found.sqnr_db, found.max_abs_error, best - found.sqnr_db))
-    threshold = THRESHOLDS.get(manifest.precision, 80.0) if threshold_db is None else threshold_db
+    threshold = look.thresholds[manifest.precision] if threshold_db is None else threshold_db
     by_name = {layer.name: layer for layer in layers}
     past = [layer for layer in layers if layer.sqnr_db < threshold]
     suspect = max(past, key=_loss).name if past else None
     ends = tuple(replace(by_name[value], name=block) for block, value in blocks.items() if value in by_name)
     return Diagnosis(
         str(opened.path), len(images), threshold, tuple(layers), ends, past[0].name if past else None, suspect,
-        len(kinds) - len(seen),
+        len(kinds) - len(seen), look.engine,
     )  # fmt: skip
 
 
@@ -118,40 +159,8 @@ def _loss(layer: Drift) -> float:
     return min(layer.sqnr_db + layer.lost_db, 60.0) - layer.sqnr_db
 
 
-def float_graph(manifest: Manifest, tell: Callable[[str], None]) -> onnx.ModelProto:
-    """The float32 ONNX graph of a bundle's model, traced anew from its weights, with the names that the bundle has."""
-    opset = ATTENTION_OPSET if manifest.precision == "fp32" else DECOMPOSED_OPSET
-    key = json.dumps(
-        [manifest.variant, dict(manifest.options), dict(manifest.weights), manifest.input.to_json(), opset]
-    )
-    if key not in _GRAPHS:
-        _GRAPHS.clear()  # one at a time: it holds the weights
-        _GRAPHS[key] = _trace(manifest, opset, tell)
-    return _GRAPHS[key]
-
-
-_GRAPHS: dict[str, onnx.ModelProto] = {}  # the last one: several bundles of one model are often diagnosed in a row
-
-
-def _trace(manifest: Manifest, opset: int, tell: Callable[[str], None]) -> onnx.ModelProto:
-    request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
-    return export_onnx(rebuild(manifest), request, DEFAULT_RULES, opset, tell).model
-
-
-def _sources(graph: onnx.ModelProto, seen: set[str]) -> dict[str, set[str]]:
-    """For each value the compared values that it is computed from, through those that are not compared."""
-    found: dict[str, set[str]] = {}
-    for node in graph.graph.node:
-        near: set[str] = set()
-        for name in node.input:
-            near |= {name} if name in seen else found.get(name, set())
-        for name in node.output:
-            found[name] = near
-    return found
-
-
-def _check_reference(manifest: Manifest, values: Mapping[str, Array], inputs: Array) -> dict[str, str]:
-    """Holds the float graph against eager; gives the value that is the end of each block."""
+def _check_reference(manifest: Manifest, inside: Insides, inputs: Array) -> dict[str, str]:
+    """Holds the float program against eager; gives the value that is the end of each block."""
     model = rebuild(manifest)
     ends: dict[str, Array] = {}
 
@@ -173,12 +182,12 @@ def _check_reference(manifest: Manifest, values: Mapping[str, Array], inputs: Ar
     ends["logits"] = logits
     out: dict[str, str] = {}
     for block, end in ends.items():
-        near = [n for n in values if n.startswith(block) and values[n].size == end.size]
-        scored = {n: numerics.compare(end.ravel(), values[n].ravel()).sqnr_db for n in near}
+        near = {n: value for n, value in inside.values.items() if n.startswith(block) and value.size == end.size}
+        scored = {n: numerics.compare(end.ravel(), inside.tokens(v).ravel()).sqnr_db for n, v in near.items()}
         best = max(scored, key=lambda n: scored[n], default=None)
         if best is None or scored[best] < REFERENCE_DB:
             raise ConversionError(
-                f"the float graph differs from eager at {block} ({scored.get(best or '', -300):.0f} dB): nothing can "
+                f"the float program differs from eager at {block} ({scored.get(best or '', -300):.0f} dB): nothing can "
                 "be said of the bundle; report this with the bundle's manifest"
             )
         out[block] = best

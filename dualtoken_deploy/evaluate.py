@@ -19,7 +19,7 @@ from dualtoken_deploy.dense_evaluation import DenseEvaluation, judge
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.numerics import top_k_hits
-from dualtoken_deploy.runtimes import Runner, RunnerOptions, load_runner
+from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.validate import LOAD_AT_ONCE, run_batches
 
@@ -30,7 +30,8 @@ EAGER_BATCH = 16
 class Evaluation:
     """Shares are fractions of 1; `confusion[i][j]` counts pictures of class i that were taken for class j.
 
-    `images_per_s` is that of the model alone, on pictures that are loaded already.
+    `images_per_s` is that of the model alone, on pictures that are loaded already; None where `engine` stood in for the
+    target's own runtime, whose time says nothing of a device.
     """
 
     source: str
@@ -38,9 +39,10 @@ class Evaluation:
     images: int
     top1: float
     top5: float
-    images_per_s: float
+    images_per_s: float | None
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
+    engine: str | None = None
 
     @property
     def per_class(self) -> dict[str, float]:
@@ -75,6 +77,7 @@ def evaluate(
     truth = np.array(match_labels(images, labels))
     logits, seconds = [], 0.0
     with runner as running:
+        engine = engine_of(running)
         for start in range(0, len(images), LOAD_AT_ONCE):
             if progress:
                 progress(f"evaluating {start}/{len(images)}")
@@ -82,7 +85,7 @@ def evaluate(
             began = time.perf_counter()
             logits.append(run_batches(running, contract, inputs))
             seconds += time.perf_counter() - began
-    return _count(source, images, np.concatenate(logits), truth, labels, seconds)
+    return _count(source, images, np.concatenate(logits), truth, labels, seconds, engine)
 
 
 def evaluate_dense(
@@ -137,6 +140,7 @@ def _count(
     truth: NDArray[Any],
     labels: Sequence[str],
     seconds: float,
+    engine: str | None,
 ) -> Evaluation:
     confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
     np.add.at(confusion, (truth, logits.argmax(1)), 1)
@@ -146,9 +150,10 @@ def _count(
         images=len(images),
         top1=top_k_hits(logits, truth, 1) / len(truth),
         top5=top_k_hits(logits, truth, 5) / len(truth),
-        images_per_s=round(len(truth) / seconds, 2),
+        images_per_s=None if engine else round(len(truth) / seconds, 2),
         labels=tuple(labels),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
+        engine=engine,
     )
 
 

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -116,9 +117,17 @@ def preprocess(image: Pixels, contract: InputContract) -> NDArray[Any]:
     cropped = resize_and_crop(image, contract.size, contract.crop_ratio)
     if contract.kind == "image":
         return cropped
-    normalised = (cropped / 255.0 - np.array(contract.mean)) / np.array(contract.std)  # float64, rounded once below
-    out: NDArray[Any] = np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)  # HWC -> CHW
+    out = np.empty((3, *contract.size), np.float32)  # HWC -> CHW
+    for channel, values in enumerate(_normalised(tuple(contract.mean), tuple(contract.std))):
+        np.take(values, cropped[:, :, channel], out=out[channel], mode="clip")  # "raise" would copy; a byte always fits
     return out
+
+
+@lru_cache(maxsize=8)
+def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """(3, 256): what each value of each channel becomes, in float64 and rounded once."""
+    values = (np.arange(256)[:, None] / 255.0 - np.array(mean)) / np.array(std)
+    return np.ascontiguousarray(values.T, dtype=np.float32)
 
 
 def load_batch(sources: Sequence[str | Path | bytes], contract: InputContract) -> NDArray[Any]:
@@ -196,7 +205,7 @@ def _to_rgb(picture: Image.Image, name: str) -> Pixels:
     if picture.mode in ("I", "F", "LAB"):
         raise ImageError(f"{name} holds samples of mode {picture.mode}, whose scale is unknown; save it as 8-bit RGB")
     if not picture.has_transparency_data:
-        return np.array(picture.convert("RGB"))
+        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     # Premultiplied grey is the one mode that Pillow converts in two steps only.
     image = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")

@@ -33,13 +33,13 @@ from dualtoken_deploy.models.registry import (
     weights_sha256,
 )
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
-from dualtoken_deploy.pipeline_int8 import check_executed, write_int8
+from dualtoken_deploy.pipeline_int8 import check_executed, write_int8, write_w8a8
 from dualtoken_deploy.quantize.backends import BACKENDS
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
-from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, Target, check_precision, get_target
+from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, W8A8, Target, check_precision, get_target
 from dualtoken_deploy.validate import measure, run_batches
 
 Tell = Callable[[str], None]
@@ -107,8 +107,9 @@ def export(
     `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it; None: that of the weights, where
     they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor" (normalised
     float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively, what to
-    compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so. `deployment_target`
-    (iOS16, iOS17, iOS18, iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as create_model takes them.
+    compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so, and Core ML's
+    int8-w8a8, where other pictures than the photographs are to calibrate it. `deployment_target` (iOS16, iOS17, iOS18,
+    iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
     is here; elsewhere the result's `state` is "prepared".
@@ -148,7 +149,7 @@ def export(
         raise UsageError(f"an option has a value of the wrong kind ({error}): {options}") from error
     if any_size and not takes_any_size(config):
         raise UsageError(f"{variant} with window attention takes no dynamic image size; give --image-size HxW")
-    if (precision == "int8" and row.name in BACKENDS) != (int8 is not None):
+    if precision != W8A8 and (precision == "int8" and row.name in BACKENDS) != (int8 is not None):
         needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration)"
         raise UsageError(f"{row.name} {precision} {needs}")
     if not 0 <= seed < 2**63:
@@ -173,7 +174,9 @@ def export(
         def draft(artifact: Artifact) -> Manifest:
             return _draft(model, variant, row, request, artifact, weights, seed, command)
 
-        if int8 is not None:
+        if precision == W8A8:
+            manifest = write_w8a8(model, row, request, int8, names, folder, draft, tell)
+        elif int8 is not None:
             manifest = write_int8(model, row, request, int8, names, folder, draft, tell)
         else:
             manifest = draft(run_exporter(row, model, request, folder, tell))
@@ -302,6 +305,7 @@ def _draft(
         command=command,
         state=PREPARED if row.built_by else COMPLETE,
         build=artifact.build,
+        calibration=artifact.calibration,
     )
 
 
@@ -321,12 +325,11 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         execution, engine = runner.execution(), engine_of(runner)
     kinds = {} if checker else kind_precision(execution)
     share, floats = int8_share(draft, execution)
-    if draft.calibration is not None and checker:  # another runtime's kernels say nothing of it; `build` measures it
-        share = draft.calibration["planned_int8_mac_share"]
-    if draft.calibration is not None and not checker:
-        check_executed(
-            draft.calibration["planned_int8_mac_share"], share, floats, f"{draft.variant} for {draft.target}"
-        )
+    searched = None if draft.calibration is None else draft.calibration.get("planned_int8_mac_share")
+    if searched is not None and checker:  # another runtime's kernels say nothing of it; `build` measures it
+        share = searched
+    if searched is not None and not checker:
+        check_executed(searched, share, floats, f"{draft.variant} for {draft.target}")
     numbers = measure(expected, actual)
     golden_size = contract.batch or 1
     golden = [_fill(array, golden_size) for array in (inputs, expected)]
@@ -355,7 +358,7 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
         sqnr_db=round(numbers["sqnr_db"], 1),
         top1_agreement=numbers["top1_agreement"],
         int8_mac_share=share,
-        drop=None if draft.calibration is None else draft.calibration["drop"],
+        drop=None if draft.calibration is None else draft.calibration.get("drop"),
         size_mib=round(bundle.size_bytes / 2**20, 2),
         seconds=0.0,
         warnings=(f"{draft.target}: checked by {engine}",) if engine else (),

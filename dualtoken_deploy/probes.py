@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.numerics import Array
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
@@ -53,19 +52,19 @@ class Prober:
         return {name: np.concatenate([run[name] for run in runs]) for name in self._asked}
 
 
-def probe_onnx(folder: Path, names: Sequence[str], inputs: Array) -> dict[str, Array]:
+def probe_onnx(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[str, Array]:
     """Those of the named values that the bundle's model.onnx has, for inputs given one at a time."""
-    model = onnx.load(folder / "model.onnx")
+    model = onnx.load(bundle.path / "model.onnx")
     present = {value for node in model.graph.node for value in node.output}
     return Prober(model, [name for name in names if name in present]).run_each(inputs)
 
 
-def probe_openvino(folder: Path, names: Sequence[str], inputs: Array) -> dict[str, Array]:
+def probe_openvino(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[str, Array]:
     """Those of the named values that the bundle's model.xml has, for inputs given one at a time."""
     import openvino as ov
 
     core = ov.Core()
-    model = core.read_model(folder / "model.xml")
+    model = core.read_model(bundle.path / "model.xml")
     own = {name for output in model.outputs for name in output.get_names()}
     present = {name for op in model.get_ordered_ops() for output in op.outputs() for name in output.get_names()}
     wanted = [name for name in names if name in present]

@@ -192,9 +192,12 @@ def training_table(result: TrainResult) -> Table:
 
 def evaluation_table(result: Evaluation) -> Table:
     """The whole set in the first row, then each class."""
-    rows = [(f"{result.data}, all {result.images}", share(result.top1), share(result.top5), f"{result.images_per_s:g}")]
+    rows = [
+        (f"{result.data}, all {result.images}", share(result.top1), share(result.top5), _or_dash(result.images_per_s))
+    ]
     rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
-    return table(("class", "top-1", "top-5", "images/s"), rows, result.source)
+    title = f"{result.source} ({result.engine})" if result.engine else result.source
+    return table(("class", "top-1", "top-5", "images/s"), rows, title)
 
 
 def dense_evaluation_table(result: DenseEvaluation) -> Table:
@@ -211,6 +214,8 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
     cells = [(d.name, "end of block", f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", "") for d in found.blocks]
     cells += [(d.name, d.kind, f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", f"{d.lost_db:.1f}") for d in worst]
     title = f"{found.bundle} over {found.images} pictures; {found.unseen} values have no name in it"
+    if found.engine:
+        title += f" ({found.engine})"
     return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
 
 
@@ -235,6 +240,8 @@ def comparison_table(found: Comparison) -> Table:
         for row in found.rows
     ]
     title = f"{found.data}; eager: {share(found.eager_top1)}"
+    engines = {row.engine: row.target for row in found.rows if row.engine}
+    title += "".join(f"; {target}: {engine}" for engine, target in engines.items())
     machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"
     return table(columns, cells, title + machine)
 

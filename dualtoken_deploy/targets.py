@@ -70,6 +70,7 @@ _TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolera
 _TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": Tolerance(sqnr_db=30.0)})
 _TOLERANCES_INT8 = MappingProxyType({**_TOLERANCES, "int8": Tolerance(sqnr_db=3.0, top1_agreement=0.0)})
 
+W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
 DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
 _COREML_TOLERANCES = MappingProxyType(
@@ -77,7 +78,7 @@ _COREML_TOLERANCES = MappingProxyType(
         "fp32": Tolerance(sqnr_db=90.0),
         "fp16": Tolerance(sqnr_db=40.0),
         "int8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
-        "int8-w8a8": Tolerance(sqnr_db=10.0, top1_agreement=0.8),
+        W8A8: Tolerance(sqnr_db=10.0, top1_agreement=0.8),
         "palettized8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
         "palettized6": Tolerance(sqnr_db=15.0, top1_agreement=0.8),
         "palettized4": Tolerance(sqnr_db=3.0, top1_agreement=0.0),

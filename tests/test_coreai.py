@@ -45,6 +45,21 @@ def test_the_saved_asset_computes_what_eager_computes(bundle: Bundle) -> None:
     assert inspection.operators["conv2d"] == 5 + 2 + 1  # stem, Conv Encoder, stage 1's downsampling
 
 
+def test_float16_is_run_to_the_end(store: Path, tiny_variant: None) -> None:
+    """At 96 with three global tokens a side, so that none are resized: the interpreter is slow in float16."""
+    folder = store / "fp16"
+    export(target="coreai", precision="fp16", output=folder, variant="tiny-mix", image_size=96, num_classes=10,
+           global_tokens=3)  # fmt: skip
+    half = Bundle.open(folder)
+    assert half.manifest.measured["photographs"]["sqnr_db"] >= 40
+    assert half.manifest.measured["engine"] == ENGINE
+    assert half.manifest.executed_precision["conv2d"] == "float16 (interpreter)"
+    with load_runner(half) as runner:
+        logits = runner.run({"image": half.golden["input"]})["logits"]
+    assert_close(logits, half.golden["logits"], sqnr_db=40)
+    assert not np.array_equal(logits, half.golden["logits"])  # it is not float32 that ran
+
+
 def test_an_independent_witness_of_the_reference_runner(bundle: Bundle, store: Path) -> None:
     """The same program through Apple's runtime and through ours, on noise and on the edges: at least 110 dB."""
     export(target="coreml", layout="plain", output=store / "mil", **SMALL_224)

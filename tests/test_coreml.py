@@ -15,21 +15,26 @@ import torch
 from dualtoken_deploy import Bundle, load_runner
 from dualtoken_deploy.bench import bench
 from dualtoken_deploy.bundle import sha256
+from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import channel_norm, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import BundleError, InputError, MissingError, UsageError
+from dualtoken_deploy.diagnose import diagnose
+from dualtoken_deploy.errors import BundleError, InputError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.export.apple.activations import measure_ranges
 from dualtoken_deploy.export.apple.compress import palette
+from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.predict import predict
+from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.runtimes import RunnerOptions, eager
 from dualtoken_deploy.runtimes.coreml import ENGINE, MilReferenceRunner
 from dualtoken_deploy.runtimes.mil import MilProgram, load_program
 from dualtoken_deploy.runtimes.mil.program import find_specification
 from dualtoken_deploy.runtimes.mil.vendor import model_proto
 from dualtoken_deploy.runtimes.mil.weights import WeightFile
-from dualtoken_deploy.validate import validate
+from dualtoken_deploy.validate import run_batches, validate
 from tests.conftest import SMALL
 from tests.numerics import assert_close
 
@@ -127,6 +132,27 @@ def test_every_precision_on_the_saved_package(packages: Callable[..., Bundle], p
         assert bundle.size_bytes <= SIZE_LIMITS[precision] * packages("fp16").size_bytes
 
 
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        *((precision, {}) for precision in SQNR_DB),
+        ("fp16", {"layout": "plain"}),
+        ("fp16", {"deployment_target": "iOS16"}),
+    ],
+)
+def test_diagnose_finds_no_suspect_in_a_sound_package(
+    packages: Callable[..., Bundle], precision: str, options: dict[str, Any]
+) -> None:
+    """Faults are planted in test_diagnose_coreml.py."""
+    found = diagnose(packages(precision, **options), limit=2)
+    assert (found.first, found.suspect, found.engine) == (None, None, ENGINE)
+    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage2.block1", "stage3.block1", "logits"]
+    names = {d.name for d in found.layers}
+    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage2.block1.token.broadcast.q", "head.neck"} <= names
+    assert found.unseen == 0
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_compression_for_the_oldest_target(packages: Callable[..., Bundle]) -> None:
     kinds = packages("int8", deployment_target="iOS16").manifest.operators["mil"]
     assert kinds["constexpr_affine_dequantize"] > 20
@@ -142,6 +168,70 @@ def test_activations_are_quantized_before_products_but_the_stem(packages: Callab
     assert fed[:5] == [False] * 5
     assert all(fed[5:])
     assert bundle.manifest.operators["mil"]["quantize"] == bundle.manifest.operators["mil"]["dequantize"]
+
+
+def test_the_manifest_says_what_activations_were_calibrated_on(packages: Callable[..., Bundle]) -> None:
+    photographs = open_dataset("photographs")
+    bundle = packages("int8-w8a8")
+    stem = ["stem_conv1_conv", "stem_conv2_conv", "stem_conv3_conv", "stem_conv4_conv", "stem_proj"]
+    assert bundle.manifest.calibration == {
+        "name": "photographs",
+        "images": len(photographs),
+        "sha256": photographs.digest(contents=True),
+        "method": "minmax",
+        "quantizer": "coremltools linear_symmetric, int8",
+        "in_float": stem,
+    }
+    check_promise(inspect_bundle(bundle))
+    assert packages("int8").manifest.calibration is None
+
+
+def test_own_calibration_pictures_and_the_loss_on_others(packages: Callable[..., Bundle]) -> None:
+    """127 times a scale is the largest value of the tensor over the calibration pictures, in the fp16 package."""
+    options = Int8Options("photographs", size=10, metric="agreement", max_drop=100.0)
+    bundle = packages("int8-w8a8", int8=options)
+    said = bundle.manifest.calibration
+    assert said is not None
+    photographs = open_dataset("photographs")
+    chosen = photographs.limit(10)
+    assert (said["name"], said["images"]) == ("photographs", 10)
+    assert said["sha256"] == chosen.digest(contents=True)
+    assert said["held_out"] == {"name": "photographs", "images": len(photographs) - 10}
+
+    others = load_batch([path for path in photographs.images if path not in chosen.images], bundle.manifest.input)
+    with load_runner(bundle) as own, eager.load(bundle, RunnerOptions()) as reference:
+        best = [run_batches(runner, bundle.manifest.input, others).argmax(1) for runner in (own, reference)]
+    assert said["drop"] == pytest.approx(100 * float((best[0] != best[1]).mean()))
+
+    largest: dict[str, float] = {}
+
+    def observe(name: str, value: Any) -> None:
+        if value.dtype.kind == "f":
+            largest[name] = max(largest.get(name, 0.0), float(np.abs(value).max()))
+
+    plain = MilProgram(load_program(packages("fp16").path / PACKAGE))
+    for image in load_batch(chosen.images, bundle.manifest.input).transpose(0, 3, 1, 2):
+        plain.run({"image": image[None]}, observe)
+    operations = load_program(bundle.path / PACKAGE).operations
+    constants = {op.outputs[0][0]: op.constants["val"] for op in operations if op.kind == "const"}
+    quantizers = [op for op in operations if op.kind == "quantize"]
+    assert len(quantizers) > 20
+    for op in quantizers:
+        scale = float(constants[op.inputs["scale"][0]])
+        assert 127 * scale == pytest.approx(largest[op.inputs["input"][0]], rel=0.01), op.name
+
+
+def test_calibration_that_loses_too_much_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 200 dB as what is enough, every 8-bit bundle loses points."""
+    from dualtoken_deploy import export
+
+    arguments: dict[str, Any] = {**SMALL, "target": "coreml", "precision": "int8-w8a8", "output": tmp_path / "b"}
+    with pytest.raises(UsageError, match="minmax"):
+        export(int8=Int8Options("digits", method="entropy"), **arguments)
+    monkeypatch.setattr("dualtoken_deploy.quantize.gate.ENOUGH_DB", 200.0)
+    with pytest.raises(ToleranceError, match=r"points of sqnr on photographs, the budget is 1: .*--precision int8"):
+        export(int8=Int8Options("photographs", size=10, metric="sqnr", max_drop=1.0), **arguments)
+    assert not (tmp_path / "b").exists()
 
 
 def test_ranges_are_those_of_all_samples(packages: Callable[..., Bundle]) -> None:

@@ -109,7 +109,7 @@ def test_operators_of_a_fixed_size(small_bundle: MakeBundle) -> None:
 
 def test_the_manifest_counts_operators_before_and_after(small_bundle: MakeBundle) -> None:
     bundle = Bundle.open(small_bundle())
-    after = bundle.manifest.operators["simplified"]
+    after = bundle.manifest.operators["laid out"]
     assert after == Counter(n.op_type for n in graph_of(bundle.path).graph.node)
     assert sum(bundle.manifest.operators["exported"].values()) >= sum(after.values())
 
@@ -247,13 +247,23 @@ def test_a_device_that_is_not_here_is_missing_and_no_fallback(small_bundle: Make
 def test_runners_keep_the_protocol(small_bundle: MakeBundle, target: str) -> None:
     with load_runner(small_bundle(target), threads=1) as runner:
         assert isinstance(runner, Runner)
-        assert isinstance(runner, AsyncRunner) == (target == "openvino")
+        assert isinstance(runner, AsyncRunner) == (target == "openvino")  # one thread has no pool
         assert [s.name for s in runner.inputs] == ["image"]
         feed = {"image": np.zeros((1, 64, 64, 3), np.uint8)}
         first = runner.run(feed)["logits"]
         kept = first.copy()
         runner.run({"image": np.full((1, 64, 64, 3), 200, np.uint8)})
         assert (first == kept).all()  # a result is the caller's own and no view of the runtime's memory
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_overlapped_runs_all_run_and_their_errors_arrive(small_bundle: MakeBundle, target: str) -> None:
+    with load_runner(small_bundle(target), threads=2) as runner:
+        assert isinstance(runner, AsyncRunner)
+        runner.run_async({"image": np.zeros((1, 64, 64, 3), np.uint8)}, 5)
+        with pytest.raises(Exception, match=r"(?i)shape|dimension"):
+            runner.run_async({"image": np.zeros((1, 32, 64, 3), np.uint8)}, 3)
+        assert np.isfinite(runner.run({"image": np.zeros((1, 64, 64, 3), np.uint8)})["logits"]).all()
 
 
 def test_openvinos_cache_goes_where_it_was_told(small_bundle: MakeBundle, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from PIL import Image
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.datasets import open_dataset
-from dualtoken_deploy.diagnose import float_graph
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
+from dualtoken_deploy.export.openvino_ir import save_ir, squeeze
+from dualtoken_deploy.insides.onnx import float_graph
 from dualtoken_deploy.inspection import check_promise, inspect_bundle, int8_share
 from dualtoken_deploy.pipeline import make_contract
 from dualtoken_deploy.probes import Prober
@@ -25,7 +27,15 @@ from dualtoken_deploy.quantize import onnx_qdq
 from dualtoken_deploy.quantize.backends import open_backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, make_reference
-from dualtoken_deploy.quantize.onnx_qdq import NEUTRAL, QdqQuantizer, Style, onnxruntime_style, read_products
+from dualtoken_deploy.quantize.onnx_qdq import (
+    NEUTRAL,
+    QdqQuantizer,
+    Style,
+    onnxruntime_style,
+    read_products,
+    without_zero_points,
+)
+from dualtoken_deploy.quantize.openvino_nncf import NncfQuantizer
 from dualtoken_deploy.quantize.ranges import PERCENTILE, collect_ranges, entropy_range, percentile_range
 from dualtoken_deploy.runtimes import load_runner
 
@@ -38,8 +48,6 @@ INT8 = Int8Options("digits", size=16, metric="agreement", max_drop=60.0)  # rand
 @pytest.fixture(scope="module")
 def graph(small_bundle: Callable[..., Path]) -> onnx.ModelProto:
     """The float graph of the small model, attention in its parts."""
-    import dataclasses
-
     manifest = dataclasses.replace(Bundle.open(small_bundle()).manifest, precision="int8")
     return float_graph(manifest, lambda _: None)
 
@@ -212,6 +220,22 @@ def test_macs_are_those_of_torch(graph: onnx.ModelProto) -> None:
     assert read_products(graph).total == pytest.approx(counted, rel=0.04)  # the constant G's MLP is folded away
 
 
+def test_every_attention_is_a_layer_of_its_own_in_the_names_of_the_model(graph: onnx.ModelProto) -> None:
+    """Also in stage 3, where one product makes the queries of both. At 64x64 image tokens are 8x8, 4x4 and 2x2, those
+    of Global Aggregation always 2x2, and G has 7x7; an attention is two products of queries * keys * channels."""
+    found: dict[str, list[int]] = {}
+    for value, macs in read_products(graph).macs.items():
+        if "/attention" in value:
+            found.setdefault(onnx_qdq.layer_of(value), []).append(macs)
+    wanted = {}
+    for stage, (channels, tokens) in enumerate([(48, 64), (96, 16), (192, 4)], 1):
+        wanted[f"stage{stage}.block1.token.aggregate/attention"] = [4 * 4 * channels] * 2
+        wanted[f"stage{stage}.block1.token.broadcast/attention"] = [tokens * 49 * channels] * 2
+    assert found == wanted
+    layers = {onnx_qdq.layer_of(value) for value in read_products(graph).macs}
+    assert {"stage3.block1.token.broadcast.kv", "stage3.block1.token.broadcast.proj"} <= layers
+
+
 @pytest.mark.parametrize(
     ("flags", "unsigned", "reduced"),
     [(["avx2"], True, True), (["avx2", "avx512_vnni"], True, False), (["avx_vnni"], True, False),
@@ -220,6 +244,72 @@ def test_macs_are_those_of_torch(graph: onnx.ModelProto) -> None:
 def test_the_style_follows_the_cpu(flags: list[str], unsigned: bool, reduced: bool) -> None:
     style = onnxruntime_style(flags)
     assert (style.unsigned, style.reduce_range) == (unsigned, reduced)
+
+
+# The files for OpenVINO
+
+
+@pytest.fixture(scope="module")
+def both_irs(
+    graph: onnx.ModelProto, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The IR as OpenVINO saves it, and ours, of one quantized graph."""
+    import openvino as ov
+
+    style = onnxruntime_style()
+    pairs = QdqQuantizer(graph, calibration, Style(style.name, style.unsigned, style.reduce_range, False)).quantize()
+    plain, ours = (tmp_path_factory.mktemp(name) for name in ("plain", "ours"))
+    read = [ov.Core().read_model(without_zero_points(pairs).SerializeToString()) for _ in range(2)]
+    ov.save_model(read[0], plain / "model.xml", compress_to_fp16=False)
+    save_ir(read[1], ours)
+    return plain, ours
+
+
+def test_the_small_ir_computes_the_same_bits_in_the_same_types(
+    both_irs: tuple[Path, Path], calibration: CalibrationSet, small_bundle: Callable[..., Path],
+    graph: onnx.ModelProto,
+) -> None:  # fmt: skip
+    manifest = dataclasses.replace(Bundle.open(small_bundle()).manifest, target="openvino")
+    logits, dtypes = [], []
+    for folder in both_irs:
+        with load_runner(Bundle(folder, manifest), threads=1) as runner:
+            logits.append([runner.run({"image": calibration.inputs[i : i + 1]})["logits"] for i in range(4)])
+            nodes = runner.execution().nodes
+            dtypes.append({name: nodes.get(name) for name in read_products(graph).macs})
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert dtypes[0] == dtypes[1]
+    assert list(dtypes[0].values()).count("int8") > 40
+
+
+def test_the_small_ir_is_small_and_keeps_the_names_of_values(
+    both_irs: tuple[Path, Path], graph: onnx.ModelProto
+) -> None:
+    import openvino as ov
+
+    plain, ours = (len((folder / "model.xml").read_bytes()) for folder in both_irs)
+    assert ours < 0.58 * plain
+    names: list[set[str]] = []
+    for folder in both_irs:
+        model = ov.Core().read_model(folder / "model.xml")
+        names.append({name for op in model.get_ordered_ops() for out in op.outputs() for name in out.get_names()})
+    values = {value for node in graph.graph.node for value in node.output}
+    assert len(values) > 150
+    assert names[0] & values == names[1] & values
+
+
+def test_squeezing_takes_nothing_from_outputs_constants_and_edges() -> None:
+    shape = "<dim>1</dim>"
+    port = f'<port id="0" precision="FP32" names="a/b">{shape}</port>'
+    xml = (
+        f'<net>\n  <layer id="7" name="x" type="Add" version="opset1">\n <data auto_broadcast="numpy" />\n'
+        f'<input>\n <port id="0" precision="FP32">\n {shape}\n </port><port id="1" precision="FP32" />\n</input>'
+        f'<output>{port}</output></layer><edge from-layer="6" from-port="0" to-layer="7" to-port="0" />\n</net>'
+    )
+    assert squeeze(xml.encode()).decode() == (
+        '<net><layer id="7" name="x" type="Add" version="opset1"><data auto_broadcast="numpy"/>'
+        '<input><port id="0"/><port id="1"/></input>'
+        f'<output>{port}</output></layer><edge from-layer="6" from-port="0" to-layer="7" to-port="0"/></net>'
+    )
 
 
 # Whole exports
@@ -243,6 +333,42 @@ def test_an_int8_bundle_runs_what_it_promises(int8_bundle: Bundle) -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_nncf_under_the_gate(
+    small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same search with NNCF as its quantizer: what the manifest says is what runs, so the promise holds."""
+    pytest.importorskip("nncf", reason="the extra [quantize] is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = dataclasses.replace(INT8, size=10, quantizer="nncf")
+    bundle = Bundle.open(small_bundle("openvino", "int8", int8=asked))
+    said = bundle.manifest.calibration
+    assert said is not None
+    assert said["quantizer"].startswith("NNCF TRANSFORMER, preset MIXED")
+    assert (said["metric"], said["max_drop"], said["held_out"]["images"]) == ("agreement", 60.0, 360)
+    assert said["drop"] <= 60
+    assert said["search"]["trace"][0]["action"] == "all in INT8"
+    found = inspect_bundle(bundle)
+    assert found.int8_mac_share == pytest.approx(said["planned_int8_mac_share"], abs=0.01)
+    assert found.int8_mac_share > 0.3
+    check_promise(found)
+
+
+def test_nncf_leaves_out_what_it_is_told(
+    small_bundle: Callable[..., Path], graph: onnx.ModelProto, calibration: CalibrationSet, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("nncf", reason="the extra [quantize] is not installed")
+    monkeypatch.setattr(NncfQuantizer, "_integers", lambda self, _: self.products.eligible)  # spares a call of NNCF
+    kept = "stage1.block1.ffn.fc1"
+    save_ir(NncfQuantizer(graph, calibration).quantize([kept]), tmp_path)
+    with load_runner(
+        Bundle(tmp_path, dataclasses.replace(Bundle.open(small_bundle()).manifest, target="openvino")), threads=1
+    ) as runner:
+        nodes = runner.execution().nodes
+    assert nodes.get(f"{kept}/MatMul") != "int8"  # in float it may lie in a joined kernel of another name
+    assert nodes["stage1.block1.ffn.fc2/MatMul"] == "int8"
+
+
 def test_the_search_can_be_drawn(int8_bundle: Bundle, small_bundle: Callable[..., Path], tmp_path: Path) -> None:
     main(["inspect", str(int8_bundle.path), "--search", str(tmp_path / "s.png")])
     with Image.open(tmp_path / "s.png") as picture:
@@ -253,8 +379,6 @@ def test_the_search_can_be_drawn(int8_bundle: Bundle, small_bundle: Callable[...
 
 
 def test_a_broken_promise_fails(int8_bundle: Bundle) -> None:
-    import dataclasses
-
     found = inspect_bundle(int8_bundle)
     measured = dict(found.manifest.measured) | {"int8_mac_share": 1.0}
     broken = dataclasses.replace(found, manifest=dataclasses.replace(found.manifest, measured=measured),
@@ -268,8 +392,6 @@ def test_a_bias_of_rank_1_would_run_in_float(
     calibration: CalibrationSet,
 ) -> None:  # fmt: skip
     """The trap itself, as onnxruntime's own tool leaves the pairs. Red once it is mended there."""
-    import dataclasses
-
     manifest = Bundle.open(small_bundle("onnxruntime", "int8", int8=INT8)).manifest
     shares = []
     for keep_apart in (True, False):

@@ -45,6 +45,24 @@ def test_tritonclient_works_unchanged(
     assert len(json.loads(done.stdout)["passed"]) == 12
 
 
+def test_the_kserve_sdk_works_unchanged(server: Server, python: Path, small_bundle: Callable[..., Path]) -> None:
+    golden = small_bundle() / "golden.npz"
+    command = [python, CLIENTS / "kserve_check.py", "m", golden, f"{server.host}:{server.port}", server.grpc]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads(done.stdout)["passed"]) == 5
+
+
+def test_the_grpc_server_describes_itself(server: Server, python: Path, small_bundle: Callable[..., Path]) -> None:
+    command = [python, CLIENTS / "reflection_check.py", "m", small_bundle() / "golden.npz", server.grpc]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["services"] == ["grpc.reflection.v1alpha.ServerReflection", "inference.GRPCInferenceService"]
+    methods = ["ModelInfer", "ModelMetadata", "ModelReady", "ServerLive", "ServerMetadata", "ServerReady"]
+    assert found["methods"] == methods
+
+
 def test_schemathesis_finds_no_server_error(server: Server, python: Path, tmp_path: Path) -> None:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [python.parent / "schemathesis", "run", f"{server.addresses['http']}/openapi.json", "--checks", checks]

@@ -229,16 +229,79 @@ def test_a_signal_answers_what_was_admitted_and_exits_with_0(
     assert not any(map(alive, workers))
 
 
-def test_a_drain_has_an_end(start: Callable[..., Server], pool: ThreadPoolExecutor) -> None:
+def test_a_drain_has_an_end_and_says_so(start: Callable[..., Server], pool: ThreadPoolExecutor) -> None:
+    """In hand when it ends: a run over each transport, a body and a message that never come."""
     server = start("--drain-seconds", "0.3")
     (worker,) = server.children
     os.kill(worker, signal.SIGSTOP)
-    late = pool.submit(infer, server)
-    server.wait_for(lambda: in_hand(server) == 1)
-    assert server.stop() == 0
-    assert late.result().code == 503
+    over_http, over_grpc = pool.submit(infer, server), pool.submit(infer_grpc, server)
+    silent = threading.Event()
+    with (
+        socket.create_connection((server.host, server.port), timeout=20) as link,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        link.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 12000\r\n\r\n".encode())
+        call: Any = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        without_message = call.future(iter(lambda: silent.wait() and b"", b""), timeout=20)
+        server.wait_for(lambda: in_hand(server) == 4)
+        assert server.stop() == 0
+        assert read_reply(link).startswith(b"HTTP/1.1 503")
+        cut = [without_message.exception(), over_grpc.exception()]
+        silent.set()
+    assert [error.code() for error in cut] == [grpc.StatusCode.UNAVAILABLE] * 2
+    assert all("shut down before this request was answered" in error.details() for error in cut)
+    late = over_http.result()
+    assert (late.code, "shut down" in late.json["error"]) == (503, True)
     assert not alive(worker)
     assert any(row["event"] == "drain ended before all requests did" for row in server.logs)
+
+
+def keep_alive(server: Server) -> socket.socket:
+    """A connection on which one request was answered."""
+    link = socket.create_connection((server.host, server.port), timeout=20)
+    assert asked(link).startswith(b"HTTP/1.1 200")
+    return link
+
+
+def asked(link: socket.socket) -> bytes:
+    link.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    return read_reply(link)
+
+
+def test_a_connection_that_asks_nothing_is_closed(start: Callable[..., Server]) -> None:
+    server = start("--idle-seconds", "0.2")
+    states: list[grpc.ChannelConnectivity] = []
+    with keep_alive(server) as link, grpc.insecure_channel(server.grpc) as channel:
+        channel.subscribe(states.append)
+        live: Any = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        live(b"", timeout=20)
+        assert link.recv(1) == b""
+        server.wait_for(
+            lambda: grpc.ChannelConnectivity.READY in states and states[-1] == grpc.ChannelConnectivity.IDLE
+        )
+        live(b"", timeout=20)  # the client connects anew and notices nothing
+
+
+def test_a_connection_too_many_takes_the_place_of_the_quietest(start: Callable[..., Server]) -> None:
+    server = start("--connections", "3")
+    first, second, third = (keep_alive(server) for _ in range(3))
+    assert asked(first).startswith(b"HTTP/1.1 200")  # the second is the quietest now
+    fourth = keep_alive(server)
+    assert second.recv(1) == b""
+    for link in (first, third, fourth):
+        assert asked(link).startswith(b"HTTP/1.1 200")
+        link.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode())
+        assert link.recv(99).startswith(b"HTTP/1.1 100")  # in hand, and not to be closed for anybody
+    with socket.create_connection((server.host, server.port), timeout=20) as fifth:
+        answer = asked(fifth).lower()
+    assert answer.startswith(b"http/1.1 503")
+    assert b"retry-after: 1\r\n" in answer
+    for link in (first, third, fourth):
+        link.sendall(b"{} is bad")
+        assert read_reply(link).startswith(b"HTTP/1.1 400")
+    keep_alive(server).close()
+    for link in (first, second, third, fourth):
+        link.close()
 
 
 def test_workers_end_with_a_server_that_is_killed(start: Callable[..., Server]) -> None:

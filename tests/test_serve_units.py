@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.errors import InputError, MissingError, UsageError
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate, key_fits
 from dualtoken_deploy.serve.batcher import Batcher
 from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
 from dualtoken_deploy.serve.multipart import picture_of
 from dualtoken_deploy.serve.pool import WorkerDied
+from dualtoken_deploy.serve.ray import check_reachable
 from dualtoken_deploy.serve.repository import _version_order
 from dualtoken_deploy.serve.settings import Settings, Source, parse_sources, read_api_key
 
@@ -121,6 +123,28 @@ def test_a_gate_counts_and_closes() -> None:
         await asyncio.wait_for(gate.drained(), 1)
         with pytest.raises(Unavailable), gate.admit():
             pass
+
+    asyncio.run(go())
+
+
+def test_a_gate_that_is_cut_turns_those_inside_away() -> None:
+    async def go() -> None:
+        gate, refused = Gate("m", 2), []
+
+        async def wait_for_ever() -> None:
+            try:
+                with gate.admit():
+                    await asyncio.Event().wait()
+            except Unavailable as error:
+                refused.append(str(error))
+
+        tasks = [asyncio.create_task(wait_for_ever()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert gate.inside == 2
+        gate.cut()
+        await asyncio.wait_for(gate.drained(), 1)
+        await asyncio.gather(*tasks)  # none is left cancelled
+        assert refused == ["m shut down before this request was answered; ask another server"] * 2
 
     asyncio.run(go())
 
@@ -276,3 +300,14 @@ def test_closing_refuses_what_waits() -> None:
         assert {type(r) for r in results} == {Unavailable}
 
     batching(body, merge_rows=1)
+
+
+def test_an_address_where_no_ray_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        check_reachable(address)
+    with pytest.raises(MissingError, match=f"no Ray at {address} .*; start one: ray start --head") as caught:
+        check_reachable(address)
+    assert caught.value.exit_code == 3
+    for left_to_ray in ("auto", "local", "ray://127.0.0.1:1", "127.0.0.1:99999"):
+        check_reachable(left_to_ray)

@@ -13,7 +13,10 @@ from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, check_precision, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
-SHARED = {"export": {"__init__", "base", "operations", "naming", "onnx"}, "runtimes": {"__init__", "base", "eager"}}
+SHARED = {
+    "export": {"__init__", "base", "naming", "onnx", "onnx_layout", "openvino_ir", "operations"},
+    "runtimes": {"__init__", "base", "eager"},
+}
 
 
 @pytest.mark.parametrize("folder", SHARED)

@@ -23,13 +23,20 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.export import Artifact, Request
+from dualtoken_deploy.export.onnx import export_onnx
+from dualtoken_deploy.export.tensorrt import OPSET, RULES, type_onnx
 from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.inspection import check_promise, inspect_bundle
+from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.nvidia.engine import Host, doubts, obstacles
 from dualtoken_deploy.nvidia.inspector import read_layers
+from dualtoken_deploy.pipeline import make_contract
+from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.quantize.onnx_qdq import NEUTRAL, QdqQuantizer
 from dualtoken_deploy.runtimes import Runner, RunnerOptions
 from dualtoken_deploy.runtimes.eager import load as load_eager
+from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets import Target
 from tests.conftest import SMALL
 from tests.fake_nvidia import Device, plugged_in
@@ -46,8 +53,10 @@ DATA = Path(__file__).parent / "data"
 # Measured 126 dB (fp32) and 64 dB (fp16) on the small model; the gates of the target are 100 and 45.
 SQNR_DB = {"fp32": 110.0, "fp16": 48.0}
 
+INT8 = Int8Options("random", size=10, metric="sqnr", max_drop=15)
 GRAPHS: list[dict[str, Any]] = [
     {},
+    {"precision": "int8", "int8": INT8},
     {"precision": "fp16"},
     {"precision": "fp16", "batch": "dynamic"},
     {
@@ -59,7 +68,9 @@ GRAPHS: list[dict[str, Any]] = [
         "local_attention": "window",
         "downsampling": "onestep",
     },
+    *({"variant": v, "precision": p} for v in ("tiny-lightvit", "tiny-dualformer") for p in ("fp32", "fp16", "int8")),
 ]
+COMPARISONS = ("GreaterOrEqual", "Less")  # DualFormer's sides of hyperplanes and its empty groups
 
 
 def graph_of(folder: Path) -> onnx.ModelProto:
@@ -82,6 +93,29 @@ def prepared_only() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def typed_graph(small_bundle: MakeBundle) -> Callable[[dict[str, Any]], onnx.ModelProto]:
+    """The typed ONNX of a row of GRAPHS: of a bundle, or made as one is for the other families of models."""
+    sources: dict[str, onnx.ModelProto] = {}
+    contract = make_contract("image", (64, 64), 1)
+
+    def make(options: dict[str, Any]) -> onnx.ModelProto:
+        if "variant" not in options:
+            return graph_of(small_bundle("tensorrt", **options))
+        variant, precision = options["variant"], options["precision"]
+        if variant not in sources:
+            request = Request("fp32", contract, (TensorSpec("logits", "float32", "NC", (1, 10)),), None, {})
+            model = random_model(variant, 0, image_size=(64, 64), num_classes=10)
+            sources[variant] = export_onnx(model, request, RULES, OPSET, lambda _: None).model
+        source = sources[variant]
+        if precision == "int8":
+            noise = np.random.default_rng(6).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+            source = QdqQuantizer(source, CalibrationSet.of_arrays("noise", noise, contract), NEUTRAL).quantize()
+        return type_onnx(source, precision)
+
+    return make
+
+
 # --- prepare ---
 
 
@@ -101,11 +135,14 @@ def test_the_prepared_file_computes_what_eager_computes(small_bundle: MakeBundle
 
 
 @pytest.mark.parametrize("options", GRAPHS, ids=str)
-def test_the_parser_takes_every_operator_type_and_attribute(small_bundle: MakeBundle, options: dict[str, Any]) -> None:
+def test_the_parser_takes_every_operator_type_and_attribute(
+    typed_graph: Callable[[dict[str, Any]], onnx.ModelProto], options: dict[str, Any]
+) -> None:
     """Each node against its row of onnx-tensorrt's list: the operator, the type it computes in, the restriction."""
     listed = json.loads((DATA / "onnx_tensorrt_operators.json").read_text())
-    model = graph_of(small_bundle("tensorrt", **options))
+    model = typed_graph(options)
     dtypes, constants = types_of(model), {t.name for t in model.graph.initializer}
+    zeros = {t.name for t in model.graph.initializer if not onnx.numpy_helper.to_array(t).any()}
     assert [(o.domain, o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")] == [("", 20)]
     for node in model.graph.node:
         assert node.domain == "", node.name
@@ -115,25 +152,30 @@ def test_the_parser_takes_every_operator_type_and_attribute(small_bundle: MakeBu
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert set(attributes.get("dilations", [1])) == {1} or node.op_type == "Conv"
         assert len(node.output) == 1 or node.op_type == "Split", node.name
-        if node.op_type == "ReduceMean":
+        if node.op_type in ("ReduceMean", "ReduceSum"):
             assert node.input[1] in constants
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert {node.input[1]} <= constants
+            assert set(node.input[2:]) <= zeros, node.name
         if node.op_type == "Gelu":
             assert attributes.get("approximate", b"none") == b"none"
 
 
-def test_the_documented_table_has_every_operator(small_bundle: MakeBundle) -> None:
+def test_the_documented_table_has_every_operator(typed_graph: Callable[[dict[str, Any]], onnx.ModelProto]) -> None:
     text = (DATA.parent.parent / "docs" / "tensorrt.md").read_text()
     table = text[text.index("| operator | types in our graphs") :].split("\n\n")[0]
     documented = {name.strip() for row in table.splitlines()[2:] for name in row.split("|")[1].split(",")}
     listed = json.loads((DATA / "onnx_tensorrt_operators.json").read_text())["operators"]
-    used = {n.op_type for options in GRAPHS for n in graph_of(small_bundle("tensorrt", **options)).graph.node}
+    used = {n.op_type for options in GRAPHS for n in typed_graph(options).graph.node}
     assert used <= documented <= set(listed)
 
 
 @pytest.mark.parametrize("options", GRAPHS, ids=str)
-def test_no_integer_is_computed(small_bundle: MakeBundle, options: dict[str, Any]) -> None:
-    """int64 is left in the constants that say shapes and axes; uint8 in the picture and its cast."""
-    model = graph_of(small_bundle("tensorrt", **options))
+def test_no_integer_is_computed(
+    typed_graph: Callable[[dict[str, Any]], onnx.ModelProto], options: dict[str, Any]
+) -> None:
+    """int64 is left in the constants that say shapes and axes; uint8 in the picture and its cast; int8 in pairs."""
+    model = typed_graph(options)
     dtypes, constants = types_of(model), {t.name for t in model.graph.initializer}
     for node in model.graph.node:
         for name in filter(None, node.input):
@@ -141,7 +183,12 @@ def test_no_integer_is_computed(small_bundle: MakeBundle, options: dict[str, Any
                 assert name in constants, f"{node.name} reads a computed int64"
             elif dtypes[name] == "uint8":
                 assert (node.op_type, name) == ("Cast", "image")
-        assert all(dtypes[o].startswith("float") for o in node.output), node.name
+            elif dtypes[name] == "int8":
+                assert node.op_type in ("QuantizeLinear", "DequantizeLinear"), node.name
+            elif dtypes[name] == "bool":
+                assert node.op_type == "Cast", node.name
+        made = {"QuantizeLinear": "int8", **dict.fromkeys(COMPARISONS, "bool")}.get(node.op_type, "float")
+        assert all(dtypes[o].startswith(made) for o in node.output), node.name
 
 
 def test_float16_but_for_softmax_normalisation_and_the_border(small_bundle: MakeBundle) -> None:
@@ -183,8 +230,6 @@ def test_an_opset_that_10_3_does_not_parse_is_refused() -> None:
 def test_a_quantized_source_keeps_its_pairs(small_bundle: MakeBundle, tmp_path: Path) -> None:
     """The way in for INT8: a Q/DQ ONNX (S8/S8 symmetric, made here by ONNX Runtime) becomes int8 around float16."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    from dualtoken_deploy.export.tensorrt import type_onnx
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -270,8 +315,7 @@ def test_int8_is_prepared_within_its_budget_and_built(
 ) -> None:
     """Quantized, searched and measured on the CPU on the file that is built; the fake engine runs all of it in INT8."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    options = Int8Options("random", size=10, metric="sqnr", max_drop=15)
-    shutil.copytree(small_bundle("tensorrt", "int8", int8=options), tmp_path / "bundle")
+    shutil.copytree(small_bundle("tensorrt", "int8", int8=INT8), tmp_path / "bundle")
     manifest = Bundle.open(tmp_path / "bundle").manifest
     assert manifest.calibration is not None
     planned = manifest.calibration["planned_int8_mac_share"]

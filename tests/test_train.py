@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -80,6 +81,17 @@ def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
     assert info["labels"] == list(COLOURS)
     assert info["metrics"]["top1"] == 1.0
     assert (info["train_images"], info["val_images"]) == (24, 12)
+
+
+def test_tensorboard_reads_the_numbers_of_the_table(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in set(rows[0]) - {"epoch"}:
+        seen = {e.step: e.value for e in events.Scalars(name)}
+        assert seen == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-5), name
 
 
 def test_the_best_weights_give_the_accuracy_that_the_run_reports(finished: Path, colours: Path) -> None:
@@ -328,7 +340,9 @@ def test_one_class_only(tmp_path: Path) -> None:
     [
         ({"epochs": 0}, "epochs must be at least 1"), ({"lr": math.nan}, "lr must be 0 or more"),
         ({"augment": "magic"}, "not one of randaugment, affine, none"), ({"warmup": 3}, "unknown setting 'warmup'"),
-        ({"epochs": 1.5}, "not of the kind"), ({"crop_scale": (0.9, 0.1)}, "no range"),
+        ({"epochs": 1.5}, "not of the kind"), ({"crop_scale": ("[0.5", "1.0]")}, "not of the kind"),
+        ({"crop_scale": 0.5}, "not of the kind"), ({"augment": 3}, "not of the kind"),
+        ({"crop_scale": (0.9, 0.1)}, "no range"),
         ({"accumulate": 5}, "not a multiple"), ({"lr": "fast"}, "not of the kind"),
     ],
 )  # fmt: skip

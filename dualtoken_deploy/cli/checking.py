@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,9 @@ from dualtoken_deploy.cli.common import (
     write_text,
 )
 from dualtoken_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from dualtoken_deploy.inspection import Inspection
 
 
 def validate(
@@ -115,11 +119,12 @@ def inspect(
 
     inspection = inspect_bundle(bundle, device)
     if search is not None:
-        if inspection.manifest.calibration is None:
+        calibration = inspection.manifest.calibration or {}
+        if "search" not in calibration:
             raise UsageError(f"{bundle} is no INT8 bundle with a search behind it")
         from dualtoken_deploy.plots import plot_search
 
-        plot_search(inspection.manifest.calibration, search)
+        plot_search(calibration, search)
     show(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
     if not json_output:
         contract = inspection.manifest.input
@@ -127,15 +132,20 @@ def inspect(
         print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
         print(f"weights: {inspection.manifest.weights['source']}")
         if inspection.manifest.calibration is not None:
-            said = inspection.manifest.calibration
-            floats = ", ".join(said["in_float"]) or "none"
-            print(
-                f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}"
-            )
-            print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
+            _print_calibration(inspection, inspection.manifest.calibration)
     for note in inspection.notes:
         say(f"note: {note}")
     check_promise(inspection)
+
+
+def _print_calibration(inspection: Inspection, said: Mapping[str, Any]) -> None:
+    floats = ", ".join(said["in_float"]) or "none"
+    print(f"calibrated on {said['name']}, {said['images']} images, {said['method']}")
+    if "search" in said:
+        print(f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}")
+        print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
+    else:
+        print(f"INT8 inputs for every convolution and linear layer but: {floats}")
 
 
 def bench(

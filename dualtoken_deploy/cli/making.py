@@ -149,7 +149,7 @@ def export(
     option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     calibration: Annotated[
-        str | None, typer.Option(help="int8: folder, or digits, shapes, photographs; `random` only to try the path.")
+        str | None, typer.Option(help="int8, int8-w8a8: folder, or digits, shapes, photographs; `random` only to try.")
     ] = None,
     calibration_size: Annotated[int, typer.Option(min=1, help="int8: images that ranges are taken from.")] = 300,
     calibrator: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",

@@ -76,3 +76,15 @@ def project_values(weight: Tensor, bias: Tensor, projection: Tensor, heads: int)
     blocks = zip(projection.chunk(heads, dim=1), weight.chunk(heads), bias.chunk(heads), strict=True)
     projected = [(p @ v, p @ c) for p, v, c in blocks]
     return torch.cat([v for v, _ in projected]), torch.cat([c for _, c in projected])
+
+
+def pooled_kernel(weight: Tensor) -> Tensor:
+    """The 4x4 kernel that with stride 2 does what a 3x3 one and an average over 2x2 do: the mean of its four shifts.
+
+    `weight` (out, in, 3, 3) -> (out, in, 4, 4). With padding 1 both see the same zeros at the border.
+    """
+    kernel = weight.new_zeros(*weight.shape[:2], 4, 4)
+    for down in (0, 1):
+        for right in (0, 1):
+            kernel[:, :, down : down + 3, right : right + 3] += weight / 4
+    return kernel

@@ -142,11 +142,12 @@ class AneStem(nn.Module):
 
     def __init__(self, stem: layers.Stem, _: bool) -> None:
         super().__init__()
-        self.convs = nn.Sequential(stem.conv1, stem.conv2, stem.conv3, stem.conv4, stem.proj)
-        self.norm = stem.norm
+        self.conv1, self.conv2, self.conv3, self.conv4 = stem.conv1, stem.conv2, stem.conv3, stem.conv4
+        self.proj, self.norm = stem.proj, stem.norm
 
     def forward(self, image: Tensor) -> Tensor:
-        out: Tensor = self.norm(to_tokens(self.convs(image)))
+        x = self.conv4(self.conv3(self.conv2(self.conv1(image))))
+        out: Tensor = self.norm(to_tokens(self.proj(x)))
         return out
 
 
@@ -190,16 +191,16 @@ class AneWindowAttention(nn.Module):
 
 
 class AneDownsample(nn.Module):
-    """Downsample: halvings of both sides, convolutions between them."""
+    """FoldedDownsample: an average, then convolutions of stride 2."""
 
-    def __init__(self, source: vit.Downsample, _: bool) -> None:
+    def __init__(self, source: forms.FoldedDownsample, _: bool) -> None:
         super().__init__()
-        self.convs = source.convs
+        self.pool, self.convs = source.pool, source.convs
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = F.avg_pool2d(to_map(x, grid), kernel_size=2, stride=2)
+        x = self.pool(to_map(x, grid))
         for conv in self.convs:
-            x = F.avg_pool2d(conv(x), kernel_size=2, stride=2)
+            x = conv(x)
         return to_tokens(x)
 
 
@@ -238,21 +239,44 @@ class AneBroadcast(nn.Module):
         return out
 
 
+class AneJoinedAggregation(nn.Module):
+    """JoinedAggregation over (B, C, 1, S)."""
+
+    def __init__(self, source: forms.JoinedAggregation, whole: bool) -> None:
+        super().__init__()
+        self.heads, self.scale, self.whole = source.heads, source.scale, whole
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.heads, self.scale, self.whole)
+
+
+class AneJoinedBroadcast(nn.Module):
+    """JoinedBroadcast: (B, C, 1, S), (B, C, 1, n) -> (B, C, 1, S)."""
+
+    def __init__(self, source: forms.JoinedBroadcast, whole: bool) -> None:
+        super().__init__()
+        self.heads, self.scale, self.whole = source.heads, source.scale, whole
+        self.kv, self.proj = source.kv, source.proj
+
+    def forward(self, q: Tensor, g_new: Tensor) -> Tensor:
+        k, v = self.kv(g_new).chunk(2, dim=1)
+        out: Tensor = self.proj(attention(q, k, v, self.heads, self.scale, self.whole))
+        return out
+
+
 class AneJoinedTokenModule(nn.Module):
     """JoinedTokenModule over (B, C, 1, S)."""
 
-    def __init__(self, source: forms.JoinedTokenModule, whole: bool) -> None:
+    def __init__(self, source: forms.JoinedTokenModule, _: bool) -> None:
         super().__init__()
-        self.heads, self.scales, self.whole = source.heads, source.scales, whole
-        self.norm, self.qkvq, self.resize = source.norm, source.qkvq, source.resize
-        self.fuse, self.kv, self.proj = source.fuse, source.kv, source.proj
+        self.norm, self.qkvq, self.resize, self.fuse = source.norm, source.qkvq, source.resize, source.fuse
+        self.aggregate, self.broadcast = source.aggregate, source.broadcast  # replaced by themselves
 
     def forward(self, x_local: Tensor, g: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
         q, k, v, q_image = self.qkvq(self.norm(x_local)).chunk(4, dim=1)
-        x_ga = self.resize(attention(q, k, v, self.heads, self.scales[0], self.whole), grid)
+        x_ga = self.resize(self.aggregate(q, k, v), grid)
         g_new = x_ga if self.fuse is None else self.fuse(g, x_ga)
-        k, v = self.kv(g_new).chunk(2, dim=1)
-        return self.proj(attention(q_image, k, v, self.heads, self.scales[1], self.whole)), g_new
+        return self.broadcast(q_image, g_new), g_new
 
 
 class AneMatrixResize(nn.Module):
@@ -361,11 +385,13 @@ REPLACEMENTS: MappingProxyType[type[nn.Module], Callable[[Any, bool], nn.Module]
         layers.Stem: AneStem,
         vit.ConvEncoder: AneConvEncoder,
         vit.WindowAttention: AneWindowAttention,
-        vit.Downsample: AneDownsample,
+        forms.FoldedDownsample: AneDownsample,
         vit.OneStepDownsample: AneOneStepDownsample,
         vit.GlobalAggregation: AneAggregation,
         vit.GlobalBroadcast: AneBroadcast,
         forms.JoinedTokenModule: AneJoinedTokenModule,
+        forms.JoinedAggregation: AneJoinedAggregation,
+        forms.JoinedBroadcast: AneJoinedBroadcast,
         forms.MatrixResize: AneMatrixResize,
         vit.MixMlp: AneMixMlp,
         forms.ConstantTokens: AneConstantTokens,
@@ -375,4 +401,11 @@ REPLACEMENTS: MappingProxyType[type[nn.Module], Callable[[Any, bool], nn.Module]
     }
 )
 # Modules that the default rules take away, and that have no form here.
-UNFOLDED = (layers.BiDimAttention, layers.PatchMerge, vit.TokenResize, vit.Fuse, forms.ProjectedBroadcast)
+UNFOLDED = (
+    layers.BiDimAttention,
+    layers.PatchMerge,
+    vit.TokenResize,
+    vit.Fuse,
+    vit.Downsample,
+    forms.ProjectedBroadcast,
+)

@@ -47,6 +47,21 @@ class SplitBiDim(nn.Module):
         return x * c_attn * s_attn
 
 
+class FoldedDownsample(nn.Module):
+    """Downsample with each convolution and the average after it in one. (B, N, C) -> (B, N/4^(convs+1), C)."""
+
+    def __init__(self, pool: nn.Module, convs: list[nn.Conv2d]) -> None:
+        super().__init__()
+        self.pool = pool
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = self.pool(to_map(x, grid))
+        for conv in self.convs:
+            x = conv(x)
+        return to_tokens(x)
+
+
 class ReshapeMerge(nn.Module):
     """PatchMerge with space-to-depth as one reshape, a transpose and a reshape. (B, H*W, C) -> (B, H/2 * W/2, C')."""
 
@@ -133,24 +148,51 @@ class NoResize(nn.Module):
         return x_ga
 
 
-class JoinedTokenModule(nn.Module):
-    """PositionAwareTokenModule without downsampling: one product for both attentions' q and for k, v."""
+class JoinedAggregation(nn.Module):
+    """GlobalAggregation behind its product. (B, N, C) three times -> (B, N, C)."""
 
-    def __init__(self, norm: nn.Module, qkvq: nn.Linear, heads: int, scales: tuple[float, float], resize: nn.Module,
-                 fuse: nn.Module | None, kv: nn.Linear, proj: nn.Linear) -> None:  # fmt: skip
+    def __init__(self, heads: int, scale: float) -> None:
         super().__init__()
-        self.heads, self.scales = heads, scales
-        self.norm, self.qkvq, self.resize, self.fuse, self.kv, self.proj = norm, qkvq, resize, fuse, kv, proj
+        self.heads, self.scale = heads, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))  # (B, heads, N, d)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+
+class JoinedBroadcast(nn.Module):
+    """GlobalBroadcast whose queries are made already. (B, N, C), (B, n*n, C) -> (B, N, C)."""
+
+    def __init__(self, kv: nn.Linear, proj: nn.Linear, heads: int, scale: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, scale
+        self.kv, self.proj = kv, proj
+
+    def forward(self, q: Tensor, g_new: Tensor) -> Tensor:
+        q = split_heads(q, self.heads)  # (B, heads, N, d)
+        k, v = (split_heads(t, self.heads) for t in self.kv(g_new).chunk(2, dim=-1))  # (B, heads, n*n, d)
+        out: Tensor = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        return out
+
+
+class JoinedTokenModule(nn.Module):
+    """PositionAwareTokenModule without downsampling: one product for both attentions' q and for k, v.
+
+    The attentions are modules of their own with the names that they have in the model, since exported layers are named
+    after modules.
+    """
+
+    def __init__(self, norm: nn.Module, qkvq: nn.Linear, aggregate: JoinedAggregation, resize: nn.Module,
+                 fuse: nn.Module | None, broadcast: JoinedBroadcast) -> None:  # fmt: skip
+        super().__init__()
+        self.norm, self.qkvq, self.resize, self.fuse = norm, qkvq, resize, fuse
+        self.aggregate, self.broadcast = aggregate, broadcast
 
     def forward(self, x_local: Tensor, g: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-        joined = self.qkvq(self.norm(x_local)).chunk(4, dim=-1)
-        q, k, v, q_image = (split_heads(t, self.heads) for t in joined)  # (B, heads, N, d)
-        x_ga = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scales[0]))
-        x_ga = self.resize(x_ga, grid)  # (B, n*n, C)
+        q, k, v, q_image = self.qkvq(self.norm(x_local)).chunk(4, dim=-1)  # (B, N, C)
+        x_ga = self.resize(self.aggregate(q, k, v), grid)  # (B, n*n, C)
         g_new = x_ga if self.fuse is None else self.fuse(g, x_ga)
-        k, v = (split_heads(t, self.heads) for t in self.kv(g_new).chunk(2, dim=-1))  # (B, heads, n*n, d)
-        z = merge_heads(F.scaled_dot_product_attention(q_image, k, v, scale=self.scales[1]))
-        return self.proj(z), g_new
+        return self.broadcast(q_image, g_new), g_new
 
 
 class ProjectedBroadcast(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from torch import nn
 
 from dualtoken_deploy.bundle import CLASSIFY
@@ -22,10 +23,20 @@ Tell = Callable[[str], None]  # is told what happens now, for a progress display
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Inputs that activation ranges are taken from, (N, ...) in the contract's own form; `said`: what the manifest is
+    to say of them."""
+
+    inputs: NDArray[Any]
+    said: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
     do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
-    those of the target's own (`Target.settings`) that were given. `task`: that of the bundle."""
+    those of the target's own (`Target.settings`) that were given. `samples`: for a precision that measures ranges.
+    `task`: that of the bundle."""
 
     precision: str
     contract: InputContract
@@ -35,17 +46,19 @@ class Request:
     device: str | None = None
     labels: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    samples: Samples | None = None
     task: str = CLASSIFY
 
 
 @dataclass(frozen=True)
 class Artifact:
     """What an exporter did: the deploy rules that applied, operator counts by step ("exported", "simplified", ...), and
-    where it compiled, what the native code depends on."""
+    where it compiled, what the native code depends on. `calibration`: what ranges were taken from, and how."""
 
     rules: tuple[str, ...]
     operators: Mapping[str, Mapping[str, int]]
     build: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:

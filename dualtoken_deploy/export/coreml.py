@@ -8,29 +8,30 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from dualtoken_deploy.bundle import CLASSIFY
-from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.export.apple.activations import quantize_activations
 from dualtoken_deploy.export.apple.compress import COMPRESSIONS, compress
+from dualtoken_deploy.export.apple.names import name_after_modules
 from dualtoken_deploy.export.apple.package import OUTPUTS, describe, save
-from dualtoken_deploy.export.apple.passes import teach_channel_norm
+from dualtoken_deploy.export.apple.passes import teach
 from dualtoken_deploy.export.apple.source import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
 from dualtoken_deploy.export.apple.structure import structure
 from dualtoken_deploy.export.base import Artifact, Request, Tell
-from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.runtimes.base import planar
 from dualtoken_deploy.runtimes.mil.program import load_program
 from dualtoken_deploy.runtimes.mil.vendor import coremltools
-from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, get_target
+from dualtoken_deploy.targets import DEPLOYMENT_TARGETS, W8A8, get_target
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
-W8A8, W8A8_SINCE = "int8-w8a8", "iOS17"
+W8A8_SINCE = "iOS17"
 ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
@@ -47,10 +48,12 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
     program = convert(ct, module, request, deployment, tell)
+    calibration: dict[str, Any] | None = None
     if request.precision == W8A8:
         samples = calibration_samples(request)
-        tell(f"measuring activations on {len(samples)} photographs by reference execution")
-        program = quantize_activations(program, samples)
+        tell(f"measuring activations on {len(samples)} pictures by reference execution")
+        program, in_float = quantize_activations(program, samples)
+        calibration = {**(request.samples.said if request.samples else {}), "in_float": in_float}
     if request.precision in COMPRESSIONS:
         tell(f"compressing weights to {request.precision}")
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
@@ -60,7 +63,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     save(program, package, labels, OUTPUTS[request.task])
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
-    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)})
+    return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
 
 
 def default_layout(model: nn.Module) -> str:
@@ -70,11 +73,11 @@ def default_layout(model: nn.Module) -> str:
 
 
 def calibration_samples(request: Request) -> list[np.ndarray[Any, Any]]:
-    """The built-in photographs as the program takes them, (B, 3, H, W) each."""
-    batch = request.contract.batch or 1
-    inputs = load_batch(open_dataset("photographs").images, request.contract)
-    planar = inputs.transpose(0, 3, 1, 2) if request.contract.kind == "image" else inputs
-    return [np.repeat(one[None], batch, axis=0).astype(np.float32) for one in planar]
+    """The request's samples as the program takes them, (B, 3, H, W) each. Raises UsageError without any."""
+    if request.samples is None:
+        raise UsageError(f"{W8A8} needs pictures to measure activations on")
+    inputs = planar(request.samples.inputs, request.contract.tensor)
+    return [np.repeat(one[None], request.contract.batch or 1, axis=0) for one in inputs]
 
 
 def check_request(request: Request, deployment: str, layout: str) -> None:
@@ -124,25 +127,41 @@ def make_form(model: nn.Module, request: Request, deployment: str, layout: str) 
     return form.module, (*applied, "ane_layout")
 
 
+def output_names(request: Request) -> list[str]:
+    """Those of the request, and probabilities where a picture is classified."""
+    classifier = request.contract.kind == "image" and request.task == CLASSIFY
+    return [*(output.name for output in request.outputs), *([PROBABILITIES] if classifier else [])]
+
+
+def trace_named(module: nn.Module, request: Request) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The program that is converted, its operations named after the model's modules, and those names."""
+    image, contract = request.contract.kind == "image", request.contract
+    if image:
+        wrapper = ImageClassifier if request.task == CLASSIFY else ImageDense
+        module = wrapper(module, contract)
+    program = trace(module, contract).run_decompositions({})
+    return program, name_after_modules(program, image, output_names(request))
+
+
 def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
     """The coremltools model of `module` behind the input contract, with uncompressed weights."""
     contract = request.contract
-    image, classifier = contract.kind == "image", contract.kind == "image" and request.task == CLASSIFY
-    teach_channel_norm()
+    image = contract.kind == "image"
+    teach()
     tell("tracing with torch.export")
-    wrapped = ImageClassifier(module, contract) if classifier else ImageDense(module, contract) if image else module
-    program = trace(wrapped, contract)
+    program, _ = trace_named(module, request)
     shape = (contract.batch, 3, *contract.size)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
     else:
         inputs = [ct.TensorType(name=contract.tensor.name, shape=shape, dtype=np.float32)]
-    outputs = [(s.name, getattr(np, s.dtype)) for s in request.outputs] + [(PROBABILITIES, np.float32)] * classifier
+    dtypes = {spec.name: getattr(np, spec.dtype) for spec in request.outputs}
+    outputs = [(name, dtypes.get(name, np.float32)) for name in output_names(request)]
     tell(f"converting to Core ML for {deployment}")
     try:
         with quiet():
             return ct.convert(
-                program.run_decompositions({}),
+                program,
                 source="pytorch",
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, deployment),

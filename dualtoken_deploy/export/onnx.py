@@ -144,23 +144,26 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
         raise ConversionError(f"onnxsim cannot simplify the model: {first_line(error)}") from error
     if not ok:
         raise ConversionError("onnxsim reports that its result does not check against the original")
-    _check_simplified(_run(model, request), _run(simplified, request), request)
     out: onnx.ModelProto = simplified
+    check_same(model, out, request, "onnxsim")
     return out
 
 
-def _check_simplified(before: dict[str, numerics.Array], after: dict[str, numerics.Array], request: Request) -> None:
-    """Detections and label maps jump where two candidates are level, so of them most have to be the same."""
+def check_same(before: onnx.ModelProto, after: onnx.ModelProto, request: Request, who: str) -> None:
+    """Holds a changed graph against the one before, on a fixed random input. Raises ConversionError.
+
+    Detections and label maps jump where two candidates are level, so of them most have to be the same.
+    """
+    old, new = _run(before, request), _run(after, request)
     if request.task == CLASSIFY:
-        sqnr, agreement = numerics.compare(*(x["logits"] for x in (before, after))).sqnr_db, 1.0
+        sqnr, agreement = numerics.compare(old["logits"], new["logits"]).sqnr_db, 1.0
     else:
-        found = dense_outputs.compare(before, after)
-        sqnr, agreement = found.sqnr_db, found.agreement
-        if "logits" not in before:
-            sqnr = SIMPLIFIED_SQNR_DB
+        found = dense_outputs.compare(old, new)
+        sqnr = found.sqnr_db if "logits" in old else SIMPLIFIED_SQNR_DB
+        agreement = found.agreement
     if sqnr < SIMPLIFIED_SQNR_DB or agreement < SIMPLIFIED_AGREEMENT:
         raise ConversionError(
-            f"onnxsim changed the result: SQNR {sqnr:.1f} dB and {agreement:.2%} the same; at least "
+            f"{who} changed the result: SQNR {sqnr:.1f} dB and {agreement:.2%} the same; at least "
             f"{SIMPLIFIED_SQNR_DB} dB and {SIMPLIFIED_AGREEMENT:.0%} are needed"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, missing_extra
 from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.export.onnx import default_opset, export_onnx
+from dualtoken_deploy.export.openvino_ir import save_ir
 
-RULES = DEFAULT_RULES  # fold_projection costs 5 % here: docs/decisions/003-rules-per-target.md
+RULES = (*DEFAULT_RULES, "pool_by_convolution")  # docs/decisions/003-rules-per-target.md
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -35,16 +35,6 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
         raise ConversionError(f"OpenVINO cannot convert the ONNX: {str(error).strip().splitlines()[-1]}") from error
     counts = Counter(op.get_type_name() for op in converted.get_ordered_ops())
     return Artifact(exported.rules, {**exported.operators, "openvino": dict(counts.most_common())})
-
-
-def save_ir(model: Any, folder: Path, half: bool = False) -> None:
-    """Writes model.xml and model.bin; `half`: float weights in half the bytes. The XML goes without its indentation,
-    which is more than a third of it: in a small INT8 model the description weighs as much as half the weights."""
-    import openvino as ov
-
-    path = folder / "model.xml"
-    ov.save_model(model, path, compress_to_fp16=half)
-    path.write_bytes(re.sub(rb">\s+<", b"><", path.read_bytes()))
 
 
 def _name(model: Any, request: Request) -> None:

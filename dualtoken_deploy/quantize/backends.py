@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import onnx
 
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.export.openvino import save_ir
+from dualtoken_deploy.export.openvino_ir import save_ir
 from dualtoken_deploy.export.tensorrt import type_onnx
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
 from dualtoken_deploy.quantize.onnx_qdq import (

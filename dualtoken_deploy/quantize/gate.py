@@ -161,6 +161,7 @@ def _search(
     for part in (
         target,
         backend.described,
+        sorted(products.eligible),
         calibration.sha256,
         len(calibration.inputs),
         reference.metric,

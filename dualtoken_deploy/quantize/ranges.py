@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.probes import Array, Prober
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.probes import Prober
 
 BINS = 2048
 PERCENTILE = 99.99  # of all entries of a value lie within

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.spec import TensorSpec
@@ -71,6 +72,13 @@ def engine_of(runner: Runner) -> str | None:
     """What stands in for the target's own runtime, in words to be shown with every result; None where nothing does."""
     engine: str | None = getattr(runner, "engine", None)
     return engine
+
+
+def planar(array: Array, spec: TensorSpec) -> Array:
+    """What Apple's programs take, float32 NCHW; of a picture (NHWC) the pixels as they are, 0..255."""
+    if spec.layout == "NHWC":
+        array = array.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(array, np.float32)
 
 
 class Bordered:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, missing_extra
-from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions, planar
 from dualtoken_deploy.spec import TensorSpec
 
 ASSET = "model.aimodel"
@@ -72,7 +72,7 @@ class CoreAiRunner(Bordered):
             self._loop.close()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        arrays = {s.name: self._array(_planar(feeds[s.name], s)) for s in self._inputs}
+        arrays = {s.name: self._array(planar(feeds[s.name], s)) for s in self._inputs}
         try:
             results = self._loop.run_until_complete(self._function(arrays))
         except RuntimeError as error:
@@ -86,10 +86,3 @@ class CoreAiRunner(Bordered):
         counts = Counter({str(kind): int(count) for kind, count in found if kind != "constant"})
         dtype = f"{'float16' if self._precision == 'fp16' else 'float32'} (interpreter)"
         return Execution(dict(counts.most_common()), dict.fromkeys(counts, (dtype,)))
-
-
-def _planar(array: Array, spec: TensorSpec) -> Array:
-    """What the program takes: float32 NCHW, for a picture with its pixels as they are."""
-    if spec.layout == "NHWC":
-        array = array.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(array, np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError
-from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, Runner, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, Runner, RunnerOptions, planar
 from dualtoken_deploy.runtimes.mil import MilProgram, load_program
 from dualtoken_deploy.runtimes.mil.execute import Observer
 from dualtoken_deploy.runtimes.mil.vendor import coremltools, quiet
@@ -84,7 +84,7 @@ class MilReferenceRunner(Bordered):
 
     def run_all(self, feeds: Mapping[str, Array], observe: Observer | None = None) -> dict[str, Any]:
         """Every output of the program: logits, and class label and probabilities where it has an image input."""
-        return self.program.run({s.name: _planar(feeds[s.name], s) for s in self._inputs}, observe)
+        return self.program.run({s.name: planar(feeds[s.name], s) for s in self._inputs}, observe)
 
     def execution(self) -> Execution:
         """Operations that run for each input, with the declared dtype of their results, marked as the reference's."""
@@ -120,13 +120,6 @@ class CoreMlRunner(Bordered):
         declared = self._declared.program
         precision = {kind: tuple(f"{_dtype(t)} (declared)" for t in d) for kind, d in declared.precision().items()}
         return Execution(declared.operators(), precision)
-
-
-def _planar(array: Array, spec: TensorSpec) -> Array:
-    """What the program itself takes: float NCHW, for a picture with its pixels as they are."""
-    if spec.layout == "NHWC":
-        return np.ascontiguousarray(array.transpose(0, 3, 1, 2)).astype(np.float32)
-    return array
 
 
 def _for_core_ml(array: Array, spec: TensorSpec) -> Any:

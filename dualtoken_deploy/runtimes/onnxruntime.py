@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +21,18 @@ from dualtoken_deploy.spec import TensorSpec
 # What its graph transformers and its profiler append to a node's name.
 _ADDED = re.compile(r"(/MatMulAddFusion|_token_\d+|_nchwc|/QDQ)*_kernel_time$")
 
+IN_FLIGHT = 2  # asynchronous runs at a time
+
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> OnnxRuntimeRunner:
     """A runner for `model.onnx` of the bundle. Raises MissingError where the extra or the provider is not here."""
     specs = (bundle.manifest.input.tensor,), bundle.manifest.outputs
-    return OnnxRuntimeRunner(bundle.path / "model.onnx", *specs, options)
+    # its asynchronous runs go to the pool of threads, which a session of one thread does not have
+    pooled = (options.threads or os.cpu_count() or 1) > 1
+    kind = PooledOnnxRuntimeRunner if pooled else OnnxRuntimeRunner
+    return kind(bundle.path / "model.onnx", *specs, options)
 
 
 class OnnxRuntimeRunner(Bordered):
@@ -58,6 +65,27 @@ class OnnxRuntimeRunner(Bordered):
             session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _execution(events)
+
+
+class PooledOnnxRuntimeRunner(OnnxRuntimeRunner):
+    """One whose session has a pool of threads, and so can overlap runs."""
+
+    def run_async(self, feeds: Mapping[str, Array], count: int) -> None:
+        names = [o.name for o in self._outputs]
+        free, errors = threading.Semaphore(IN_FLIGHT), []
+
+        def done(_results: Any, _data: Any, error: str) -> None:
+            if error:
+                errors.append(error)
+            free.release()
+
+        for _ in range(count):
+            free.acquire()
+            self._session.run_async(names, dict(feeds), done, None)
+        for _ in range(IN_FLIGHT):
+            free.acquire()
+        if errors:
+            raise BundleError(f"an asynchronous run of {self._path} failed: {errors[0]}")
 
 
 def _provider(device: str | None) -> str:

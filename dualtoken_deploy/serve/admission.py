@@ -17,6 +17,8 @@ class Gate:
         self._what, self.limit = what, limit
         self._inside = 0
         self._closed = False
+        self._cut = False
+        self._tasks: set[asyncio.Task[object]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -30,23 +32,37 @@ class Gate:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Holds a place for the block. Raises Unavailable once closed, Overloaded while there is no place."""
+        """Holds a place for the block. Raises Unavailable once closed or cut, Overloaded while there is no place."""
         if self._closed:
             raise Unavailable(f"{self._what} is shutting down; ask another server")
         if self._inside >= self.limit:
             raise Overloaded(f"{self._what} has {self.limit} requests in hand and takes no more; try again later")
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # the event loop's alone
         self._inside += 1
+        self._tasks.add(task)
         self._empty.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            if not self._cut or task.uncancel():
+                raise
+            raise Unavailable(f"{self._what} shut down before this request was answered; ask another server") from None
         finally:
             self._inside -= 1
+            self._tasks.discard(task)
             if not self._inside:
                 self._empty.set()
 
     def close(self) -> None:
         """Admits nobody from now on; those inside stay."""
         self._closed = True
+
+    def cut(self) -> None:
+        """Gives up on those inside: each leaves with Unavailable."""
+        self._closed = self._cut = True
+        for task in tuple(self._tasks):
+            task.cancel()
 
     async def drained(self) -> None:
         """Returns when nobody is inside."""

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ class Batcher:
         self._launch, self._merge_rows, self._delay = launch, merge_rows, delay_seconds
         self._observer, self._start = observer, start
         self._waiting: deque[_Item] = deque()
-        self._arrived = asyncio.Condition()
+        self._idle: list[asyncio.Future[None]] = []  # of workers that wait for requests
         self._up = 0
         self._failures = 0
         self._reason: str | None = None
@@ -113,8 +114,7 @@ class Batcher:
         item = _Item(array, asyncio.get_running_loop().create_future())
         self._waiting.append(item)
         self._observer.queued(len(self._waiting))
-        async with self._arrived:
-            self._arrived.notify()
+        self._wake()
         return await item.answer
 
     async def close(self) -> None:
@@ -149,6 +149,7 @@ class Batcher:
 
     async def _feed(self, worker: Worker) -> str:
         """Runs batches on a worker until it is lost; returns why."""
+        worker.exited.add_done_callback(lambda _: self._wake())
         while (items := await self._take_while(worker)) is not None:
             started = time.perf_counter()
             for item in items:
@@ -176,22 +177,14 @@ class Batcher:
 
     async def _take_while(self, worker: Worker) -> list[_Item] | None:
         """The next batch, or None where the worker's process ends before there is one."""
-        take = asyncio.create_task(self._take())
-        try:
-            await asyncio.wait({take, worker.exited}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not take.done():
-                take.cancel()
-        try:
-            items = await take
-        except asyncio.CancelledError:
-            if not worker.exited.done():
-                raise
-            return None
-        if worker.exited.done():  # nothing was run yet: another worker may have these
-            self._waiting.extendleft(reversed(items))
-            return None
-        return items
+        while not worker.exited.done():
+            if not self._drop_cancelled():
+                await self._arrival(None)
+            elif (left := self._gathering_left()) > 0:
+                await self._arrival(left)
+            else:
+                return self._take()
+        return None
 
     def _deliver(self, items: list[_Item], outputs: Mapping[str, Array], started: float, seconds: float) -> None:
         total = sum(len(item.array) for item in items)
@@ -204,33 +197,36 @@ class Batcher:
             if not item.answer.done():
                 item.answer.set_result(Answer(part, started - item.since, seconds, total))
 
-    async def _take(self) -> list[_Item]:
-        """The requests of the next batch: at least one, and as many more as wait and fit."""
-        async with self._arrived:
-            while True:
-                while not self._drop_cancelled():
-                    await self._arrived.wait()
-                if not self._delay or self._rows() >= self._merge_rows:
-                    break
-                await self._gather()
-                if self._drop_cancelled():  # another worker may have taken them meanwhile
-                    break
-            items = [self._waiting.popleft()]
-            rows = len(items[0].array)
-            while self._waiting and rows + len(self._waiting[0].array) <= self._merge_rows:
-                items.append(self._waiting.popleft())
-                rows += len(items[-1].array)
-            self._observer.queued(len(self._waiting))
-            return items
+    def _take(self) -> list[_Item]:
+        """The requests of the next batch: the first that waits, and as many more as fit."""
+        items = [self._waiting.popleft()]
+        rows = len(items[0].array)
+        while self._waiting and rows + len(self._waiting[0].array) <= self._merge_rows:
+            items.append(self._waiting.popleft())
+            rows += len(items[-1].array)
+        self._observer.queued(len(self._waiting))
+        return items
 
-    async def _gather(self) -> None:
-        """Waits until a batch is full or its first request has waited for the delay."""
-        end = self._waiting[0].since + self._delay
-        while self._rows() < self._merge_rows and (left := end - time.perf_counter()) > 0:
-            try:
-                await asyncio.wait_for(self._arrived.wait(), left)
-            except TimeoutError:
-                return
+    async def _arrival(self, seconds: float | None) -> None:
+        """Returns when a request came in or a worker was lost, at the latest after `seconds`."""
+        woken = asyncio.get_running_loop().create_future()
+        self._idle.append(woken)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await woken
+
+    def _wake(self) -> None:
+        """Has every worker that waits look at the queue: they are few, and none can be missed."""
+        for woken in self._idle:
+            if not woken.done():
+                woken.set_result(None)
+        self._idle.clear()
+
+    def _gathering_left(self) -> float:
+        """Seconds for which the next batch may still wait to be filled."""
+        if not self._delay or self._rows() >= self._merge_rows:
+            return 0.0
+        return self._waiting[0].since + self._delay - time.perf_counter()
 
     def _rows(self) -> int:
         return sum(len(item.array) for item in self._waiting)

@@ -47,17 +47,25 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, given up when the client closes its connection meanwhile."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())
+    """The result of some work, given up when the client closes its connection meanwhile. Raises ClientGone."""
+    task = asyncio.current_task()
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        if (await request.receive())["type"] == "http.disconnect" and task is not None:
+            gone = True
+            task.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done() and gone.done() and gone.result()["type"] == "http.disconnect":
-            raise ClientGone
-        return await task
+        return await work
+    except asyncio.CancelledError:
+        if not gone or task is None or task.uncancel():
+            raise
+        raise ClientGone from None
     finally:
-        for future in (task, gone):
-            future.cancel()
+        watching.cancel()
 
 
 def header_length(request: Request) -> int | None:

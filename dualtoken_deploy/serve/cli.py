@@ -33,6 +33,8 @@ def serve(
     drain_seconds: Annotated[float, Seconds] = 30.0,
     header_seconds: Annotated[float, Seconds] = 10.0,
     body_seconds: Annotated[float, Seconds] = 15.0,
+    idle_seconds: Annotated[float, typer.Option(min=0.05, help="A connection that asks nothing is closed.")] = 75.0,
+    connections: Annotated[int, typer.Option(min=1, help="HTTP connections open at once.")] = 512,
     run_seconds: Annotated[float, typer.Option(min=0.05, help="A run that takes longer hangs.")] = 30.0,
     reload_seconds: Annotated[float, typer.Option(min=0, help="Look for changed bundles this often; 0: never.")] = 2.0,
     max_image_mib: Annotated[float, typer.Option(min=0.01, help="Largest body with a picture.")] = 16.0,
@@ -56,8 +58,8 @@ def serve(
         host=host, port=port, grpc_port=None if no_grpc else grpc_port, max_batch=max_batch, max_delay_ms=max_delay_ms,
         queue=queue, threads=threads, workers=workers, device=device, admin=admin, api_key=read_api_key(api_key_file),
         tls_cert=tls_cert, tls_key=tls_key, drain_seconds=drain_seconds, header_seconds=header_seconds,
-        body_seconds=body_seconds, run_seconds=run_seconds, reload_seconds=reload_seconds, max_image_mib=max_image_mib,
-        max_megapixels=max_megapixels,
+        body_seconds=body_seconds, idle_seconds=idle_seconds, connections=connections, run_seconds=run_seconds,
+        reload_seconds=reload_seconds, max_image_mib=max_image_mib, max_megapixels=max_megapixels,
     )  # fmt: skip
     sources = parse_sources(bundles)
     if engine == "ray":

@@ -7,6 +7,7 @@ request, which looks the same on the wire: it is admitted first and read then.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from grpc_reflection.v1alpha import reflection
 
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs, protocol
@@ -214,6 +216,7 @@ def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, 
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", 4 * handler.gate.limit + 16),
         ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.max_connection_idle_ms", math.ceil(settings.idle_seconds * 1000)),
     ]
     server = grpc.aio.server(options=options)
     servicer = Servicer(handler)
@@ -234,6 +237,7 @@ def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, 
         _guarded("ModelInfer", servicer.model_infer, handler), request_deserializer=None, response_serializer=_serialise
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
     address = f"[{settings.host}]" if ":" in settings.host else settings.host
     where = f"{address}:{settings.grpc_port}"
     try:

@@ -149,7 +149,9 @@ class Handler:
             raise BadRequest(str(error)) from error
         except MemoryError as error:
             raise BadRequest("the picture needs more memory than there is") from error
-        return np.repeat(row[None], model.contract.batch or 1, axis=0)
+        return np.broadcast_to(
+            row, (model.contract.batch or 1, *row.shape)
+        )  # a view: the worker's memory gets the copies
 
     async def _in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)

@@ -72,7 +72,9 @@ def make_app(handler: Handler) -> ASGIApp:
     """The whole application, ready for any ASGI server."""
     endpoints = Endpoints(handler)
     versioned = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-    routes = [
+    routes = [  # matched in turn: those that are asked most come first
+        *(Route(f"{base}/infer", endpoints.infer, methods=["POST"]) for base in versioned),
+        *(Route(f"{base}/classify", endpoints.classify, methods=["POST"]) for base in versioned),
         Route("/", endpoints.file("index.html")),
         Route("/docs", endpoints.file("docs.html")),
         *(Route(f"/{name}", endpoints.file(name)) for name in ("page.js", "docs.js", "page.css")),
@@ -87,8 +89,6 @@ def make_app(handler: Handler) -> ASGIApp:
         Route("/v2/repository/models/{model}/unload", endpoints.unload, methods=["POST"]),
         *(Route(base, endpoints.model_metadata) for base in versioned),
         *(Route(f"{base}/ready", endpoints.model_ready) for base in versioned),
-        *(Route(f"{base}/infer", endpoints.infer, methods=["POST"]) for base in versioned),
-        *(Route(f"{base}/classify", endpoints.classify, methods=["POST"]) for base in versioned),
     ]
     errors: Any = {
         DualTokenError: _answer_error,

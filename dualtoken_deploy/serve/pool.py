@@ -111,8 +111,9 @@ class Worker:
             rows += len(array)
         text = json.dumps({"rows": rows}).encode()
         try:
-            self._writer.write(FRAME.pack(len(text), 0) + text)
-            answer, payload = await asyncio.wait_for(self._receive(), self._launch.run_seconds)
+            async with asyncio.timeout(self._launch.run_seconds):
+                self._writer.write(FRAME.pack(len(text), 0) + text)
+                answer, payload = await self._receive()
         except TimeoutError as error:
             limit = self._launch.run_seconds
             raise ModelHung(f"the runtime did not answer within {limit:g} s; its process is replaced") from error

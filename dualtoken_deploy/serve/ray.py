@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from dualtoken_deploy.serve.worker import warm_up
 
 APP = "dualtoken"
 TRIES = 2  # a replica that died had no part in the answer, and a run has no effect: another may do it
+REACHABLE_SECONDS = 5.0
 MAX_REPLICAS = 16  # of `--replicas auto`
 
 
@@ -155,6 +157,8 @@ def run(
     _check(sources, settings)
     if settings.port == 0:
         raise UsageError("Ray's proxy needs a port that is known; give --port")
+    if address is not None:
+        check_reachable(address)
     settings = replace(settings, reload_seconds=0.0, grpc_port=None)
     stop = threading.Event()
     try:
@@ -173,6 +177,17 @@ def run(
         if address is None:
             serve.shutdown()
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Raises MissingError where nobody listens at HOST:PORT: Ray would try again for minutes before it says so."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal() or int(port) > 65535:
+        return  # auto, ray://...: Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACHABLE_SECONDS).close()
+    except OSError as error:
+        raise MissingError(f"no Ray at {address} ({error.strerror or error}); start one: ray start --head") from error
 
 
 def _application(serve: Any, sources: Sequence[Source], settings: Settings, replicas: int | None) -> Any:

@@ -20,13 +20,13 @@ from dualtoken_deploy.serve.connection import bounded_protocol
 from dualtoken_deploy.serve.grpc import make_server
 from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.http import make_app
+from dualtoken_deploy.serve.memory import keep_freed_memory
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.repository import Repository
 from dualtoken_deploy.serve.settings import Settings, Source
 
 BACKLOG = 512
 GRPC_GRACE_SECONDS = 1.0  # for answers that are written and not yet sent
-KEEP_ALIVE_SECONDS = 75
 
 
 class _Uvicorn(uvicorn.Server):
@@ -43,6 +43,7 @@ def run(sources: Sequence[Source], settings: Settings, tell: Callable[[str], Non
     Raises UsageError (a port that is taken), BundleError, MissingError, InputError (TLS files).
     """
     logs.set_up()
+    keep_freed_memory()
     asyncio.run(_serve(sources, settings, tell))
 
 
@@ -101,7 +102,7 @@ async def _drain(handler: Handler, settings: Settings, stop: _Stop) -> None:
         task.cancel()
     if handler.gate.inside:
         logs.warning("drain ended before all requests did", in_hand=handler.gate.inside)
-        await handler.repository.close()  # has them refused, while the transports can still say so
+        handler.gate.cut()  # has them refused, while the transports can still say so
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(handler.drained(), GRPC_GRACE_SECONDS)
 
@@ -156,14 +157,15 @@ def _grpc(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server | None,
 def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
     config = uvicorn.Config(
         make_app(handler),
-        http=bounded_protocol(settings.header_seconds, settings.body_seconds),
+        http=bounded_protocol(settings),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks for the client's address
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=settings.idle_seconds,  # type: ignore[arg-type]  # call_later's argument and nothing else
         timeout_graceful_shutdown=2,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,

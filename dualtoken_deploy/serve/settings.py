@@ -60,6 +60,8 @@ class Settings:
     drain_seconds: float = 30.0
     header_seconds: float = 10.0
     body_seconds: float = 15.0
+    idle_seconds: float = 75.0  # a connection on which nothing is asked
+    connections: int = 512  # of HTTP, open at once
     run_seconds: float = 30.0  # a runner that takes longer hangs
     start_seconds: float = 300.0  # loading may compile
     reload_seconds: float = 2.0  # 0: changed bundles are not looked for

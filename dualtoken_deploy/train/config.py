@@ -137,10 +137,18 @@ def make_config(**settings: Any) -> TrainConfig:
     for name, value in settings.items():
         if name not in known:
             raise UsageError(f"unknown setting {name!r}; valid settings: {', '.join(known)}")
-        kind = type(known[name].default)
-        if kind in (int, float, tuple) and not isinstance(value, (int, kind)):
+        if not _is_like(value, known[name].default):
             raise UsageError(f"setting {name}={value!r} is not of the kind of its default, {known[name].default!r}")
     return TrainConfig(**settings)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's kind: a number where that is one, as many numbers where it is a pair."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_is_like, value, default))
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return not isinstance(default, int | str) or isinstance(value, type(default))
 
 
 def _need(condition: bool, otherwise: str) -> None:

@@ -24,8 +24,9 @@ QUANTIZED = ("conv", "linear")  # whose inputs become 8 bits; sums, norms, softm
 Ranges = Mapping[str, Mapping[str, float]]
 
 
-def quantize_activations(model: Any, inputs: Sequence[Array]) -> Any:
-    """The model with a symmetric int8 quantize/dequantize pair before each convolution and linear layer but the stem's.
+def quantize_activations(model: Any, inputs: Sequence[Array]) -> tuple[Any, list[str]]:
+    """The model with a symmetric int8 quantize/dequantize pair before each convolution and linear layer but the stem's,
+    and the names of those that have none.
 
     `inputs`: calibration samples as the program takes them. Raises ConversionError.
     """
@@ -48,9 +49,10 @@ def quantize_activations(model: Any, inputs: Sequence[Array]) -> Any:
         with quiet():
             pair = PASS_REGISTRY["compression::insert_prefix_quantize_dequantize_pair"]
             pair.set_options([PassOption("config", config), PassOption("activation_stats", ranges)])
-            return utils._apply_graph_pass(model, pair, skip_model_load=True)
+            quantized = utils._apply_graph_pass(model, pair, skip_model_load=True)
     except Exception as error:  # coremltools raises what its passes raise
         raise ConversionError(f"coremltools cannot quantize activations: {first_line(error)}") from error
+    return quantized, [name.removesuffix("_cast_fp16") for name in stem]
 
 
 def measure_ranges(program: MilProgram, inputs: Sequence[Array]) -> Ranges:

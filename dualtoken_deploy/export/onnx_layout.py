@@ -1,0 +1,196 @@
+"""Layouts that ONNX Runtime's CPU kernels run faster, on a finished float32 graph; no value's numbers change.
+
+Measured on S in docs/decisions/003-rules-per-target.md. Other targets lay tensors out by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+# Operators that compute the same over (N, C) as over (1, N, C); a Reshape takes either.
+_ROWWISE = frozenset(
+    {"MatMul", "Add", "Mul", "Gelu", "Sigmoid", "LayerNormalization", "ReduceMean", "Split", "Reshape"}
+)
+_HEADS_LAST = [0, 2, 1, 3]  # (B, heads, N, d) <-> (B, N, heads, d)
+
+
+def attention_over_tokens(model: onnx.ModelProto) -> int:
+    """Attention takes (B, N, heads * d) and the number of heads, instead of four transposes around it.
+
+    Only where the heads are split by a Reshape to a constant shape. Returns how many it changed.
+    """
+    graph = _Graph(model)
+    count = 0
+    for node in [n for n in model.graph.node if n.op_type == "Attention"]:
+        splits = [graph.source(graph.source(name, "Transpose"), "Reshape") for name in node.input[:3]]
+        joined = graph.only_reader(graph.only_reader(node, "Transpose"), "Reshape")
+        shapes = [None if s is None else graph.constant(s.input[1]) for s in splits]
+        if joined is None or len(node.input) != 3 or any(s is None or s.size != 4 for s in shapes):
+            continue
+        for place, (split, shape) in enumerate(zip(splits, shapes, strict=True)):
+            assert split is not None  # noqa: S101 (for the type checker)
+            assert shape is not None  # noqa: S101
+            node.input[place] = graph.reshape(split.input[0], [*shape[:2], shape[2] * shape[3]], before=node)
+        heads = int(shapes[0][2])  # type: ignore[index]
+        node.attribute.append(helper.make_attribute("q_num_heads", heads))
+        node.attribute.append(helper.make_attribute("kv_num_heads", heads))
+        node.output[0] = joined.output[0]
+        model.graph.node.remove(joined)
+        graph = _Graph(model)
+        count += 1
+    _drop_unused(model)
+    return count
+
+
+def drop_unit_batch(model: onnx.ModelProto) -> int:
+    """Tokens of one image as (N, C): ONNX Runtime makes a Gemm with bias of such a layer, and of one over (1, N, C)
+    a Gemm between two Reshapes. Returns how many operators now work on (N, C)."""
+    graph = _Graph(model)
+    tokens = {v for v, s in graph.shapes.items() if len(s) == 3 and s[0] == 1 and all(s)}
+    tokens -= {v.name for v in (*model.graph.input, *model.graph.output)}
+    flat = [n for n in model.graph.node if tokens & {*n.input, *n.output} and _is_rowwise(n, graph, tokens)]
+    outputs = {v for n in flat for v in n.output if v in tokens}
+    inside = {n.output[0] for n in flat}
+    for node in flat:
+        if node.op_type == "Split" and not any(r.output[0] in inside for v in node.output for r in graph.readers[v]):
+            inside.discard(node.output[0])  # its parts are read as they were: better one Reshape in front of it
+            outputs -= set(node.output)
+    whole = {name: graph.shapes[name] for name in tokens}
+    graph.shapes.update({name: whole[name][1:] for name in outputs})
+    for node in list(model.graph.node):
+        for place, name in enumerate(node.input):
+            if name not in tokens or node.op_type == "Reshape":
+                continue  # a Reshape takes either
+            if node.output[0] in inside and name not in outputs and name not in graph.weights:
+                node.input[place] = graph.reshape(name, whole[name][1:], before=node)
+            elif node.output[0] not in inside and name in outputs:
+                node.input[place] = graph.reshape(name, whole[name], before=node)
+        if node.output[0] in inside:
+            _flatten(node, graph)
+    del model.graph.value_info[:]
+    _drop_unused(model)
+    return len(inside)
+
+
+def _is_rowwise(node: onnx.NodeProto, graph: _Graph, tokens: set[str]) -> bool:
+    """Whether the operator does the same over (N, C), and everything it reads can be had so."""
+    if node.op_type not in _ROWWISE:
+        return False
+    if node.op_type == "Reshape":
+        return node.output[0] in tokens
+    values = [v for v in node.input if v and v not in graph.weights]
+    if any(v not in tokens for v in values):
+        return False
+    if any(v not in tokens and graph.shapes.get(v) != [1, graph.shapes[values[0]][2]] for v in node.output):
+        return False  # an output of the graph; or a mean without its dimension, which is (1, C) either way
+    if any(len(graph.weights[v].dims) > 2 and graph.weights[v].dims[0] != 1 for v in node.input if v in graph.weights):
+        return False
+    axis = graph.attribute(node, "axis", -1)
+    if node.op_type == "ReduceMean":
+        axes = graph.constant(node.input[1]) if len(node.input) > 1 else None
+        return axes is not None and axes.tolist() == [1]
+    return axis in (-1, 2)
+
+
+def _flatten(node: onnx.NodeProto, graph: _Graph) -> None:
+    """Makes an operator over (1, N, C) one over (N, C)."""
+    if node.op_type == "Reshape":
+        node.input[1] = graph.add(graph.shapes[node.output[0]], f"{node.output[0]}/shape")
+        return
+    if node.op_type == "ReduceMean":  # (N, C) -> (1, C), whether its dimension was kept in (1, 1, C) or not in (1, C)
+        node.input[1] = graph.add([0], f"{node.output[0]}/axes")
+        graph.set(node, "keepdims", 1)
+        return
+    for attribute in node.attribute:
+        if attribute.name == "axis":
+            attribute.i = -1
+    for place, name in enumerate(node.input):
+        weight = graph.weights.get(name)
+        if weight is not None and len(weight.dims) == 3:
+            node.input[place] = graph.add(numpy_helper.to_array(weight)[0], f"{name}/{node.output[0]}")
+
+
+class _Graph:
+    """Look-ups in a model, and additions to it."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        self.shapes = {
+            v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+            for v in (*inferred.value_info, *inferred.input, *inferred.output)
+        }
+        self.weights = {t.name: t for t in model.graph.initializer}
+        self._sources = {v: n for n in model.graph.node for v in n.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
+        self._made: dict[tuple[str, tuple[int, ...]], str] = {}
+
+    def source(self, value: str | onnx.NodeProto | None, kind: str) -> onnx.NodeProto | None:
+        """The node of that kind that makes a value, or a node's first input; a Transpose must move the heads."""
+        name = value.input[0] if isinstance(value, onnx.NodeProto) else value
+        return None if name is None else self._checked(self._sources.get(name), kind)
+
+    def only_reader(self, node: onnx.NodeProto | None, kind: str) -> onnx.NodeProto | None:
+        """The node of that kind, if it alone reads a node's first output."""
+        readers = [] if node is None else self.readers[node.output[0]]
+        return self._checked(readers[0], kind) if len(readers) == 1 else None
+
+    def _checked(self, node: onnx.NodeProto | None, kind: str) -> onnx.NodeProto | None:
+        if node is None or node.op_type != kind:
+            return None
+        return None if kind == "Transpose" and self.attribute(node, "perm", None) != _HEADS_LAST else node
+
+    def constant(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+        return numpy_helper.to_array(self.weights[name]) if name in self.weights else None
+
+    def attribute(self, node: onnx.NodeProto, name: str, default: object) -> object:
+        return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+    def set(self, node: onnx.NodeProto, name: str, value: int) -> None:
+        kept = [a for a in node.attribute if a.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+    def add(self, values: Iterable[int] | np.ndarray[tuple[int, ...], np.dtype[np.float32]], name: str) -> str:
+        """A new constant's name; integers as int64."""
+        array = values if isinstance(values, np.ndarray) else np.array(list(values), np.int64)
+        self._model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def reshape(self, value: str, shape: Iterable[int], before: onnx.NodeProto) -> str:
+        """The value in that shape, by a Reshape in front of a node unless it has it; asked again, the same one."""
+        wanted = tuple(int(side) for side in shape)
+        if tuple(self.shapes.get(value, ())) == wanted:
+            return value
+        key = (value, wanted)
+        if key not in self._made:
+            name = f"{value}/{'x'.join(map(str, wanted))}"
+            node = helper.make_node("Reshape", [value, self.add(wanted, f"{name}/shape")], [name], name=name)
+            at = next(i for i, n in enumerate(self._model.graph.node) if n.output[0] == before.output[0])
+            self._model.graph.node.insert(at, node)
+            self._made[key] = name
+        return self._made[key]
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    """Removes nodes and constants that nothing reads."""
+    graph = model.graph
+    kept = {v.name for v in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if any(name in kept for name in node.output):
+            nodes.append(node)
+            kept.update(node.input)
+    constants = [t for t in graph.initializer if t.name in kept]
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
