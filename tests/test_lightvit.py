@@ -132,6 +132,8 @@ def test_each_rule_alone_keeps_what_the_model_computes(rule: str) -> None:
         "constant_resize",
         "join_queries",
         "fold_projection",
+        "fold_pooling",
+        "pool_by_convolution",
         "one_hot_partitions",
     }
     assert (form.rules[rule] == 0) is (rule in idle)
