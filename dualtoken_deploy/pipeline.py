@@ -152,8 +152,7 @@ def export(
     if precision != W8A8 and (precision == "int8" and row.name in BACKENDS) != (int8 is not None):
         needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration)"
         raise UsageError(f"{row.name} {precision} {needs}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
+    check_seed(seed)
     if labels is None and info is not None and len(info.labels) == config.num_classes:
         names = info.labels
     else:
@@ -207,6 +206,12 @@ def check_can_export(row: Target) -> None:
         raise missing_extra("export", f"exporting to {row.name}")
     if row.missing(row.export_modules):
         raise missing_extra(row.extra, f"exporting to {row.name}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UsageError on one that PyTorch does not take."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
 
 
 def target_settings(row: Target, **given: str | None) -> dict[str, str]:

@@ -38,6 +38,7 @@ from dualtoken_deploy.pipeline import (
     Tell,
     build_here,
     check_can_export,
+    check_seed,
     check_space,
     clear_of_ties,
     make_contract,
@@ -177,8 +178,7 @@ def _plan(
     """Everything that can be wrong with names and values is said here, before anything is built or written."""
     if image_size == DYNAMIC:
         raise UsageError(f"{head} has anchors and maps of one size; give --image-size HxW")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
+    check_seed(seed)
     for name, value in (("classes", classes), ("width", width)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
+from dualtoken_deploy.runtimes import Runner, RunnerOptions, choose_reference, engine_of, load_runner
 from dualtoken_deploy.spec import InputContract
 
 Array = numerics.Array
-REFERENCES = ("eager", "golden")
 LOAD_AT_ONCE = 16  # images decoded at a time: 224x224x3 float32 is 0.6 MB each
 
 
@@ -59,14 +57,12 @@ def validate(
 ) -> list[Validation]:
     """Validates bundles on `data` (a folder or a word that open_dataset takes; None: the golden input alone).
 
-    `reference`: one of REFERENCES; None: eager where torch is installed, else golden; each result says which.
+    `reference`: eager or golden; None: eager where torch is installed, else golden; each result says which.
     Raises UsageError, DatasetError, BundleError, MissingError, WeightsError.
     """
     if not bundles:
         raise UsageError("no bundle to validate")
-    if reference is not None and reference not in REFERENCES:
-        raise UsageError(f"unknown reference {reference!r}; valid references: {', '.join(REFERENCES)}")
-    chosen = reference or ("eager" if importlib.util.find_spec("torch") else "golden")
+    chosen = choose_reference(reference)
     images = None if data is None else open_dataset(data)
     if images is not None and limit is not None:
         images = images.limit(limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,7 @@ from dualtoken_deploy.dense_evaluation import Pair, check_labels, image_size, sc
 from dualtoken_deploy.dense_images import prepare_input
 from dualtoken_deploy.dense_outputs import Found, Likeness, interpret
 from dualtoken_deploy.errors import ToleranceError, UsageError
-from dualtoken_deploy.runtimes import Runner, RunnerOptions, engine_of, load_runner
-
-REFERENCES = ("eager", "golden")
+from dualtoken_deploy.runtimes import Runner, RunnerOptions, choose_reference, engine_of, load_runner
 
 
 @dataclass(frozen=True)
@@ -65,14 +62,12 @@ def validate_dense(
 ) -> list[DenseValidation]:
     """Validates dense bundles on `data` (what open_dense takes, its val part; None: the golden input alone).
 
-    `reference`: one of REFERENCES; None: eager where torch is installed, else golden.
+    `reference`: eager or golden; None: eager where torch is installed, else golden.
     Raises UsageError, DatasetError, BundleError, MissingError, WeightsError.
     """
     if not bundles:
         raise UsageError("no bundle to validate")
-    if reference is not None and reference not in REFERENCES:
-        raise UsageError(f"unknown reference {reference!r}; valid references: {', '.join(REFERENCES)}")
-    chosen = reference or ("eager" if importlib.util.find_spec("torch") else "golden")
+    chosen = choose_reference(reference)
     results = []
     for item in bundles:
         bundle = item if isinstance(item, Bundle) else Bundle.open(item)

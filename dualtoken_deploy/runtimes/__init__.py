@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.errors import MissingError
-from dualtoken_deploy.runtimes.base import AsyncRunner, Execution, Runner, RunnerOptions, engine_of
+from dualtoken_deploy.runtimes.base import AsyncRunner, Execution, Runner, RunnerOptions, choose_reference, engine_of
 from dualtoken_deploy.targets import get_target
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Runner",
     "RunnerOptions",
     "check_latency",
+    "choose_reference",
     "engine_of",
     "load_runner",
     "why_no_latency",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,18 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.spec import TensorSpec
 
 Array = NDArray[Any]
+REFERENCES = ("eager", "golden")  # what a bundle is held against
+
+
+def choose_reference(asked: str | None) -> str:
+    """One of REFERENCES; unless one is asked for, eager where torch is installed and golden elsewhere."""
+    if asked is not None and asked not in REFERENCES:
+        raise UsageError(f"unknown reference {asked!r}; valid references: {', '.join(REFERENCES)}")
+    return asked or ("eager" if importlib.util.find_spec("torch") else "golden")
 
 
 @dataclass(frozen=True)

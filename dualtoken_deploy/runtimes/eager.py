@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dualtoken_deploy.bundle import CLASSIFY, Bundle
 from dualtoken_deploy.errors import MissingError, missing_extra
-from dualtoken_deploy.runtimes.base import Array, Execution, RunnerOptions
+from dualtoken_deploy.runtimes.base import Array, Bordered, Execution, RunnerOptions
 from dualtoken_deploy.spec import InputContract, TensorSpec
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def check_device(device: str | None) -> str:
     return device
 
 
-class EagerRunner:
+class EagerRunner(Bordered):
     """The model in eager mode, its preprocessing in numpy, so that a fault baked into a graph cannot hide here."""
 
     def __init__(
@@ -52,23 +51,8 @@ class EagerRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self._model = model.eval().to(self._device)
-        self._contract, self._outputs = contract, outputs
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (self._contract.tensor,)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+        self._contract = contract
+        self._inputs, self._outputs = (contract.tensor,), outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         import torch
