@@ -3,7 +3,9 @@
     .venv/bin/python benchmarks/plain_paths.py [--rounds 9] [--seconds 1.5] [--threads 2] [--output results.md]
 
 All contestants have the same random weights and take the same normalised float32 tensor. Plain paths:
-torch.onnx.export (opset 20 and 23) with onnxsim's defaults, in ONNX Runtime and in OpenVINO, and ov.convert_model.
+torch.onnx.export (opset 20 and 23) with onnxsim's defaults, in ONNX Runtime and in OpenVINO, and ov.convert_model. All
+compute in float32 but for those whose name ends in bf16, which take part on CPUs that have it: there OpenVINO
+computes in bfloat16 where nobody asks for anything, so that plain path is what its users get.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from dualtoken_deploy import Bundle, bench, export
 from dualtoken_deploy.bundle import write_bundle
 from dualtoken_deploy.models.registry import random_model
+from dualtoken_deploy.runtimes.openvino import has_bfloat16
 
 
 def plain_bundles(folder: Path, ours: Bundle) -> list[Path]:
@@ -28,8 +31,8 @@ def plain_bundles(folder: Path, ours: Bundle) -> list[Path]:
     model, image = random_model("s"), torch.randn(1, 3, 224, 224)
     made: list[Path] = []
 
-    def seal(name: str, target: str) -> None:
-        manifest = replace(ours.manifest, target=target, rules=(), files={})
+    def seal(name: str, target: str, precision: str = "fp32") -> None:
+        manifest = replace(ours.manifest, target=target, precision=precision, rules=(), files={})
         write_bundle(folder / name, manifest, ours.golden, ours.labels)
         made.append(folder / name)
 
@@ -52,6 +55,10 @@ def plain_bundles(folder: Path, ours: Bundle) -> list[Path]:
     converted.outputs[0].get_tensor().set_names({"logits"})
     ov.save_model(converted, folder / "plain-ov-torch" / "model.xml", compress_to_fp16=False)
     seal("plain-ov-torch", "openvino")
+    if has_bfloat16():
+        (folder / "plain-ov-torch-bf16").mkdir()
+        ov.save_model(converted, folder / "plain-ov-torch-bf16" / "model.xml", compress_to_fp16=True)
+        seal("plain-ov-torch-bf16", "openvino", "bf16")
     return made
 
 
@@ -65,9 +72,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ours = []
-        for target in ("onnxruntime", "openvino"):
-            export("s", target, input_kind="tensor", output=folder / f"ours-{target}")
-            ours.append(folder / f"ours-{target}")
+        for target, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+            if precision == "fp32" or has_bfloat16():
+                ours.append(folder / f"ours-{target}-{precision}")
+                export("s", target, precision, input_kind="tensor", output=ours[-1])
         everyone = [*ours, *plain_bundles(folder, Bundle.open(ours[0]))]
         report = bench(everyone, "eager", arguments.threads, rounds=arguments.rounds, seconds=arguments.seconds)
     text = report.to_markdown()

@@ -44,8 +44,8 @@ class Look:
     engine: str | None = None
 
 
-# The bundles of this project keep 110, 45 and 12 dB at their worst layer.
-_THRESHOLDS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "int8": 8.0})
+# The bundles of this project keep 110, 45, 15 and 12 dB at their worst layer.
+_THRESHOLDS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "bf16": 10.0, "int8": 8.0})
 # Core ML's round every tensor to float16: T (mix) with trained weights keeps 33 dB at its worst layer. A fault of a
 # whole layer, a transposed or rescaled weight, leaves less than 3 dB whatever the precision.
 _COREML_THRESHOLDS = MappingProxyType(

@@ -10,6 +10,7 @@ import onnx
 
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.runtimes.openvino import float_dtype
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
@@ -69,7 +70,7 @@ def probe_openvino(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[
     present = {name for op in model.get_ordered_ops() for output in op.outputs() for name in output.get_names()}
     wanted = [name for name in names if name in present]
     model.add_outputs([name for name in wanted if name not in own])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": float_dtype(bundle.manifest.precision)})
     request = compiled.create_infer_request()
     feed = compiled.input(0).get_any_name()
     runs: list[dict[str, Array]] = []

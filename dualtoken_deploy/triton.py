@@ -2,7 +2,7 @@
 
 <repository>/<name>/config.pbtxt, labels.txt
 <repository>/<name>/<version>/model.onnx | model.xml + model.bin | model.plan
-Source: Triton's model_repository.md and model_configuration.md.
+Source: Triton's model_repository.md and model_configuration.md, and the README of its openvino_backend for HINT_BF16.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def config(bundle: Bundle) -> str:
         labels = spec.layout == "NC"
         lines += _tensor("output", spec, open_batch, f"  label_filename: {_quoted(LABELS)}" if labels else None)
     lines += ["dynamic_batching {", "}"] if open_batch else []
+    if manifest.target == "openvino" and manifest.precision == "bf16":
+        lines += ["parameters {", '  key: "HINT_BF16"', '  value { string_value: "YES" }', "}"]
     return "\n".join(lines) + "\n"
 
 

@@ -18,8 +18,9 @@ from dualtoken_deploy.bench_report import Ratio
 from dualtoken_deploy.bundle import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.compare import compare, verdict
-from dualtoken_deploy.diagnose import Diagnosis, diagnose, draw
+from dualtoken_deploy.diagnose import LOOKS, Diagnosis, diagnose, draw
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.targets import TARGETS
 from tests.test_quantize import INT8
 
 
@@ -54,6 +55,11 @@ def transposed(name: str) -> Callable[[onnx.ModelProto], None]:
 def layer(name: str | None) -> str:
     assert name is not None
     return name.removesuffix("/MatMul")
+
+
+@pytest.mark.parametrize("target", LOOKS)
+def test_every_precision_has_a_threshold(target: str) -> None:
+    assert set(LOOKS[target].thresholds) >= set(TARGETS[target].precisions)
 
 
 @pytest.mark.parametrize(("precision", "target"), [

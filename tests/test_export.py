@@ -15,18 +15,22 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
-from dualtoken_deploy import Bundle, load_runner
+from dualtoken_deploy import Bundle, export, load_runner
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.images import load_image, preprocess
 from dualtoken_deploy.inspection import check_promise, inspect_bundle, product_precision
+from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.runtimes import AsyncRunner, Runner, RunnerOptions
 from dualtoken_deploy.runtimes.eager import load as load_eager
+from dualtoken_deploy.runtimes.openvino import has_bfloat16
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.targets import TARGETS
 from dualtoken_deploy.validate import gate, validate
-from tests.conftest import PORTABLE, ROWS, SMALL
+from tests.conftest import PORTABLE, ROWS, SMALL, TINY
 from tests.numerics import assert_close
 
 MakeBundle = Callable[..., Path]
@@ -70,6 +74,33 @@ def test_fp16_halves_the_file_and_says_what_executes(small_bundle: MakeBundle, t
     # neither CPU runtime computes in float16; the reference execution of a Core ML program rounds to it
     assert product_precision(inspection.executed_precision) == {"coreml": "float16 (reference)"}.get(target, "float32")
     check_promise(inspection)
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no bfloat16")
+def test_bf16_computes_in_bfloat16(small_bundle: MakeBundle) -> None:
+    """Its error is that of rounding to 8 bits: as large as in PyTorch, far from that of float16."""
+    full, narrow = (Bundle.open(small_bundle("openvino", p)) for p in ("fp32", "bf16"))
+    assert 0.4 < narrow.size_bytes / full.size_bytes < 0.6
+    inspection = inspect_bundle(narrow)
+    assert product_precision(inspection.executed_precision) == "bfloat16"
+    check_promise(inspection)
+    with load_runner(narrow) as runner:
+        found = runner.run({"image": narrow.golden["input"]})["logits"]
+    image = load_eager(narrow, RunnerOptions()).normalised(narrow.golden["input"])
+    with torch.inference_mode():
+        same = rebuild(narrow.manifest).eval().bfloat16()(torch.from_numpy(image).bfloat16()).float().numpy()
+    ours, theirs = (compare(narrow.golden["logits"], logits).sqnr_db for logits in (found, same))
+    assert 30 <= ours <= 60
+    assert abs(ours - theirs) < 10, (ours, theirs)
+
+
+def test_a_device_without_bfloat16_runs_nothing_else_instead(
+    small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualtoken_deploy.runtimes.openvino.has_bfloat16", lambda device="CPU": False)
+    with pytest.raises(MissingError, match="CPU has no bfloat16"):
+        export(TINY.name, "openvino", "bf16", image_size=64, output=tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_promise_is_out_of_tolerance(own_bundle: Path) -> None:

@@ -58,6 +58,13 @@ def test_nvidias_protobuf_reads_the_configuration(
     assert ("dynamicBatching" in data) is bool(rows)
 
 
+def test_bfloat16_is_asked_for(small_bundle: Callable[..., Path]) -> None:
+    bundle = Bundle.open(small_bundle("openvino"))
+    assert "parameters" not in config(bundle)
+    text = config(replace(bundle, manifest=replace(bundle.manifest, precision="bf16")))
+    assert re.search(r'parameters \{\n  key: "HINT_BF16"\n  value \{ string_value: "YES" \}\n\}', text)
+
+
 def test_a_plan_is_tensorrts_name_of_an_engine(own_bundle: Path, tmp_path: Path) -> None:
     """No TensorRT is needed to lay its engine out."""
     bundle = Bundle.open(own_bundle)

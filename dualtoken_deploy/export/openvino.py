@@ -1,4 +1,7 @@
-"""OpenVINO: IR from the simplified ONNX. fp32 keeps float32 weights, fp16 stores them in half the bytes."""
+"""OpenVINO: IR from the simplified ONNX. fp32 keeps float32 weights, fp16 and bf16 store them in half the bytes.
+
+fp16 still computes in float32; what makes a bundle compute in bfloat16 is the runner, by its precision.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from dualtoken_deploy.export.base import Artifact, Request, Tell
 from dualtoken_deploy.export.onnx import default_opset, export_onnx
 from dualtoken_deploy.export.openvino_ir import save_ir
 
+HALF = ("fp16", "bf16")
 RULES = (*DEFAULT_RULES, "pool_by_convolution")  # docs/decisions/003-rules-per-target.md
 
 
@@ -30,7 +34,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     try:
         converted = ov.Core().read_model(exported.model.SerializeToString())
         _name(converted, request)
-        save_ir(converted, folder, half=request.precision == "fp16")
+        save_ir(converted, folder, half=request.precision in HALF)
     except RuntimeError as error:
         raise ConversionError(f"OpenVINO cannot convert the ONNX: {str(error).strip().splitlines()[-1]}") from error
     counts = Counter(op.get_type_name() for op in converted.get_ordered_ops())

@@ -19,11 +19,14 @@ _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8"
 def load(bundle: Bundle, options: RunnerOptions) -> OpenVinoRunner:
     """A runner for `model.xml` of the bundle. Raises MissingError where the extra or the device is not here."""
     specs = (bundle.manifest.input.tensor,), bundle.manifest.outputs
-    return OpenVinoRunner(bundle.path / "model.xml", *specs, options)
+    return OpenVinoRunner(bundle.path / "model.xml", *specs, options, float_dtype(bundle.manifest.precision))
 
 
 class OpenVinoRunner(Bordered):
-    """One compiled model and one infer request, in float32 (IR precision is not execution precision)."""
+    """One compiled model and one infer request.
+
+    `computes`: f32 or bf16, OpenVINO's name of the dtype of float products: not that of the weights in the IR.
+    """
 
     def __init__(
         self,
@@ -31,10 +34,11 @@ class OpenVinoRunner(Bordered):
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         options: RunnerOptions,
+        computes: str = "f32",
     ) -> None:
         self._inputs, self._outputs = inputs, outputs
-        self._path, self._options = path, options
-        self._compiled = _compile(path, options)
+        self._path, self._options, self._computes = path, options, computes
+        self._compiled = _compile(path, options, computes)
         self._request: Any = self._compiled.create_infer_request()
 
     def __exit__(
@@ -63,7 +67,7 @@ class OpenVinoRunner(Bordered):
         """
         import numpy as np
 
-        request = _compile(self._path, self._options, profile=True).create_infer_request()
+        request = _compile(self._path, self._options, self._computes, profile=True).create_infer_request()
         request.infer({s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs})
         operators: Counter[str] = Counter()
         dtypes: dict[str, Counter[str]] = {}
@@ -79,7 +83,19 @@ class OpenVinoRunner(Bordered):
         return Execution(dict(sorted(operators.items())), precision, nodes)
 
 
-def _compile(path: Path, options: RunnerOptions, profile: bool = False) -> Any:
+def float_dtype(precision: str) -> str:
+    """OpenVINO's name of the dtype that float products of a bundle of this precision compute in."""
+    return "bf16" if precision == "bf16" else "f32"
+
+
+def has_bfloat16(device: str = "CPU") -> bool:
+    """Whether the device computes in bfloat16 by itself, as OpenVINO says; needs the extra [openvino]."""
+    import openvino as ov
+
+    return "BF16" in ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+
+
+def _compile(path: Path, options: RunnerOptions, computes: str, profile: bool = False) -> Any:
     try:
         import openvino as ov
     except ImportError as error:
@@ -91,8 +107,13 @@ def _compile(path: Path, options: RunnerOptions, profile: bool = False) -> Any:
             f"OpenVINO {ov.__version__.split('-')[0]} finds no device {device!r} here; it finds "
             f"{', '.join(core.available_devices)}; choose one of these or install the driver"
         )
+    if computes == "bf16" and not has_bfloat16(device):
+        raise MissingError(
+            f"{device} has no bfloat16 (AVX512_BF16 or AMX), and OpenVINO would compute in float32 instead; "
+            "export with --precision fp16"
+        )
     # Without the hint a CPU with AMX or AVX512-FP16 would run a float32 model in a smaller type, and not say so.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": computes, "PERFORMANCE_HINT": "LATENCY"}
     if options.threads and device == "CPU":
         settings["INFERENCE_NUM_THREADS"] = options.threads
     if profile:
