@@ -1,0 +1,100 @@
+"""Every family's rows exported for every target and precision, one process each: SQNR to eager as Markdown tables.
+
+    .venv/bin/python benchmarks/export_matrix.py [--results benchmarks/results/export-matrix.json] [--only lightvit]
+
+A cell is `dualtoken export --variant V --target T --precision P` with random weights of seed 0 at 224x224; int8 at
+64x64, calibrated on photographs and judged by SQNR, since the top-1 of random weights says nothing. What was measured
+is kept in the results file, so that an interrupted run goes on where it stopped; a refusal is kept with its exit code.
+TensorRT's files are run in ONNX Runtime (exit 3: the engine is left to the device), Core ML's by the reference runner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dualtoken_deploy import Bundle
+
+VARIANTS = (
+    *("t", "t-mix", "s", "s-mix"),
+    *("lightvit-t", "lightvit-s", "lightvit-b"),
+    *("dualformer-t", "dualformer-xs", "dualformer-s", "dualformer-b"),
+)
+CELLS = (
+    *(("onnxruntime", p) for p in ("fp32", "fp16", "int8")),
+    *(("openvino", p) for p in ("fp32", "fp16", "bf16", "int8")),
+    *(("tensorrt", p) for p in ("fp32", "fp16", "int8")),
+    *(("aotinductor", p) for p in ("fp32", "fp16")),
+    *(("coreml", p) for p in ("fp32", "fp16")),
+)
+INT8 = (
+    *("--image-size", "64", "--calibration", "photographs"),
+    *("--metric", "sqnr", "--max-drop", "10"),
+)
+
+
+def measure(variant: str, target: str, precision: str) -> dict[str, Any]:
+    """What the manifest of one export says, or how it was refused."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "bundle"
+        what = ("--variant", variant, "--target", target, "--precision", precision, "--output", str(folder))
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "dualtoken_deploy", "export", *what, *(INT8 if precision == "int8" else ())],
+            capture_output=True,
+            text=True,
+        )
+        cell: dict[str, Any] = {"exit": done.returncode, "seconds": round(time.perf_counter() - start, 1)}
+        if not (folder / "manifest.json").exists():
+            return cell | {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"}
+        measured = Bundle.open(folder).manifest.measured
+        shots = measured["photographs"]
+        cell |= {"sqnr_db": shots["sqnr_db"], "top1_agreement": shots["top1_agreement"], "images": shots["images"]}
+        return cell | ({"int8_mac_share": measured["int8_mac_share"]} if precision == "int8" else {})
+
+
+def show(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not run"
+    if "sqnr_db" not in cell:
+        return f"refused (exit {cell['exit']})"
+    share = f" ({100 * cell['int8_mac_share']:.1f} %)" if "int8_mac_share" in cell else ""
+    return f"{cell['sqnr_db']:.1f}{share}"
+
+
+def table(results: dict[str, dict[str, Any]], targets: tuple[str, ...]) -> str:
+    cells = [c for c in CELLS if c[0] in targets]
+    lines = ["| variant | " + " | ".join(" ".join(c) for c in cells) + " |", "| --- |" + " ---: |" * len(cells)]
+    for variant in VARIANTS:
+        row = (show(results.get(f"{variant} {target} {precision}")) for target, precision in cells)
+        lines.append(f"| `{variant}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/export-matrix.json"))
+    parser.add_argument("--only", default="", help="variants or targets whose name contains this")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results.exists() else {}
+    for target, precision in CELLS:
+        for variant in VARIANTS:
+            key = f"{variant} {target} {precision}"
+            if key in results or arguments.only not in key:
+                continue
+            results[key] = measure(variant, target, precision)
+            print(key, results[key], flush=True)
+            arguments.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results, ("onnxruntime", "openvino")))
+    print()
+    print(table(results, ("tensorrt", "aotinductor", "coreml")))
+
+
+if __name__ == "__main__":
+    main()
