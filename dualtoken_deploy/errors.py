@@ -67,6 +67,13 @@ def missing_extra(extra: str, why: str) -> MissingError:
     return MissingError(f"{why} needs the extra [{extra}]; run: pip install 'dualtoken-deploy[{extra}]'")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused: Python, PyTorch, ONNX Runtime and OpenVINO each say it in their own words."""
+    text = str(error).lower()
+    said = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
+    return isinstance(error, MemoryError) or any(words in text for words in said)
+
+
 def first_line(error: Exception) -> str:
     """A vendor's exception as one line: the first of its text, or the name of its type."""
     text = str(error).strip()

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from dualtoken_deploy.cli import main
 from tests.commands import fails
@@ -78,6 +80,17 @@ def test_no_space_left(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     code, line = fails(capsys, "export", "--variant", "t-mix", "--target", "onnx", "--output", tmp_path / "b")
     assert (code, "1 MiB free" in line) == (4, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own error for a petabyte, and numpy's."""
+    for allocate in (torch.empty, np.empty):
+        monkeypatch.setattr("dualtoken_deploy.models.registry.build", lambda _, a=allocate: a(1 << 50))
+        code, line = fails(capsys, "export", "--variant", "t-mix", "--target", "onnx", "--output", tmp_path / "b")
+        assert (code, "not enough memory" in line) == (4, True)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "labels.txt"])

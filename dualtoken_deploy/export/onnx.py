@@ -20,7 +20,7 @@ from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.export.base import Request, Tell, quiet
 from dualtoken_deploy.export.naming import name_after_modules
-from dualtoken_deploy.models.registry import MIN_IMAGE_SIZE
+from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
@@ -41,8 +41,8 @@ FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
 _DIMS: Mapping[str, Any] = MappingProxyType(
     {
         "batch": torch.export.Dim("batch", min=1, max=1024),
-        "height": torch.export.Dim("height", min=MIN_IMAGE_SIZE, max=4096),
-        "width": torch.export.Dim("width", min=MIN_IMAGE_SIZE, max=4096),
+        "height": torch.export.Dim("height", min=MIN_IMAGE_SIZE, max=MAX_IMAGE_SIZE),
+        "width": torch.export.Dim("width", min=MIN_IMAGE_SIZE, max=MAX_IMAGE_SIZE),
     }
 )
 

@@ -21,6 +21,7 @@ from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
+MAX_IMAGE_SIZE = 4096
 DEFAULT_SEED = 0
 
 
@@ -118,7 +119,7 @@ def get_variant(name: str) -> Variant:
 
 
 def parse_image_size(size: int | tuple[int, int] | str) -> tuple[int, int]:
-    """(H, W) of 224, (256, 320), "224" or "256x320". Raises UsageError below 64 or on anything else."""
+    """(H, W) of 224, (256, 320), "224" or "256x320". Raises UsageError below 64, above 4096 or on anything else."""
     try:
         sides = [int(s) for s in size.lower().split("x")] if isinstance(size, str) else size
         height, width = (sides, sides) if isinstance(sides, int) else (sides[0], sides[-1])
@@ -128,6 +129,8 @@ def parse_image_size(size: int | tuple[int, int] | str) -> tuple[int, int]:
         raise UsageError(f"image size {size!r} is not a side or HxW, such as 224 or 256x320") from error
     if min(height, width) < MIN_IMAGE_SIZE:
         raise UsageError(f"image size {height}x{width} is too small; each side must be at least {MIN_IMAGE_SIZE}")
+    if max(height, width) > MAX_IMAGE_SIZE:
+        raise UsageError(f"image size {height}x{width} is too large; each side must be at most {MAX_IMAGE_SIZE}")
     return height, width
 
 
@@ -220,7 +223,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
-    """Loads every tensor or none. Raises WeightsError with all missing, unexpected and mis-shaped keys."""
+    """Loads every tensor or none. Raises WeightsError with the variant that they are of, if there is one, or with all
+    missing, unexpected and mis-shaped keys."""
     given, wanted = read_tensors(path), model.state_dict()
     if replace_head:
         for key in ("head.fc.weight", "head.fc.bias"):
@@ -236,6 +240,8 @@ def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False,
         ],
     }
     if any(problems.values()):
+        if (other := _variant_of(given)) is not None and other != variant:
+            raise WeightsError(f"{path} holds weights of variant {other}, not of {variant}; give --variant {other}")
         listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         hint = "; another class count needs replace_head=True" if _only_head(problems) else ""
         raise WeightsError(f"{path} does not fit variant {variant} with these options: {listed}{hint}")
@@ -243,6 +249,17 @@ def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False,
         bad = [k for k, t in given.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         raise WeightsError(f"{path} holds NaN or infinity in {', '.join(bad)}; train or save it again")
     model.load_state_dict(given)
+
+
+def _variant_of(state: Mapping[str, torch.Tensor]) -> str | None:
+    """The variant that these are weights of, whatever its classes; None: of none with its usual options."""
+    shapes = {k: v.shape for k, v in state.items() if not k.startswith("head.fc.")}
+    for name, row in VARIANTS.items():
+        with torch.device("meta"):
+            own = build(row.config).state_dict()
+        if shapes == {k: v.shape for k, v in own.items() if not k.startswith("head.fc.")}:
+            return name
+    return None
 
 
 def _only_head(problems: Mapping[str, list[str]]) -> bool:
