@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,9 +11,11 @@ from types import MappingProxyType
 
 import pytest
 
+from dualtoken_deploy.export import onnx as onnx_export
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets import TARGETS
+from tests.traces import shared
 
 # T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
 TINY = Variant("tiny-mix", "one block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
@@ -36,6 +39,16 @@ def tiny_variant() -> Iterator[None]:
     registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL)}})
     yield
     registry.VARIANTS = real
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See tests/traces.py. xdist's workers have folders of their own in one."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
+        yield
 
 
 @pytest.fixture(scope="session")

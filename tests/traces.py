@@ -1,0 +1,45 @@
+"""One trace for all tests that export the same module: torch.onnx.export is most of the time of a small export.
+
+Everything behind the trace (naming, simplifying, checks, the runtime) is each test's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from dualtoken_deploy.export.base import Request
+
+Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
+
+
+def shared(trace: Trace, folder: Path) -> Trace:
+    """`trace` with its results kept in a folder that all test processes have."""
+    folder.mkdir(exist_ok=True)
+
+    def once(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
+        kept = folder / f"{key(module, request, opset)}.onnx"
+        if not kept.exists():
+            part = kept.with_suffix(f".{os.getpid()}")
+            onnx.save(trace(module, request, opset), part)
+            part.rename(kept)
+        return onnx.load(kept)
+
+    return once
+
+
+def key(module: nn.Module, request: Request, opset: int) -> str:
+    """Of all that a trace depends on: kinds of modules and their plain attributes, every tensor, and the contract."""
+    digest = hashlib.sha256(repr((opset, request.task, request.contract.tensor, request.outputs)).encode())
+    for name, part in module.named_modules():
+        plain = {k: v for k, v in vars(part).items() if not k.startswith("_") and not isinstance(v, nn.Module)}
+        digest.update(f"{name} {type(part).__qualname__} {part!r} {sorted(plain.items(), key=str)}".encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
