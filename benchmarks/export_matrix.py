@@ -22,7 +22,7 @@ from typing import Any
 from dualtoken_deploy import Bundle
 
 VARIANTS = (
-    *("t", "t-mix", "s", "s-mix"),
+    "s",
     *("lightvit-t", "lightvit-s", "lightvit-b"),
     *("dualformer-t", "dualformer-xs", "dualformer-s", "dualformer-b"),
 )
@@ -80,7 +80,9 @@ def table(results: dict[str, dict[str, Any]], targets: tuple[str, ...]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/export-matrix.json"))
-    parser.add_argument("--only", default="", help="variants or targets whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="cells whose name contains this, such as lightvit-t or 'openvino int8'"
+    )
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results.exists() else {}
     for target, precision in CELLS:

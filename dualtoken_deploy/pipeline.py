@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ import numpy as np
 from torch import nn
 
 from dualtoken_deploy.build import build_bundle, build_command, why_no_build
-from dualtoken_deploy.bundle import COMPLETE, PREPARED, Bundle, Manifest, new_folder, write_bundle
+from dualtoken_deploy.bundle import COMPLETE, Bundle, Manifest, new_folder
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.errors import InputError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.inspection import int8_share, kind_precision, product_precision
-from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.base import ImageModel
-from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
+from dualtoken_deploy.models.count import count_params
 from dualtoken_deploy.models.registry import (
     DEFAULT_SEED,
     create_model,
@@ -30,55 +28,23 @@ from dualtoken_deploy.models.registry import (
     parse_image_size,
     random_model,
     takes_any_size,
-    weights_sha256,
 )
-from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
-from dualtoken_deploy.pipeline_int8 import check_executed, write_int8, write_w8a8
+from dualtoken_deploy.models.weights import describe_weights
+from dualtoken_deploy.pipeline_int8 import write_int8, write_w8a8
 from dualtoken_deploy.quantize.backends import BACKENDS
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
+from dualtoken_deploy.sealing import Checked, ExportResult, clear_of_ties, draft_manifest, seal, weights_source
 from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, W8A8, Target, check_precision, get_target
 from dualtoken_deploy.validate import measure, run_batches
 
 Tell = Callable[[str], None]
 
-# float32 and float64 runs of DualFormer-T differ by about 1e-7 of a token's feature (133 dB and more).
-TIE_MARGIN = 1e-6
-
 INPUT_KINDS = ("image", "tensor")
 DYNAMIC = "dynamic"
 NOMINAL_SIZE = 224  # at which a bundle of any size is checked and timed
-LIBRARIES = (
-    *("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "coremltools", "coreai-core"),
-    *("coreai-torch", "numpy", "pillow", "dualtoken-deploy"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped.
-
-    `state` "prepared": the bundle is whole but for a step that needs the device; `next_step` says which and why.
-    """
-
-    bundle: str
-    target: str
-    precision: str
-    executed_precision: str
-    sqnr_db: float
-    top1_agreement: float
-    size_mib: float
-    seconds: float
-    warnings: tuple[str, ...]
-    state: str = COMPLETE
-    next_step: str | None = None
-    int8_mac_share: float = 0.0
-    drop: float | None = None  # points of the metric that int8 loses on the held-out pictures
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def export(
@@ -287,35 +253,16 @@ def _draft(
     seed: int,
     command: str,
 ) -> Manifest:
-    if weights is None:
-        source: dict[str, Any] = {"source": "random", "seed": seed}
-    else:
-        source = {"source": weights if weights in BUILT_IN_WEIGHTS else str(Path(weights).resolve())}
-    return Manifest(
-        variant=variant,
-        options=options_of(model.config),
-        weights={**source, "sha256": weights_sha256(model)},
-        target=row.name,
-        precision=request.precision,
-        executed_precision={},
-        input=request.contract,
-        outputs=request.outputs,
-        tolerance=row.tolerances[request.precision],
-        measured={"params": count_params(model), "macs": count_macs(model, request.contract.size)},
-        rules=artifact.rules,
-        operators=artifact.operators,
-        products=matrix_products(model, request.contract.size),
-        versions=library_versions(LIBRARIES),
-        machine=describe_machine(),
-        command=command,
-        state=PREPARED if row.built_by else COMPLETE,
-        build=artifact.build,
-        calibration=artifact.calibration,
-    )
+    source = weights_source(weights, None if weights is None else Path(weights), seed)
+    tolerance = row.tolerances[request.precision]
+    return draft_manifest(
+        model, model, row, request, artifact, source, tolerance,
+        variant=variant, options=options_of(model.config), command=command, calibration=artifact.calibration,
+    )  # fmt: skip
 
 
 def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, ...], tell: Tell) -> ExportResult:
-    """Runs the saved files against eager on golden and on photographs, and writes the manifest if they hold."""
+    """Runs the saved files against eager on golden and on photographs, and completes the bundle if they hold."""
     contract = draft.input
     photographs = open_dataset("photographs").images[: get_target(draft.target).check_images]
     inputs = load_batch(photographs, contract)
@@ -328,69 +275,13 @@ def _seal(folder: Path, draft: Manifest, model: ImageModel, labels: tuple[str, .
     with load_runner(Bundle(folder, replace(draft, target=checker or draft.target))) as runner:
         actual = run_batches(runner, contract, inputs)
         execution, engine = runner.execution(), engine_of(runner)
-    kinds = {} if checker else kind_precision(execution)
-    share, floats = int8_share(draft, execution)
-    searched = None if draft.calibration is None else draft.calibration.get("planned_int8_mac_share")
-    if searched is not None and checker:  # another runtime's kernels say nothing of it; `build` measures it
-        share = searched
-    if searched is not None and not checker:
-        check_executed(searched, share, floats, f"{draft.variant} for {draft.target}")
-    numbers = measure(expected, actual)
-    golden_size = contract.batch or 1
-    golden = [_fill(array, golden_size) for array in (inputs, expected)]
-    on_golden = measure(golden[1], _fill(actual, golden_size))
+    image, logits, found = (_fill(array, contract.batch or 1) for array in (inputs, expected, actual))
+    numbers, on_golden = measure(expected, actual), measure(logits, found)
     _check_tolerance(draft, {"golden": on_golden, "photographs": numbers})
-    manifest = replace(
-        draft,
-        executed_precision=kinds,
-        measured={
-            **draft.measured,
-            "int8_mac_share": share,
-            **({} if kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~kept).sum())}}),
-            "golden": on_golden,
-            "photographs": {"images": len(inputs), **numbers},
-            **({"checked_by": checker} if checker else {}),
-            **({"engine": engine} if engine else {}),
-        },
-    )
-    write_bundle(folder, manifest, {"input": golden[0], "logits": golden[1].astype(np.float32)}, labels)
-    bundle = Bundle.open(folder)
-    return ExportResult(
-        bundle=str(folder),
-        target=draft.target,
-        precision=draft.precision,
-        executed_precision="not run" if checker else product_precision(kinds),
-        sqnr_db=round(numbers["sqnr_db"], 1),
-        top1_agreement=numbers["top1_agreement"],
-        int8_mac_share=share,
-        drop=None if draft.calibration is None else draft.calibration.get("drop"),
-        size_mib=round(bundle.size_bytes / 2**20, 2),
-        seconds=0.0,
-        warnings=(f"{draft.target}: checked by {engine}",) if engine else (),
-        state=manifest.state,
-    )
-
-
-def clear_of_ties(model: ImageModel, images: np.ndarray[Any, Any], precision: str) -> np.ndarray[Any, Any] | None:
-    """Which images stay TIE_MARGIN away from every point where the model jumps; None where it never does.
-
-    Nearer, two exact float32 programs may round to different sides, and neither is wrong. In another precision hardly
-    an image is clear of the ties, so there all are kept and the target's tolerance has to hold with the jumps.
-    """
-    import torch
-
-    if precision != "fp32":
-        return None
-    parts = [model.smallest_margin(torch.from_numpy(image[None])) for image in images]
-    margins = [float(part) for part in parts if part is not None]
-    if len(margins) < len(parts):
-        return None
-    kept = np.array(margins) >= TIE_MARGIN
-    if not kept.any():
-        raise ToleranceError(
-            f"all {len(kept)} photographs come within {TIE_MARGIN:g} of a tie: nothing can be compared"
-        )
-    return kept
+    counted = {"images": len(inputs), **numbers}
+    checked = Checked(on_golden, counted, numbers["top1_agreement"], kept, execution, engine)
+    golden = {"input": image, "logits": logits.astype(np.float32)}
+    return seal(folder, draft, draft.variant, checked, golden, labels)
 
 
 def _fill(array: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:

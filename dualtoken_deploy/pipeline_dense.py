@@ -13,43 +13,35 @@ import numpy as np
 from torch import nn
 
 from dualtoken_deploy import dense_outputs, numerics
-from dualtoken_deploy.bundle import COMPLETE, PREPARED, Bundle, Manifest, new_folder, write_bundle
+from dualtoken_deploy.bundle import Bundle, Manifest, new_folder
 from dualtoken_deploy.datasets import open_dataset
 from dualtoken_deploy.dense_images import prepare_input
 from dualtoken_deploy.dense_outputs import DETECTED, RAW
 from dualtoken_deploy.errors import InputError, ToleranceError, UsageError, WeightsError
 from dualtoken_deploy.export import Artifact, Request, run_exporter
 from dualtoken_deploy.images import load_image
-from dualtoken_deploy.inspection import int8_share, kind_precision, product_precision
-from dualtoken_deploy.machine import describe_machine, library_versions
-from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.heads.forms import FORMS, choose_form, outputs_of
 from dualtoken_deploy.models.heads.neck import Backbone
 from dualtoken_deploy.models.heads.rebuild import random_dense_model
 from dualtoken_deploy.models.heads.registry import create_dense_model, get_head
 from dualtoken_deploy.models.heads.weights import dense_weights_path, describe_dense
-from dualtoken_deploy.models.registry import DEFAULT_SEED, options_of, parse_image_size, weights_sha256
-from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
+from dualtoken_deploy.models.registry import DEFAULT_SEED, options_of, parse_image_size
 from dualtoken_deploy.pipeline import (
     DYNAMIC,
-    LIBRARIES,
-    TIE_MARGIN,
-    ExportResult,
     Tell,
     build_here,
     check_can_export,
     check_seed,
     check_space,
-    clear_of_ties,
     make_contract,
     read_labels,
     target_settings,
 )
 from dualtoken_deploy.pipeline_dense_int8 import write_dense_int8
-from dualtoken_deploy.pipeline_int8 import check_executed
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.runtimes import RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.runtimes.eager import EagerRunner
+from dualtoken_deploy.sealing import Checked, ExportResult, clear_of_ties, draft_manifest, seal, weights_source
 from dualtoken_deploy.spec import STRETCH, Tolerance
 from dualtoken_deploy.targets import Target, check_dense, check_precision, get_target
 
@@ -215,36 +207,18 @@ def _plan(
 def _draft(
     plan: _Plan, model: nn.Module, module: nn.Module, row: Target, request: Request, artifact: Artifact
 ) -> Manifest:
-    if plan.weights is None:
-        source: dict[str, Any] = {"source": "random", "seed": plan.seed}
-    elif plan.weights in BUILT_IN_WEIGHTS:
-        source = {"source": plan.weights}
-    else:
-        source = {"source": str(dense_weights_path(plan.weights).resolve())}
+    path = None if plan.weights is None else dense_weights_path(plan.weights)
     options = options_of(_backbone(model).model.config)
-    return Manifest(
+    return draft_manifest(
+        model, module, row, request, artifact,
+        weights_source(plan.weights, path, plan.seed), tolerance(row, plan.form, request.precision),
         variant=plan.variant,
         options={k: v for k, v in options.items() if k != "num_classes"},
-        weights={**source, "sha256": weights_sha256(model)},
-        target=row.name,
-        precision=request.precision,
-        executed_precision={},
-        input=request.contract,
-        outputs=request.outputs,
-        tolerance=tolerance(row, plan.form, request.precision),
-        measured={"params": count_params(model), "macs": count_macs(module, plan.size)},
-        rules=artifact.rules,
-        operators=artifact.operators,
-        products=matrix_products(module, plan.size),
-        versions=library_versions(LIBRARIES),
-        machine=describe_machine(),
         command=plan.command,
-        state=PREPARED if row.built_by else COMPLETE,
-        build=artifact.build,
         task=request.task,
         head=plan.head,
         dense={"form": plan.form, "classes": plan.classes, "width": plan.width},
-    )
+    )  # fmt: skip
 
 
 def tolerance(row: Target, form: str, precision: str) -> Tolerance:
@@ -258,7 +232,7 @@ def tolerance(row: Target, form: str, precision: str) -> Tolerance:
 
 
 def _seal(folder: Path, draft: Manifest, module: nn.Module, labels: tuple[str, ...], tell: Tell) -> ExportResult:
-    """Runs the saved files against eager on photographs, and writes the manifest if they hold."""
+    """Runs the saved files against eager on photographs, and completes the bundle if they hold."""
     contract = draft.input
     pictures = open_dataset("photographs").images[:CHECKED_IMAGES]
     inputs = np.concatenate([prepare_input(load_image(picture), contract) for picture in pictures])
@@ -276,39 +250,10 @@ def _seal(folder: Path, draft: Manifest, module: nn.Module, labels: tuple[str, .
         execution, engine = runner.execution(), engine_of(runner)
     numbers = dense_outputs.worst(found)
     _check(draft, numbers)
-    share, floats = int8_share(draft, execution)
-    if draft.calibration is not None:
-        planned = draft.calibration["planned_int8_mac_share"]
-        check_executed(planned, share, floats, f"{draft.head} on {draft.variant} for {draft.target}")
-    kinds = {} if checker else kind_precision(execution)
-    manifest = replace(
-        draft,
-        executed_precision=kinds,
-        measured={
-            **draft.measured,
-            "int8_mac_share": share,
-            **({} if kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~kept).sum())}}),
-            "golden": asdict(found[0]),
-            "photographs": {"images": len(inputs), **asdict(numbers)},
-            **({"checked_by": checker} if checker else {}),
-            **({"engine": engine} if engine else {}),
-        },
-    )
-    write_bundle(folder, manifest, {"input": inputs[:1], **dense_outputs.thin(expected[0])}, labels)
-    return ExportResult(
-        bundle=str(folder),
-        target=draft.target,
-        precision=draft.precision,
-        executed_precision="not run" if checker else product_precision(kinds),
-        sqnr_db=round(numbers.sqnr_db, 1),
-        top1_agreement=numbers.agreement,
-        int8_mac_share=share,
-        drop=None if draft.calibration is None else draft.calibration["drop"],
-        size_mib=round(Bundle.open(folder).size_bytes / 2**20, 2),
-        seconds=0.0,
-        warnings=(f"{draft.target}: checked by {engine}",) if engine else (),
-        state=manifest.state,
-    )
+    counted = {"images": len(inputs), **asdict(numbers)}
+    checked = Checked(asdict(found[0]), counted, numbers.agreement, kept, execution, engine)
+    golden = {"input": inputs[:1], **dense_outputs.thin(expected[0])}
+    return seal(folder, draft, f"{draft.head} on {draft.variant}", checked, golden, labels)
 
 
 def _check(draft: Manifest, numbers: dense_outputs.Likeness) -> None:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from dualtoken_deploy.diagnose import Diagnosis
     from dualtoken_deploy.evaluate import Evaluation
     from dualtoken_deploy.inspection import Inspection
-    from dualtoken_deploy.pipeline import ExportResult
     from dualtoken_deploy.predict import Prediction
     from dualtoken_deploy.predict_dense import DensePrediction
+    from dualtoken_deploy.sealing import ExportResult
     from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.validate import Validation
     from dualtoken_deploy.validate_dense import DenseValidation

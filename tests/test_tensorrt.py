@@ -536,7 +536,8 @@ def test_built_already_and_other_targets(
 def test_export_builds_where_the_device_is_here(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dualtoken_deploy.pipeline import ExportResult, build_here
+    from dualtoken_deploy.pipeline import build_here
+    from dualtoken_deploy.sealing import ExportResult
 
     monkeypatch.setattr("dualtoken_deploy.pipeline.why_no_build", why_no_build)
     folder = prepared()
