@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import OutputError, UsageError, missing_extra
+from dualtoken_deploy.files import write_atomically
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -27,15 +28,11 @@ def save_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], Non
         raise missing_extra("plots", f"drawing {path.name}") from error
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=120)
-        temporary.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, figures: Sequence[str]) -> None:

@@ -216,6 +216,8 @@ def test_averaged_weights_follow_their_formula(colours: Path, tmp_path: Path) ->
     assert torch.equal(best["head.fc.weight"], tensors["ema.head.fc.weight"])
     resume(tmp_path / "run", epochs=2, ema=0.0)
     assert not [name for name in state_of(tmp_path / "run") if name.startswith("ema.")]
+    changed = checkpoint.read_config(tmp_path / "run")
+    assert (changed.epochs, changed.ema) == (2, 0.0)
 
 
 def test_accumulated_parts_step_once_a_batch(colours: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dualtoken_deploy.files import write_atomically
+
 Tell = Callable[[str], None]
 LAYERS_MEASURED = 24  # at most so many layers are measured one at a time; the rest is ranked by its statistics
 
@@ -101,9 +103,8 @@ class ScoreCache:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".part")
-        temporary.write_text(json.dumps({k: asdict(v) for k, v in self._known.items()}), encoding="utf-8")
-        temporary.replace(self._path)
+        text = json.dumps({k: asdict(v) for k, v in self._known.items()})
+        write_atomically(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def search(

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +20,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dualtoken_deploy.errors import OutputError, WeightsError
+from dualtoken_deploy.errors import WeightsError
+from dualtoken_deploy.files import write_atomically
 from dualtoken_deploy.models.weights import HEADER
 from dualtoken_deploy.train.config import TrainConfig
 
 CONFIG, LAST, BEST, METRICS, CURVE = "config.json", "last.safetensors", "best.safetensors", "metrics.csv", "curve.svg"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path and renames the result. Raises OutputError; the old file stays then."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {path}: {reason}; the file that was there is unchanged") from error
-
-
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes contiguous CPU copies; `header` goes into the file as JSON."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda p: save_file(flat, p, {HEADER: json.dumps(header)}))
+    write_atomically(path, lambda p: save_file(flat, p, {HEADER: json.dumps(header)}), SafetensorError)
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], half: bool = False) -> None:

@@ -107,6 +107,8 @@ class _Run:
             self._restore()
         else:
             self._begin()
+        if self.main:  # a resumed run may have other settings than it began with
+            checkpoint.write_json(self.folder / checkpoint.CONFIG, self.config.to_json())
         self._prepare()
 
     def _begin(self) -> None:
@@ -116,7 +118,6 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {self.folder}: {error.strerror}; choose another --output") from error
-        checkpoint.write_json(self.folder / checkpoint.CONFIG, self.config.to_json())
 
     def _restore(self) -> None:
         path = self.folder / checkpoint.LAST
