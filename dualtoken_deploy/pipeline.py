@@ -161,9 +161,19 @@ def build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
     return replace(result, state=COMPLETE, executed_precision=built.executed_precision)
 
 
-def exportable_targets() -> list[str]:
-    """Portable targets that can be exported on this machine: their modules and those of the extra [export] are here."""
-    return [name for name, row in TARGETS.items() if row.portable and not row.missing(row.export_modules)]
+def exportable_targets(precision: str) -> list[str]:
+    """Portable targets that offer the precision and can be exported here: their modules and those of [export] are here.
+
+    Raises UsageError on a precision that no portable target offers, MissingError where none of them can be exported.
+    """
+    offering = [row for row in TARGETS.values() if row.portable and precision in row.precisions]
+    if not offering:
+        known = dict.fromkeys(p for row in TARGETS.values() if row.portable for p in row.precisions)
+        raise UsageError(f"unknown precision {precision!r}; valid precisions: {', '.join(known)}")
+    here = [row.name for row in offering if not row.missing(row.export_modules)]
+    if not here:
+        raise missing_extra("all", f"exporting to any target in {precision}")
+    return here
 
 
 def check_can_export(row: Target) -> None:

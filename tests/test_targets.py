@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dualtoken_deploy
-from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.errors import MissingError, UsageError
 from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, check_precision, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
@@ -62,3 +62,17 @@ def test_what_exporting_needs() -> None:
     assert TARGETS["tensorrt"].export_modules == EXPORT_MODULES
     assert TARGETS["openvino"].export_modules == (*EXPORT_MODULES, "openvino")
     assert TARGETS["onnxruntime"].export_modules == EXPORT_MODULES
+
+
+def test_all_is_every_portable_target_with_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualtoken_deploy.pipeline import exportable_targets
+
+    here = {name for name, row in TARGETS.items() if row.portable and not row.missing(row.export_modules)}
+    for precision in {p for row in TARGETS.values() if row.portable for p in row.precisions}:
+        assert set(exportable_targets(precision)) == {name for name in here if precision in TARGETS[name].precisions}
+    assert exportable_targets("palettized4") == ["coreml"]
+    with pytest.raises(UsageError, match="valid precisions: fp32, fp16"):
+        exportable_targets("fp64")
+    monkeypatch.setattr("dualtoken_deploy.targets.Target.missing", lambda *_: ["it"])
+    with pytest.raises(MissingError, match="palettized4 needs the extra"):
+        exportable_targets("palettized4")

@@ -20,7 +20,7 @@ from dualtoken_deploy.cli.common import (
     show,
     with_torch,
 )
-from dualtoken_deploy.errors import MissingError, UsageError, missing_extra
+from dualtoken_deploy.errors import MissingError, UsageError
 
 
 def models(
@@ -119,7 +119,10 @@ def train(
 
 
 def export(
-    target: Annotated[list[str], typer.Option(help="Target, may be repeated; `all`: the portable ones that are here.")],
+    target: Annotated[
+        list[str],
+        typer.Option(help="Target, may be repeated; `all`: the portable ones with this precision that are here."),
+    ],
     variant: Annotated[
         str | None, typer.Option(help="Model variant; see `dualtoken models`. With --head the paper's unless given.")
     ] = None,
@@ -170,9 +173,10 @@ def export(
 
     options = model_options(option or [])
     pipeline = with_torch("exporting", importing("pipeline"))
-    names = pipeline.exportable_targets() if "all" in target else [get_target(t).name for t in dict.fromkeys(target)]
-    if not names:
-        raise missing_extra("all", "exporting to any target")
+    everything = "all" in target
+    names = (
+        pipeline.exportable_targets(precision) if everything else [get_target(t).name for t in dict.fromkeys(target)]
+    )
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
     int8 = None
@@ -187,7 +191,7 @@ def export(
                 "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --device and "
                 "--triton-repository out"
             )
-        if "all" in target:
+        if everything:
             names = [name for name in names if head in get_target(name).dense]
         dense = with_torch("exporting", importing("pipeline_dense"))
         with progress() as tell:
