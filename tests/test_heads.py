@@ -11,28 +11,44 @@ import torch
 from dualtoken_deploy.boxes import decode, iou_matrix
 from dualtoken_deploy.detection import anchors, detect
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.models.count import count_macs, count_params
+from dualtoken_deploy.models.count import count_macs
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, MaskRCNN, roi_align
-from dualtoken_deploy.models.heads.registry import HEADS, create_dense_model
+from dualtoken_deploy.models.heads.registry import HEADS, create_dense_model, describe_heads
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
+from tests.commands import prints
 from tests.numerics import assert_close
 
 SMALL: dict[str, Any] = {"variant": "tiny-mix", "classes": 4}
 
 
+@pytest.fixture(scope="module")
+def counted() -> dict[str, dict[str, Any]]:
+    return {row["head"]: row for row in describe_heads()}
+
+
 @pytest.mark.parametrize("head", HEADS)
-def test_parameters_are_the_papers(head: str) -> None:
-    with torch.device("meta"):
-        model = create_dense_model(head)
+def test_parameters_are_the_papers(head: str, counted: dict[str, dict[str, Any]]) -> None:
     # 0.5 %, which is the accuracy of three printed digits and a little more
-    assert count_params(model) / 1e6 == pytest.approx(HEADS[head].paper_params_m, rel=0.005)
+    assert counted[head]["params"] / 1e6 == pytest.approx(HEADS[head].paper_params_m, rel=0.005)
 
 
-@pytest.mark.parametrize("head", ["retinanet", "deeplabv3"])
-def test_macs_are_the_papers(head: str) -> None:
+@pytest.mark.parametrize(("head", "off"), [("retinanet", 0.05), ("deeplabv3", 0.05), ("pspnet", 0.17)])
+def test_macs_are_the_papers(head: str, off: float, counted: dict[str, dict[str, Any]]) -> None:
+    """PSPNet's are missed: docs/models-family.md."""
+    assert counted[head]["macs"] / 1e9 == pytest.approx(HEADS[head].paper_macs_g, rel=off)
+
+
+def test_mask_rcnns_regions_by_hand(counted: dict[str, dict[str, Any]]) -> None:
     with torch.device("meta"):
-        model = create_dense_model(head)
-    assert count_macs(model, HEADS[head].image_size) / 1e9 == pytest.approx(HEADS[head].paper_macs_g, rel=0.05)
+        model = create_dense_model("mask-rcnn")
+    boxes = 256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 320)
+    masks = 4 * 256 * 256 * 9 * 196 + 256 * 256 * 4 * 196 + 256 * 80 * 784
+    whole = count_macs(model, (800, 1280)) + 1000 * boxes + 100 * masks
+    assert counted["mask-rcnn"]["macs"] == whole
+
+
+def test_the_command_prints_the_heads(capsys: pytest.CaptureFixture[str], counted: dict[str, dict[str, Any]]) -> None:
+    assert prints(capsys, "models", "--heads", "--json") == list(counted.values())
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 150)])

@@ -25,9 +25,16 @@ from dualtoken_deploy.errors import MissingError, UsageError
 
 def models(
     ablations: Annotated[bool, typer.Option("--ablations", help="Tables 6 to 9 of DualToken-ViT instead.")] = False,
+    heads: Annotated[bool, typer.Option("--heads", help="The detectors and segmenters instead.")] = False,
     json_output: Json = False,
 ) -> None:
     """Lists the variants, with counted parameters and MACs beside the paper's."""
+    if ablations and heads:
+        raise UsageError("--ablations and --heads are two tables; give one of them")
+    if heads:
+        rows = with_torch("counting models", _count_heads)
+        show(json_output, rows, lambda r: r.heads_table(rows))
+        return
     if ablations:
         rows = with_torch("counting models", _count_ablations)
         show(json_output, rows, lambda r: r.ablations_table(rows))
@@ -40,6 +47,12 @@ def _count_models() -> list[dict[str, Any]]:
     from dualtoken_deploy.models.registry import describe_variants
 
     return describe_variants()
+
+
+def _count_heads() -> list[dict[str, Any]]:
+    from dualtoken_deploy.models.heads.registry import describe_heads
+
+    return describe_heads()
 
 
 def _count_ablations() -> list[dict[str, Any]]:

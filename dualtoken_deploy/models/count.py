@@ -42,8 +42,13 @@ def count_params(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
     """Multiply-accumulates for one image of (H, W)."""
+    return count_part(model, (1, 3, *image_size))
+
+
+def count_part(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of any module for an input of this shape."""
     with FlopCounterMode(display=False, custom_mapping=_NORMS) as counter:
-        _run(model, image_size)
+        _run(module, shape)
     return int(counter.get_total_flops()) // 2
 
 
@@ -53,13 +58,13 @@ def matrix_products(model: nn.Module, image_size: tuple[int, int]) -> tuple[Prod
     Depth-wise convolutions are no matrix products and are left out. Sorted by shape.
     """
     with _ProductRecorder() as recorder:
-        _run(model, image_size)
+        _run(model, (1, 3, *image_size))
     return tuple((*shape, count) for shape, count in sorted(recorder.products.items()))
 
 
-def _run(model: nn.Module, image_size: tuple[int, int]) -> None:
+def _run(model: nn.Module, shape: tuple[int, ...]) -> None:
     parameter = next(model.parameters())
-    image = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
+    image = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
     detached = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     # The math back-end writes attention as its two products, so that both counters see them. Parameters are detached
     # because FlopCounterMode's module tracker trips over one that wants a gradient while gradients are off.

@@ -13,7 +13,8 @@ from torch import nn
 
 from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.models import registry
-from dualtoken_deploy.models.heads.mask_rcnn import MaskRCNN
+from dualtoken_deploy.models.count import count_macs, count_params, count_part
+from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, MaskRCNN
 from dualtoken_deploy.models.heads.neck import Backbone
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
 from dualtoken_deploy.models.heads.segmentation import Segmenter
@@ -53,6 +54,35 @@ HEADS: Mapping[str, Head] = MappingProxyType(
         )
     }
 )
+
+
+PROPOSALS, DETECTIONS = 1000, 100  # regions of an image whose boxes, and whose masks, are counted
+
+
+def describe_heads() -> list[dict[str, Any]]:
+    """Every head on the paper's variant, with counted parameters and MACs at the paper's size, and its figures."""
+    rows = []
+    for head in HEADS.values():
+        with torch.device("meta"):
+            model = create_dense_model(head.name)
+        macs = count_macs(model, head.image_size)
+        if isinstance(model, MaskRCNN):
+            macs += count_part(model.boxes, (PROPOSALS, head.width, BOX_SIDE, BOX_SIDE))
+            macs += count_part(model.masks, (DETECTIONS, head.width, MASK_SIDE, MASK_SIDE))
+        rows.append(
+            {
+                "head": head.name,
+                "task": head.task,
+                "variant": head.variant,
+                "classes": head.classes,
+                "image_size": list(head.image_size),
+                "params": count_params(model),
+                "macs": macs,
+                "paper_params_m": head.paper_params_m,
+                "paper_macs_g": head.paper_macs_g,
+            }
+        )
+    return rows
 
 
 def get_head(name: str) -> Head:
