@@ -30,7 +30,7 @@ CELLS = (
     *(("onnxruntime", p) for p in ("fp32", "fp16", "int8")),
     *(("openvino", p) for p in ("fp32", "fp16", "bf16", "int8")),
     *(("tensorrt", p) for p in ("fp32", "fp16", "int8")),
-    *(("aotinductor", p) for p in ("fp32", "fp16")),
+    ("aotinductor", "fp32"),
     *(("coreml", p) for p in ("fp32", "fp16")),
 )
 INT8 = (
