@@ -11,11 +11,12 @@ from dualtoken_deploy.errors import OutputError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], library_error: type[Exception] = OSError) -> None:
-    """Calls `write` with a temporary path of the same suffix in the same folder, and renames the result.
+    """Calls `write` with a temporary path of the same suffix in the same folder (made if need be), renames the result.
 
     Raises OutputError on OSError, or what a library has for it; the old file stays then.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)

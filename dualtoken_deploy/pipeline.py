@@ -161,14 +161,20 @@ def build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
     return replace(result, state=COMPLETE, executed_precision=built.executed_precision)
 
 
-def exportable_targets(precision: str) -> list[str]:
-    """Portable targets that offer the precision and can be exported here: their modules and those of [export] are here.
+def exportable_targets(precision: str, head: str | None = None) -> list[str]:
+    """Portable targets that offer the precision, and the dense head if one is given, and can be exported here: their
+    modules and those of [export] are here.
 
-    Raises UsageError on a precision that no portable target offers, MissingError where none of them can be exported.
+    Raises UsageError where no portable target offers both, MissingError where none of them can be exported.
     """
-    offering = [row for row in TARGETS.values() if row.portable and precision in row.precisions]
+    portable = [row for row in TARGETS.values() if row.portable]
+    taking = [row for row in portable if head is None or head in row.dense]
+    if not taking:
+        known = dict.fromkeys(h for row in portable for h in row.dense)
+        raise UsageError(f"unknown head {head!r}; valid heads: {', '.join(known)}")
+    offering = [row for row in taking if precision in row.precisions]
     if not offering:
-        known = dict.fromkeys(p for row in TARGETS.values() if row.portable for p in row.precisions)
+        known = dict.fromkeys(p for row in taking for p in row.precisions)
         raise UsageError(f"unknown precision {precision!r}; valid precisions: {', '.join(known)}")
     here = [row.name for row in offering if not row.missing(row.export_modules)]
     if not here:
@@ -263,7 +269,7 @@ def _draft(
     seed: int,
     command: str,
 ) -> Manifest:
-    source = weights_source(weights, None if weights is None else Path(weights), seed)
+    source = weights_source(weights, seed)
     tolerance = row.tolerances[request.precision]
     return draft_manifest(
         model, model, row, request, artifact, source, tolerance,

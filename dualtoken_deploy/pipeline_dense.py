@@ -207,11 +207,10 @@ def _plan(
 def _draft(
     plan: _Plan, model: nn.Module, module: nn.Module, row: Target, request: Request, artifact: Artifact
 ) -> Manifest:
-    path = None if plan.weights is None else dense_weights_path(plan.weights)
     options = options_of(_backbone(model).model.config)
     return draft_manifest(
         model, module, row, request, artifact,
-        weights_source(plan.weights, path, plan.seed), tolerance(row, plan.form, request.precision),
+        weights_source(plan.weights, plan.seed, dense_weights_path), tolerance(row, plan.form, request.precision),
         variant=plan.variant,
         options={k: v for k, v in options.items() if k != "num_classes"},
         command=plan.command,

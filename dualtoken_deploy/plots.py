@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.errors import OutputError, UsageError, missing_extra
+from dualtoken_deploy.errors import UsageError, missing_extra
 from dualtoken_deploy.files import write_atomically
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -28,10 +28,6 @@ def save_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], Non
         raise missing_extra("plots", f"drawing {path.name}") from error
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
 
 

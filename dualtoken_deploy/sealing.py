@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,16 @@ class ExportResult:
         return asdict(self)
 
 
-def weights_source(weights: str | Path | None, path: Path | None, seed: int) -> dict[str, Any]:
-    """Where a model's weights come from: the seed of random ones, a word of BUILT_IN_WEIGHTS, or a file."""
-    if weights is None or path is None:
+def weights_source(
+    weights: str | Path | None, seed: int, locate: Callable[[str | Path], Path] = Path
+) -> dict[str, Any]:
+    """Where a model's weights come from: the seed of random ones, a word of BUILT_IN_WEIGHTS, or a file.
+
+    `locate`: from what the user gave to the file, where that may be a run's folder.
+    """
+    if weights is None:
         return {"source": "random", "seed": seed}
-    return {"source": weights if weights in BUILT_IN_WEIGHTS else str(path.resolve())}
+    return {"source": weights if weights in BUILT_IN_WEIGHTS else str(locate(weights).resolve())}
 
 
 def draft_manifest(

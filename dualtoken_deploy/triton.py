@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from dualtoken_deploy.bundle import LABELS, Bundle
 from dualtoken_deploy.errors import OutputError, UsageError
+from dualtoken_deploy.runtimes.openvino import float_dtype
 from dualtoken_deploy.spec import TensorSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -104,7 +105,7 @@ def config(bundle: Bundle) -> str:
         labels = spec.layout == "NC"
         lines += _tensor("output", spec, open_batch, f"  label_filename: {_quoted(LABELS)}" if labels else None)
     lines += ["dynamic_batching {", "}"] if open_batch else []
-    if manifest.target == "openvino" and manifest.precision == "bf16":
+    if manifest.target == "openvino" and float_dtype(manifest.precision) == "bf16":
         lines += ["parameters {", '  key: "HINT_BF16"', '  value { string_value: "YES" }', "}"]
     return "\n".join(lines) + "\n"
 

@@ -73,6 +73,11 @@ def test_all_is_every_portable_target_with_the_precision(monkeypatch: pytest.Mon
     assert exportable_targets("palettized4") == ["coreml"]
     with pytest.raises(UsageError, match="valid precisions: fp32, fp16"):
         exportable_targets("fp64")
+    assert "coreml" not in exportable_targets("fp32", "mask-rcnn")
+    with pytest.raises(UsageError, match="valid heads: retinanet, mask-rcnn"):
+        exportable_targets("fp32", "yolo")
+    with pytest.raises(UsageError, match="unknown precision 'palettized4'"):
+        exportable_targets("palettized4", "mask-rcnn")
     monkeypatch.setattr("dualtoken_deploy.targets.Target.missing", lambda *_: ["it"])
     with pytest.raises(MissingError, match="palettized4 needs the extra"):
         exportable_targets("palettized4")

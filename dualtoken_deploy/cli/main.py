@@ -12,7 +12,7 @@ import typer
 
 from dualtoken_deploy.cli import checking, making, using
 from dualtoken_deploy.cli.common import say
-from dualtoken_deploy.errors import DualTokenError, out_of_memory
+from dualtoken_deploy.errors import DualTokenError, InputError, out_of_memory
 from dualtoken_deploy.serve.cli import serve
 
 app = typer.Typer(
@@ -71,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not stop.asked:
             if out_of_memory(error):
-                _fail("not enough memory; take a smaller --image-size or --batch, or a larger machine", 4)
+                _fail(
+                    "not enough memory; take a smaller --image-size or --batch, or a larger machine",
+                    InputError.exit_code,
+                )
             if not hasattr(error, "exit_code"):
                 raise
             _usage(error)

@@ -31,34 +31,16 @@ def models(
     """Lists the variants, with counted parameters and MACs beside the paper's."""
     if ablations and heads:
         raise UsageError("--ablations and --heads are two tables; give one of them")
+    count = "counting models"
     if heads:
-        rows = with_torch("counting models", _count_heads)
+        rows = with_torch(count, importing("models.heads.registry")).describe_heads()
         show(json_output, rows, lambda r: r.heads_table(rows))
-        return
-    if ablations:
-        rows = with_torch("counting models", _count_ablations)
+    elif ablations:
+        rows = with_torch(count, importing("models.ablations")).describe_ablations()
         show(json_output, rows, lambda r: r.ablations_table(rows))
-        return
-    rows = with_torch("counting models", _count_models)
-    show(json_output, rows, lambda r: r.models_table(rows))
-
-
-def _count_models() -> list[dict[str, Any]]:
-    from dualtoken_deploy.models.registry import describe_variants
-
-    return describe_variants()
-
-
-def _count_heads() -> list[dict[str, Any]]:
-    from dualtoken_deploy.models.heads.registry import describe_heads
-
-    return describe_heads()
-
-
-def _count_ablations() -> list[dict[str, Any]]:
-    from dualtoken_deploy.models.ablations import describe_ablations
-
-    return describe_ablations()
+    else:
+        rows = with_torch(count, importing("models.registry")).describe_variants()
+        show(json_output, rows, lambda r: r.models_table(rows))
 
 
 def targets(json_output: Json = False) -> None:
@@ -186,10 +168,10 @@ def export(
 
     options = model_options(option or [])
     pipeline = with_torch("exporting", importing("pipeline"))
-    everything = "all" in target
-    names = (
-        pipeline.exportable_targets(precision) if everything else [get_target(t).name for t in dict.fromkeys(target)]
-    )
+    if "all" in target:
+        names = pipeline.exportable_targets(precision, head)
+    else:
+        names = [get_target(name).name for name in dict.fromkeys(target)]
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
     int8 = None
@@ -204,8 +186,6 @@ def export(
                 "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --device and "
                 "--triton-repository out"
             )
-        if everything:
-            names = [name for name in names if head in get_target(name).dense]
         dense = with_torch("exporting", importing("pipeline_dense"))
         with progress() as tell:
             results = [

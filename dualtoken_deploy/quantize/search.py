@@ -102,7 +102,6 @@ class ScoreCache:
     def _save(self) -> None:
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({k: asdict(v) for k, v in self._known.items()})
         write_atomically(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
