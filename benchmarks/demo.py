@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dualtoken_deploy import bench, export, predict, validate
-from dualtoken_deploy.compare import compare
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.quantize.gate import Int8Options
-from dualtoken_deploy.report import comparison_table, prediction_table, share, table
+from dualtoken_deploy.use.compare import compare
+from dualtoken_deploy.use.report import comparison_table, prediction_table, share, table
 
 OUTPUT = Path("bundles")
 TARGETS = ("onnxruntime", "openvino")

@@ -17,20 +17,20 @@ from pathlib import Path
 import onnx
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.export.base import Request
-from dualtoken_deploy.export.onnx import DECOMPOSED_OPSET, export_onnx
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
-from dualtoken_deploy.pipeline import make_contract
-from dualtoken_deploy.plots import plot_search
-from dualtoken_deploy.probes import Prober
+from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.quantize.calibration import Array, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, make_reference, quantize_within_budget
-from dualtoken_deploy.runtimes import RunnerOptions
-from dualtoken_deploy.runtimes.eager import EagerRunner
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.validate import run_batches
+from dualtoken_deploy.targets.eager import EagerRunner
+from dualtoken_deploy.targets.load import RunnerOptions
+from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx
+from dualtoken_deploy.targets.onnx.values import Prober
+from dualtoken_deploy.targets.request import Request
+from dualtoken_deploy.use.plots import plot_search
+from dualtoken_deploy.use.validate import run_batches
 
 RESULTS = Path(__file__).parent / "results"
 

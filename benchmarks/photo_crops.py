@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.data.folders import open_dataset
 
 GRID = {"train": (5, 6), "val": (2, 4)}  # columns, rows
 SHARE = 0.8  # of the third's width, or of the height where that is less

@@ -21,9 +21,9 @@ import openvino as ov
 import torch
 
 from dualtoken_deploy import Bundle, bench, export
-from dualtoken_deploy.bundle import write_bundle
+from dualtoken_deploy.bundle.store import write_bundle
 from dualtoken_deploy.models.registry import random_model
-from dualtoken_deploy.runtimes.openvino import has_bfloat16
+from dualtoken_deploy.targets.openvino.runner import has_bfloat16
 
 
 def plain_bundles(folder: Path, ours: Bundle) -> list[Path]:

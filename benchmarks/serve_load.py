@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_deploy import Bundle
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.serve import protocol
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb

@@ -12,10 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dualtoken_deploy.evaluate import evaluate, evaluate_dense, holds_dense_model
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
 from dualtoken_deploy.train import checkpoint
+from dualtoken_deploy.use.evaluate import evaluate, evaluate_dense, holds_dense_model
 
 
 def main(run: str, name: str, *commands: str) -> None:

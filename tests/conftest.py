@@ -11,10 +11,10 @@ from types import MappingProxyType
 
 import pytest
 
-from dualtoken_deploy.export import onnx as onnx_export
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
 from dualtoken_deploy.models.registry import Variant
-from dualtoken_deploy.targets import TARGETS
+from dualtoken_deploy.targets.onnx import export as onnx_export
+from dualtoken_deploy.targets.table import TARGETS
 from tests.traces import shared
 
 # T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
@@ -78,7 +78,7 @@ def small_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
 def dense_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
     """dense_bundle(head, target, precision, **options) -> a small dense bundle that knows the scenes' classes."""
     from dualtoken_deploy import export_dense
-    from dualtoken_deploy.scenes import CLASSES, CLUTTER
+    from dualtoken_deploy.data.scenes import CLASSES, CLUTTER
 
     made: dict[str, Path] = {}
 
@@ -106,7 +106,7 @@ def own_bundle(small_bundle: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def photograph() -> Path:
-    from dualtoken_deploy.datasets import open_dataset
+    from dualtoken_deploy.data.folders import open_dataset
 
     return open_dataset("photographs").images[0]
 

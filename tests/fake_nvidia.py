@@ -336,5 +336,5 @@ def plugged_in(version: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device
     with monkeypatch.context() as patch:
         device.trt.__spec__ = ModuleSpec("tensorrt", None)
         patch.setitem(sys.modules, "tensorrt", device.trt)
-        patch.setattr("dualtoken_deploy.nvidia.cuda.runtime_api", lambda: device.cuda)
+        patch.setattr("dualtoken_deploy.targets.nvidia.cuda.runtime_api", lambda: device.cuda)
         yield device

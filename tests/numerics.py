@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dualtoken_deploy.numerics import compare
-from dualtoken_deploy.runtimes.base import Array
+from dualtoken_deploy.targets.runner import Array
 
 
 def assert_close(actual: Any, expected: Any, sqnr_db: float | None = None, relative: float | None = None) -> None:

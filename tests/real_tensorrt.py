@@ -61,8 +61,8 @@ def probe() -> dict[str, Any]:
     """Run inside that environment: what the module has, and our own classes on top of it at work."""
     import tensorrt_bindings as trt  # type: ignore[import-not-found]
 
-    from dualtoken_deploy.nvidia.binding import make_logger
-    from dualtoken_deploy.nvidia.builder import make_monitor
+    from dualtoken_deploy.targets.nvidia.binding import make_logger
+    from dualtoken_deploy.targets.nvidia.builder import make_monitor
 
     names: dict[str, Any] = {}
     for name in dir(trt):

@@ -16,9 +16,9 @@ from dualtoken_deploy import Bundle, create_model, export, load_runner
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.registry import random_model
-from dualtoken_deploy.runtimes import RunnerOptions
-from dualtoken_deploy.runtimes.eager import load as load_eager
-from dualtoken_deploy.targets import TARGETS
+from dualtoken_deploy.targets.eager import load as load_eager
+from dualtoken_deploy.targets.load import RunnerOptions
+from dualtoken_deploy.targets.table import TARGETS
 from tests.numerics import assert_close
 
 SIZES = [(64, 64), (224, 224), (97, 65), (223, 301), (288, 384)]

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from dualtoken_deploy import Bundle, export, load_runner
-from dualtoken_deploy.bundle import Manifest
+from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import BundleError, MissingError
-from dualtoken_deploy.inspection import check_promise, inspect_bundle, product_precision
-from dualtoken_deploy.runtimes import Runner, RunnerOptions
-from dualtoken_deploy.runtimes.aotinductor import obstacles, read_calls
-from dualtoken_deploy.runtimes.eager import load as load_eager
+from dualtoken_deploy.targets.aotinductor.runner import obstacles, read_calls
+from dualtoken_deploy.targets.eager import load as load_eager
+from dualtoken_deploy.targets.load import Runner, RunnerOptions
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
 from tests.conftest import SMALL
 from tests.numerics import assert_close
 

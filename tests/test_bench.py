@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy import bench_worker
-from dualtoken_deploy.bench import Entrant, Setting, _doubts, bench, common_batch, contestant, enter, unique_names
-from dualtoken_deploy.bench_process import Job, Limits, Series, measure
-from dualtoken_deploy.bench_report import BenchReport, Ratio, latency, noise_notes, ratio_of
-from dualtoken_deploy.bundle import MANIFEST, Bundle, Manifest, write_bundle
+from dualtoken_deploy.bench import worker as bench_worker
+from dualtoken_deploy.bench.process import Job, Limits, Series, measure
+from dualtoken_deploy.bench.report import BenchReport, Ratio, latency, noise_notes, ratio_of
+from dualtoken_deploy.bench.run import Entrant, Setting, _doubts, bench, common_batch, contestant, enter, unique_names
+from dualtoken_deploy.bundle.manifest import Manifest
+from dualtoken_deploy.bundle.store import MANIFEST, Bundle, write_bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
 from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
 from tests.test_bench_process import alive, children
@@ -289,7 +290,7 @@ def test_the_feed_is_the_golden_input_tiled_or_cut(tmp_path: Path) -> None:
 
 
 def test_the_worker_imports_no_runtime_by_itself() -> None:
-    code = "import sys, dualtoken_deploy.bench, dualtoken_deploy.bench_worker; print(*sys.modules)"
+    code = "import sys, dualtoken_deploy.bench.run, dualtoken_deploy.bench.worker; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "onnx", "onnxruntime", "openvino"} & set(loaded)
 

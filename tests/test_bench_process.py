@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualtoken_deploy import bench_process
-from dualtoken_deploy.bench_process import Job, Limits, Series, Worker, measure
+from dualtoken_deploy.bench import process as bench_process
+from dualtoken_deploy.bench.process import Job, Limits, Series, Worker, measure
 from dualtoken_deploy.errors import ConversionError, MissingError
 
 

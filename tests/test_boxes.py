@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from dualtoken_deploy import boxes
-from dualtoken_deploy.boxes import Array
+from dualtoken_deploy.tasks import boxes
+from dualtoken_deploy.tasks.boxes import Array
 
 
 def random_boxes(count: int, seed: int, side: float = 100.0) -> Array:

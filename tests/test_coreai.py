@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from dualtoken_deploy import Bundle, export, load_runner
-from dualtoken_deploy.bench import bench
+from dualtoken_deploy.bench.run import bench
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.errors import ConversionError, MissingError, ToleranceError, UsageError
-from dualtoken_deploy.export import coreai
-from dualtoken_deploy.export.base import Request
-from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.models.registry import random_model
-from dualtoken_deploy.runtimes.coreai import ENGINE
 from dualtoken_deploy.spec import InputContract, TensorSpec
+from dualtoken_deploy.targets.coreai import export as coreai
+from dualtoken_deploy.targets.coreai.runner import ENGINE
+from dualtoken_deploy.targets.request import Request
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.numerics import assert_close
 
 # At 224, where G's grid is that of stage 3: its optimiser miscompiles the resizing of other sizes (see below).

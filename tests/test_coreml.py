@@ -13,28 +13,29 @@ import pytest
 import torch
 
 from dualtoken_deploy import Bundle, load_runner
-from dualtoken_deploy.bench import bench
-from dualtoken_deploy.bundle import sha256
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.bench.run import bench
+from dualtoken_deploy.bundle.store import sha256
+from dualtoken_deploy.data.folders import open_dataset
+from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import channel_norm, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.diagnose import diagnose
 from dualtoken_deploy.errors import BundleError, InputError, MissingError, ToleranceError, UsageError
-from dualtoken_deploy.export.apple.activations import measure_ranges
-from dualtoken_deploy.export.apple.compress import palette
-from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.models.registry import random_model
-from dualtoken_deploy.predict import predict
 from dualtoken_deploy.quantize.gate import Int8Options
-from dualtoken_deploy.runtimes import RunnerOptions, eager
-from dualtoken_deploy.runtimes.coreml import ENGINE, MilReferenceRunner
-from dualtoken_deploy.runtimes.mil import MilProgram, load_program
-from dualtoken_deploy.runtimes.mil.program import find_specification
-from dualtoken_deploy.runtimes.mil.vendor import model_proto
-from dualtoken_deploy.runtimes.mil.weights import WeightFile
-from dualtoken_deploy.validate import run_batches, validate
+from dualtoken_deploy.targets import eager
+from dualtoken_deploy.targets.coreml.activations import measure_ranges
+from dualtoken_deploy.targets.coreml.compress import palette
+from dualtoken_deploy.targets.coreml.mil import MilProgram, load_program
+from dualtoken_deploy.targets.coreml.mil.program import find_specification
+from dualtoken_deploy.targets.coreml.mil.vendor import model_proto
+from dualtoken_deploy.targets.coreml.mil.weights import WeightFile
+from dualtoken_deploy.targets.coreml.runner import ENGINE, MilReferenceRunner
+from dualtoken_deploy.targets.load import RunnerOptions
+from dualtoken_deploy.use.diagnose import diagnose
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
+from dualtoken_deploy.use.predict import predict
+from dualtoken_deploy.use.validate import run_batches, validate
 from tests.conftest import SMALL
 from tests.numerics import assert_close
 
@@ -301,7 +302,7 @@ def test_the_classifier_is_as_coremltools_makes_it() -> None:
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb  # noqa: N813
 
-    from dualtoken_deploy.export.apple.classifier import add_classifier
+    from dualtoken_deploy.targets.coreml.classifier import add_classifier
 
     def convert(**options: Any) -> Any:
         @mb.program(input_specs=[mb.TensorSpec(shape=(1, 3))])  # type: ignore[untyped-decorator]

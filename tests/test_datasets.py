@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtoken_deploy.datasets import IMAGE_SUFFIXES, PHOTOGRAPHS, WORDS, ImageSet, open_dataset
+from dualtoken_deploy.data.folders import IMAGE_SUFFIXES, PHOTOGRAPHS, WORDS, ImageSet, open_dataset
+from dualtoken_deploy.data.images import load_image
 from dualtoken_deploy.errors import DatasetError, MissingError, UsageError
-from dualtoken_deploy.images import load_image
 
 
 def plant(folder: Path, *names: str) -> Path:
@@ -154,7 +154,7 @@ def test_photographs_are_there_and_can_be_read() -> None:
 
 def test_photographs_do_not_import_skimage() -> None:
     program = (
-        "import sys; from dualtoken_deploy.datasets import open_dataset; open_dataset('photographs');"
+        "import sys; from dualtoken_deploy.data.folders import open_dataset; open_dataset('photographs');"
         "assert not {'skimage', 'torch', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )
     root = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_photographs_without_skimage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_photographs_of_another_skimage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualtoken_deploy.datasets.PHOTOGRAPHS", ("camera.png", "never.png"))
+    monkeypatch.setattr("dualtoken_deploy.data.folders.PHOTOGRAPHS", ("camera.png", "never.png"))
     with pytest.raises(DatasetError, match=r"lacks never\.png"):
         open_dataset("photographs")
 

@@ -13,22 +13,24 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_deploy import Bundle, export_dense, load_runner, pipeline_dense_int8, predict_dense, validate_dense
-from dualtoken_deploy import pipeline_dense as pipeline
-from dualtoken_deploy.boxes import decode, suppress, suppress_by_class
-from dualtoken_deploy.dense_outputs import compare
-from dualtoken_deploy.detection import detect
+from dualtoken_deploy import Bundle, export_dense, load_runner
+from dualtoken_deploy.data.scenes import CLASSES, CLUTTER, make_scene
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError, WeightsError
-from dualtoken_deploy.export import Artifact
-from dualtoken_deploy.inspection import check_promise, inspect_bundle
-from dualtoken_deploy.models.heads.forms import MaskDetector, rpn_anchors
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, STRIDES, MaskRCNN, roi_align
+from dualtoken_deploy.models.heads.output_forms import MaskDetector, rpn_anchors
 from dualtoken_deploy.models.heads.rebuild import random_dense_model, rebuild_dense
+from dualtoken_deploy.pipeline import dense_int8 as pipeline_dense_int8
+from dualtoken_deploy.pipeline import export_dense as pipeline
 from dualtoken_deploy.quantize.gate import Int8Options
-from dualtoken_deploy.runtimes import RunnerOptions
-from dualtoken_deploy.runtimes.eager import load as load_eager
-from dualtoken_deploy.scenes import CLASSES, CLUTTER, make_scene
-from dualtoken_deploy.validate_dense import gate_dense
+from dualtoken_deploy.targets.eager import load as load_eager
+from dualtoken_deploy.targets.load import RunnerOptions
+from dualtoken_deploy.targets.request import Artifact
+from dualtoken_deploy.tasks.anchors import detect
+from dualtoken_deploy.tasks.boxes import decode, suppress, suppress_by_class
+from dualtoken_deploy.tasks.dense_outputs import compare
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
+from dualtoken_deploy.use.predict_dense import predict_dense
+from dualtoken_deploy.use.validate_dense import gate_dense, validate_dense
 from tests.commands import fails, prints
 from tests.numerics import assert_close
 
@@ -330,7 +332,7 @@ def test_objects_are_drawn_over_their_picture(
 
 
 def test_areas_are_painted(dense_bundle: MakeBundle, picture: Path, tmp_path: Path) -> None:
-    from dualtoken_deploy import drawing
+    from dualtoken_deploy.use import drawing
 
     (found,) = predict_dense(dense_bundle("pspnet", "openvino", input_kind="tensor"), [picture])
     assert sum(area.share for area in found.areas) == pytest.approx(1)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualtoken_deploy.coco import decode_mask, fill_polygon, unpack_runs
-from dualtoken_deploy.dense_data import open_dense, read_or_none
-from dualtoken_deploy.dense_metrics import IGNORE
+from dualtoken_deploy.data.annotated import open_dense, read_or_none
+from dualtoken_deploy.data.coco import decode_mask, fill_polygon, unpack_runs
+from dualtoken_deploy.data.objects import IGNORE
 from dualtoken_deploy.errors import DatasetError, UsageError
 
 SIZE = (40, 60)  # (H, W)

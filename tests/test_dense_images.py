@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualtoken_deploy.dense_images import boxes_to_model, boxes_to_picture, prepare, resize_map
+from dualtoken_deploy.data.stretch import boxes_to_model, boxes_to_picture, prepare, resize_map
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 128), (300, 200)])

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.dense_metrics import Objects, average_precision, mask_iou, mean_iou
+from dualtoken_deploy.data.objects import Objects
 from dualtoken_deploy.errors import DatasetError
+from dualtoken_deploy.tasks.metrics import average_precision, mask_iou, mean_iou
 
 SIDE = 60
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.boxes import encode
-from dualtoken_deploy.dense_evaluation import score
-from dualtoken_deploy.dense_outputs import GOLDEN_VALUES, compare, interpret, thin
-from dualtoken_deploy.detection import anchors
-from dualtoken_deploy.scenes import CLASSES, make_scene
+from dualtoken_deploy.data.scenes import CLASSES, make_scene
+from dualtoken_deploy.tasks.anchors import anchors
+from dualtoken_deploy.tasks.boxes import encode
+from dualtoken_deploy.tasks.dense_evaluation import score
+from dualtoken_deploy.tasks.dense_outputs import GOLDEN_VALUES, compare, interpret, thin
 from tests.numerics import assert_close
 
 MODEL = (64, 128)  # (H, W); pictures of 96 x 96 are stretched by other factors in each direction
@@ -20,7 +20,7 @@ STRETCH = np.tile((MODEL[1] / PICTURE[1], MODEL[0] / PICTURE[0]), 2)  # of a box
 
 
 def truth() -> Any:
-    from dualtoken_deploy.dense_data import DenseSample
+    from dualtoken_deploy.data.annotated import DenseSample
 
     scenes = [make_scene(seed, most=2) for seed in range(6)]  # of more, some of one class overlap and suppress
     return [DenseSample(s.image, s.boxes, s.masks) for s in scenes]

@@ -13,14 +13,14 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from dualtoken_deploy.bench import bench
-from dualtoken_deploy.bench_report import Ratio
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bench.report import Ratio
+from dualtoken_deploy.bench.run import bench
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.compare import compare, verdict
-from dualtoken_deploy.diagnose import LOOKS, Diagnosis, diagnose, draw
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.targets import TARGETS
+from dualtoken_deploy.targets.table import TARGETS
+from dualtoken_deploy.use.compare import compare, verdict
+from dualtoken_deploy.use.diagnose import LOOKS, Diagnosis, diagnose, draw
 from tests.test_quantize import INT8
 
 
@@ -139,8 +139,8 @@ def test_compare_counts_what_evaluate_counts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dualtoken_deploy import compare as module
-    from dualtoken_deploy.evaluate import evaluate
+    from dualtoken_deploy.use import compare as module
+    from dualtoken_deploy.use.evaluate import evaluate
 
     # eager's own process does not know the small variant, so the first bundle is the baseline
     monkeypatch.setattr(module, "bench", lambda bundles, _against, *rest: bench(bundles, None, *rest))

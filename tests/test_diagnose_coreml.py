@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.compare import compare
-from dualtoken_deploy.diagnose import Diagnosis, diagnose
 from dualtoken_deploy.errors import BundleError
-from dualtoken_deploy.evaluate import evaluate
-from dualtoken_deploy.runtimes.coreml import ENGINE
-from dualtoken_deploy.runtimes.mil.program import find_specification
-from dualtoken_deploy.runtimes.mil.vendor import model_proto
+from dualtoken_deploy.targets.coreml.mil.program import find_specification
+from dualtoken_deploy.targets.coreml.mil.vendor import model_proto
+from dualtoken_deploy.targets.coreml.runner import ENGINE
+from dualtoken_deploy.use.compare import compare
+from dualtoken_deploy.use.diagnose import Diagnosis, diagnose
+from dualtoken_deploy.use.evaluate import evaluate
 
 MakeBundle = Callable[..., Path]
 PACKAGE = "model.mlpackage"

@@ -13,21 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_deploy import built_in, shapes
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset, open_parts
-from dualtoken_deploy.dense_data import open_dense
+from dualtoken_deploy.data import built_in, shapes
+from dualtoken_deploy.data.annotated import open_dense
+from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset, open_parts
+from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import DatasetError, OutputError, UsageError, WeightsError
-from dualtoken_deploy.evaluate import evaluate, evaluate_dense
-from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.models.heads.weights import describe_dense
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
-from dualtoken_deploy.runtimes import load_runner
-from dualtoken_deploy.validate import run_batches
-from dualtoken_deploy.visualize import broadcast_attention, strongest, visualize
+from dualtoken_deploy.targets.load import load_runner
+from dualtoken_deploy.use.evaluate import evaluate, evaluate_dense
+from dualtoken_deploy.use.validate import run_batches
+from dualtoken_deploy.use.visualize import broadcast_attention, strongest, visualize
 
 
 @pytest.fixture(scope="module")

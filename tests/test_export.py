@@ -18,18 +18,18 @@ import pytest
 import torch
 
 from dualtoken_deploy import Bundle, export, load_runner
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.data.folders import open_dataset
+from dualtoken_deploy.data.images import load_image, preprocess
 from dualtoken_deploy.errors import ConversionError, MissingError, ToleranceError, UsageError
-from dualtoken_deploy.images import load_image, preprocess
-from dualtoken_deploy.inspection import check_promise, inspect_bundle, product_precision
 from dualtoken_deploy.models.registry import rebuild
 from dualtoken_deploy.numerics import compare
-from dualtoken_deploy.runtimes import AsyncRunner, Runner, RunnerOptions
-from dualtoken_deploy.runtimes.eager import load as load_eager
-from dualtoken_deploy.runtimes.openvino import has_bfloat16
 from dualtoken_deploy.spec import Tolerance
-from dualtoken_deploy.targets import TARGETS
-from dualtoken_deploy.validate import gate, validate
+from dualtoken_deploy.targets.eager import load as load_eager
+from dualtoken_deploy.targets.load import AsyncRunner, Runner, RunnerOptions
+from dualtoken_deploy.targets.openvino.runner import has_bfloat16
+from dualtoken_deploy.targets.table import TARGETS
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
+from dualtoken_deploy.use.validate import gate, validate
 from tests.conftest import PORTABLE, ROWS, SMALL, TINY
 from tests.numerics import assert_close
 
@@ -97,7 +97,7 @@ def test_bf16_computes_in_bfloat16(small_bundle: MakeBundle) -> None:
 def test_a_device_without_bfloat16_runs_nothing_else_instead(
     small_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dualtoken_deploy.runtimes.openvino.has_bfloat16", lambda device="CPU": False)
+    monkeypatch.setattr("dualtoken_deploy.targets.openvino.runner.has_bfloat16", lambda device="CPU": False)
     with pytest.raises(MissingError, match="CPU has no bfloat16"):
         export(TINY.name, "openvino", "bf16", image_size=64, output=tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -346,8 +346,9 @@ def test_gates(small_bundle: MakeBundle) -> None:
 
 def test_public_names_are_functions_whatever_was_imported_before() -> None:
     code = (
-        "import dualtoken_deploy.validate, dualtoken_deploy.export, dualtoken_deploy.bench, dualtoken_deploy as d;"
-        "from dualtoken_deploy import create_model, export, Bundle, load_runner, validate, bench, predict;"
+        "import dualtoken_deploy.use.validate, dualtoken_deploy.bench.run, dualtoken_deploy as d;"
+        "from dualtoken_deploy import create_model, export, Bundle, load_runner, validate, predict;"
+        "from dualtoken_deploy.bench import bench;"
         "print(all(map(callable, (create_model, export, Bundle, load_runner, validate, bench, predict, d.export))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dualtoken_deploy.boxes import decode, iou_matrix
-from dualtoken_deploy.detection import anchors, detect
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.count import count_macs
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, MaskRCNN, roi_align
-from dualtoken_deploy.models.heads.registry import HEADS, create_dense_model, describe_heads
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
+from dualtoken_deploy.models.heads.table import HEADS, create_dense_model, describe_heads
+from dualtoken_deploy.tasks.anchors import anchors, detect
+from dualtoken_deploy.tasks.boxes import decode, iou_matrix
 from tests.commands import prints
 from tests.numerics import assert_close
 

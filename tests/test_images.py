@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from dualtoken_deploy import images
+from dualtoken_deploy.data import images
+from dualtoken_deploy.data.images import Pixels, load_batch, load_image, preprocess, resize_and_crop
 from dualtoken_deploy.errors import ImageError, UsageError
-from dualtoken_deploy.images import Pixels, load_batch, load_image, preprocess, resize_and_crop
 from dualtoken_deploy.spec import InputContract, TensorSpec
 
 
@@ -166,7 +166,7 @@ def test_extreme_shapes_take_little_memory(shape: str) -> None:
     """Resizing before cropping would take 0.5 GB for the first, and 10 TB for the last."""
     pytest.importorskip("resource", reason="POSIX limits")
     program = (
-        "import resource, numpy as np; from dualtoken_deploy.images import resize_and_crop;"
+        "import resource, numpy as np; from dualtoken_deploy.data.images import resize_and_crop;"
         f"image = np.full({shape}, 77, np.uint8); resize_and_crop(image[:9, :9], (8, 8), 1.0);"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**25,) * 2);"  # 32 MiB
@@ -175,7 +175,7 @@ def test_extreme_shapes_take_little_memory(shape: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=20, env=os.environ | {"PYTHONPATH": ROOT})
 
 
-ROOT = str(Path(images.__file__).parents[1])
+ROOT = str(Path(images.__file__).parents[2])
 
 
 @pytest.mark.parametrize(("size", "crop_ratio"), [((0, 8), 0.9), ((8, 8), 0.0), ((8, 8), 1.1), ((8, 8), float("nan"))])

@@ -17,7 +17,7 @@ from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.count import count_macs, count_params
 from dualtoken_deploy.models.lightvit import Block, BroadcastAttention
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model
-from dualtoken_deploy.validate import validate
+from dualtoken_deploy.use.validate import validate
 from tests.conftest import PORTABLE
 from tests.numerics import assert_close
 
@@ -177,7 +177,7 @@ def test_core_mls_layout_is_plain_where_there_is_no_other(
     variant: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("coremltools", reason="the extra [coreml] is not installed")
-    from dualtoken_deploy.export.coreml import default_layout
+    from dualtoken_deploy.targets.coreml.export import default_layout
 
     assert default_layout(create_model(variant, **options)) == "plain"
     assert default_layout(create_model("tiny-mix")) == "ane"

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualtoken_deploy.runtimes.mil.ops import OPERATIONS
-from dualtoken_deploy.runtimes.mil.ops.compression import constexpr_lut_to_dense
-from dualtoken_deploy.runtimes.mil.ops.pointwise import UNARY, apply_unary, erf_of
-from dualtoken_deploy.runtimes.mil.weights import unpack_bits
+from dualtoken_deploy.targets.coreml.mil.ops import OPERATIONS
+from dualtoken_deploy.targets.coreml.mil.ops.compression import constexpr_lut_to_dense
+from dualtoken_deploy.targets.coreml.mil.ops.pointwise import UNARY, apply_unary, erf_of
+from dualtoken_deploy.targets.coreml.mil.weights import unpack_bits
 
 TOLERANCE = 2e-6  # relative, of float32 arithmetic in another order
 Case = tuple[str, dict[str, Any], Callable[..., Any]]
@@ -382,7 +382,7 @@ def test_what_is_not_executed_is_an_error(kind: str, arguments: dict[str, Any]) 
 
 def test_parameters_have_the_names_of_coremltools_own_definitions() -> None:
     """Each parameter of a row is one that coremltools' registry knows for that operation, and none is missing."""
-    from dualtoken_deploy.runtimes.mil.vendor import coremltools
+    from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 
     coremltools("the test")
     from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry

@@ -13,8 +13,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from dualtoken_deploy.bundle import Bundle
-from dualtoken_deploy.export.onnx_layout import attention_over_tokens, drop_unit_batch
+from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.targets.onnxruntime.layout import attention_over_tokens, drop_unit_batch
 
 
 def run(model: onnx.ModelProto, optimized: Path | None = None) -> list[np.ndarray[Any, Any]]:

@@ -14,20 +14,19 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
-from dualtoken_deploy.export.openvino_ir import save_ir, squeeze
-from dualtoken_deploy.insides.onnx import float_graph
-from dualtoken_deploy.inspection import check_promise, inspect_bundle, int8_share
-from dualtoken_deploy.pipeline import make_contract
-from dualtoken_deploy.probes import Prober
-from dualtoken_deploy.quantize import onnx_qdq
-from dualtoken_deploy.quantize.backends import open_backend
+from dualtoken_deploy.pipeline.export import make_contract
+from dualtoken_deploy.quantize.backend import layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, make_reference
-from dualtoken_deploy.quantize.onnx_qdq import (
+from dualtoken_deploy.targets.backends import open_backend
+from dualtoken_deploy.targets.load import load_runner
+from dualtoken_deploy.targets.onnx import qdq as onnx_qdq
+from dualtoken_deploy.targets.onnx.inner import float_graph
+from dualtoken_deploy.targets.onnx.qdq import (
     NEUTRAL,
     QdqQuantizer,
     Style,
@@ -35,9 +34,11 @@ from dualtoken_deploy.quantize.onnx_qdq import (
     read_products,
     without_zero_points,
 )
-from dualtoken_deploy.quantize.openvino_nncf import NncfQuantizer
-from dualtoken_deploy.quantize.ranges import PERCENTILE, collect_ranges, entropy_range, percentile_range
-from dualtoken_deploy.runtimes import load_runner
+from dualtoken_deploy.targets.onnx.ranges import PERCENTILE, collect_ranges, entropy_range, percentile_range
+from dualtoken_deploy.targets.onnx.values import Prober
+from dualtoken_deploy.targets.openvino.ir import save_ir, squeeze
+from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, int8_share
 
 LABELS = tuple("0123456789")
 CONTRACT = make_contract("image", (64, 64), 1)
@@ -226,13 +227,13 @@ def test_every_attention_is_a_layer_of_its_own_in_the_names_of_the_model(graph: 
     found: dict[str, list[int]] = {}
     for value, macs in read_products(graph).macs.items():
         if "/attention" in value:
-            found.setdefault(onnx_qdq.layer_of(value), []).append(macs)
+            found.setdefault(layer_of(value), []).append(macs)
     wanted = {}
     for stage, (channels, tokens) in enumerate([(48, 64), (96, 16), (192, 4)], 1):
         wanted[f"stage{stage}.block1.token.aggregate/attention"] = [4 * 4 * channels] * 2
         wanted[f"stage{stage}.block1.token.broadcast/attention"] = [tokens * 49 * channels] * 2
     assert found == wanted
-    layers = {onnx_qdq.layer_of(value) for value in read_products(graph).macs}
+    layers = {layer_of(value) for value in read_products(graph).macs}
     assert {"stage3.block1.token.broadcast.kv", "stage3.block1.token.broadcast.proj"} <= layers
 
 

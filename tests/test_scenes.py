@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dualtoken_deploy.dense_metrics import average_precision, mean_iou
-from dualtoken_deploy.scenes import CLASSES, SEEN, make_scene
+from dualtoken_deploy.data.scenes import CLASSES, SEEN, make_scene
+from dualtoken_deploy.tasks.metrics import average_precision, mean_iou
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dualtoken_deploy import Bundle, predict
-from dualtoken_deploy.images import load_batch
+from dualtoken_deploy.data.images import load_batch
 from tests.serving import Server, read_reply, serving
 
 SMALL = "/v2/models/small"

@@ -10,25 +10,21 @@ import pytest
 
 import dualtoken_deploy
 from dualtoken_deploy.errors import MissingError, UsageError
-from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS, check_precision, get_target
+from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, check_precision, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
-SHARED = {
-    "export": {"__init__", "base", "naming", "onnx", "onnx_layout", "openvino_ir", "operations"},
-    "runtimes": {"__init__", "base", "eager"},
-}
+SHARED = {"apple", "nvidia", "onnx"}  # what two targets share
 
 
-@pytest.mark.parametrize("folder", SHARED)
-def test_every_row_has_its_file_and_every_file_its_row(folder: str) -> None:
-    files = {p.stem for p in (PACKAGE / folder).glob("*.py")} - SHARED[folder]
-    assert files == set(TARGETS)
+def test_every_row_has_its_folder_and_every_folder_its_row() -> None:
+    folders = {p.parent.name for p in (PACKAGE / "targets").glob("*/__init__.py")} - SHARED
+    assert folders == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_exporters_and_runners_have_their_entry(name: str) -> None:
-    assert callable(importlib.import_module(f"dualtoken_deploy.export.{name}").export)
-    assert callable(importlib.import_module(f"dualtoken_deploy.runtimes.{name}").load)
+    assert callable(importlib.import_module(f"dualtoken_deploy.targets.{name}.export").export)
+    assert callable(importlib.import_module(f"dualtoken_deploy.targets.{name}.runner").load)
 
 
 def test_aliases_lead_to_their_row_and_are_no_rows() -> None:
@@ -48,7 +44,7 @@ def test_the_table_of_targets_shows_the_extra_to_install() -> None:
     """rich takes [extra] for markup and would swallow it."""
     from rich.console import Console
 
-    from dualtoken_deploy.report import targets_table
+    from dualtoken_deploy.use.report import targets_table
 
     row = {"target": "t", "precisions": ["fp32"], "can_export": True, "can_run": False, "install": "pip install 'x[y]'"}
     drawn = io.StringIO()
@@ -65,7 +61,7 @@ def test_what_exporting_needs() -> None:
 
 
 def test_all_is_every_portable_target_with_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualtoken_deploy.pipeline import exportable_targets
+    from dualtoken_deploy.pipeline.export import exportable_targets
 
     here = {name for name, row in TARGETS.items() if row.portable and not row.missing(row.export_modules)}
     for precision in {p for row in TARGETS.values() if row.portable for p in row.precisions}:

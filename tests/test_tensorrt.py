@@ -18,26 +18,26 @@ import onnxruntime
 import pytest
 
 from dualtoken_deploy import Bundle, load_runner, predict, validate
-from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches, why_no_build
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.datasets import open_dataset
+from dualtoken_deploy.data.folders import open_dataset
+from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
-from dualtoken_deploy.export import Artifact, Request
-from dualtoken_deploy.export.onnx import export_onnx
-from dualtoken_deploy.export.tensorrt import OPSET, RULES, type_onnx
-from dualtoken_deploy.images import load_batch
-from dualtoken_deploy.inspection import check_promise, inspect_bundle
 from dualtoken_deploy.models.registry import random_model
-from dualtoken_deploy.nvidia.engine import Host, doubts, obstacles
-from dualtoken_deploy.nvidia.inspector import read_layers
-from dualtoken_deploy.pipeline import make_contract
+from dualtoken_deploy.pipeline.build import BuildOptions, build_bundle, parse_batches, why_no_build
+from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
-from dualtoken_deploy.quantize.onnx_qdq import NEUTRAL, QdqQuantizer
-from dualtoken_deploy.runtimes import Runner, RunnerOptions
-from dualtoken_deploy.runtimes.eager import load as load_eager
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets import Target
+from dualtoken_deploy.targets.eager import load as load_eager
+from dualtoken_deploy.targets.load import Runner, RunnerOptions
+from dualtoken_deploy.targets.nvidia.engine import Host, doubts, obstacles
+from dualtoken_deploy.targets.nvidia.inspector import read_layers
+from dualtoken_deploy.targets.onnx.export import export_onnx
+from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
+from dualtoken_deploy.targets.request import Artifact, Request
+from dualtoken_deploy.targets.table import Target
+from dualtoken_deploy.targets.tensorrt.export import OPSET, RULES, type_onnx
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.conftest import SMALL
 from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
@@ -536,8 +536,8 @@ def test_built_already_and_other_targets(
 def test_export_builds_where_the_device_is_here(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dualtoken_deploy.pipeline import build_here
-    from dualtoken_deploy.sealing import ExportResult
+    from dualtoken_deploy.pipeline.export import build_here
+    from dualtoken_deploy.pipeline.seal import ExportResult
 
     monkeypatch.setattr("dualtoken_deploy.pipeline.why_no_build", why_no_build)
     folder = prepared()

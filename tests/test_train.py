@@ -20,9 +20,8 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from dualtoken_deploy.datasets import open_dataset, open_parts
+from dualtoken_deploy.data.folders import open_dataset, open_parts
 from dualtoken_deploy.errors import DatasetError, OutputError, ToleranceError, UsageError, WeightsError
-from dualtoken_deploy.evaluate import evaluate
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.train import checkpoint, make_config, resume, train
@@ -30,6 +29,7 @@ from dualtoken_deploy.train.classify import soft_cross_entropy
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import UNREADABLE, Augment, TrainImages, mix, random_resized_crop
 from dualtoken_deploy.train.loop import _groups
+from dualtoken_deploy.use.evaluate import evaluate
 from tests.conftest import TINY
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}

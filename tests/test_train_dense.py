@@ -11,24 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_deploy.boxes import decode, iou_matrix
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.dense_data import DenseSample, DenseSet, open_dense
-from dualtoken_deploy.dense_evaluation import judge
-from dualtoken_deploy.dense_metrics import IGNORE, Objects
-from dualtoken_deploy.dense_outputs import Found
-from dualtoken_deploy.detection import anchors
+from dualtoken_deploy.data.annotated import DenseSample, DenseSet, open_dense
+from dualtoken_deploy.data.objects import IGNORE, Objects
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError, WeightsError
-from dualtoken_deploy.evaluate import evaluate_dense, holds_dense_model
-from dualtoken_deploy.models.heads.registry import create_dense_model
+from dualtoken_deploy.models.heads.table import create_dense_model
 from dualtoken_deploy.models.heads.weights import describe_dense
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
+from dualtoken_deploy.tasks.anchors import anchors
+from dualtoken_deploy.tasks.boxes import decode, iou_matrix
+from dualtoken_deploy.tasks.dense_evaluation import judge
+from dualtoken_deploy.tasks.dense_outputs import Found
 from dualtoken_deploy.train import checkpoint, make_config, resume, train
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.dense import DenseImages, begin_from, flipped
 from dualtoken_deploy.train.losses import detection_losses, focal_loss, segmentation_loss
-from dualtoken_deploy.train.targets import NOTHING, UNDECIDED, match
+from dualtoken_deploy.train.matching import NOTHING, UNDECIDED, match
+from dualtoken_deploy.use.evaluate import evaluate_dense, holds_dense_model
 from tests.conftest import TINY
 from tests.numerics import assert_close
 

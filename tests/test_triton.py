@@ -14,8 +14,8 @@ import pytest
 
 from dualtoken_deploy import Bundle
 from dualtoken_deploy.errors import OutputError, UsageError
-from dualtoken_deploy.targets import TARGETS
-from dualtoken_deploy.triton import BACKENDS, TYPES, config, lay_out
+from dualtoken_deploy.serve.triton import BACKENDS, TYPES, config, lay_out
+from dualtoken_deploy.targets.table import TARGETS
 from tests.clients import make_venv
 
 FILES = {"onnxruntime": ["model.onnx"], "openvino": ["model.bin", "model.xml"]}

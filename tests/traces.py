@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from dualtoken_deploy.export.base import Request
+from dualtoken_deploy.targets.request import Request
 
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
 

@@ -25,7 +25,7 @@ from dualtoken_deploy.cli.common import (
 from dualtoken_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from dualtoken_deploy.inspection import Inspection
+    from dualtoken_deploy.use.inspect import Inspection
 
 
 def validate(
@@ -46,10 +46,10 @@ def validate(
     json_output: Json = False,
 ) -> None:
     """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
-    from dualtoken_deploy.bundle import Bundle
-    from dualtoken_deploy.validate import gate
-    from dualtoken_deploy.validate import validate as run
-    from dualtoken_deploy.validate_dense import all_dense, gate_dense, validate_dense
+    from dualtoken_deploy.bundle.store import Bundle
+    from dualtoken_deploy.use.validate import gate
+    from dualtoken_deploy.use.validate import validate as run
+    from dualtoken_deploy.use.validate_dense import all_dense, gate_dense, validate_dense
 
     opened = [Bundle.open(path) for path in find_bundles(bundles)]
     if all_dense(opened):
@@ -84,8 +84,8 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Accuracy, overall and per class, of a bundle or of weights in eager PyTorch: top-1, AP of boxes, or mean IoU."""
-    from dualtoken_deploy.evaluate import evaluate as run
-    from dualtoken_deploy.evaluate import evaluate_dense, holds_dense_model
+    from dualtoken_deploy.use.evaluate import evaluate as run
+    from dualtoken_deploy.use.evaluate import evaluate_dense, holds_dense_model
 
     if holds_dense_model(source):
         if variant is not None or confusion is not None:
@@ -100,7 +100,7 @@ def evaluate(
     if confusion is not None:
         import numpy as np
 
-        from dualtoken_deploy.plots import plot_confusion
+        from dualtoken_deploy.use.plots import plot_confusion
 
         title = f"{result.source} on {result.data}: top-1 {100 * result.top1:.2f} %"
         plot_confusion(np.array(result.confusion), result.labels, confusion, title)
@@ -115,14 +115,14 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Verifies a bundle and reads from the runtime what executes; a broken promise exits with 5."""
-    from dualtoken_deploy.inspection import check_promise, inspect_bundle
+    from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 
     inspection = inspect_bundle(bundle, device)
     if search is not None:
         calibration = inspection.manifest.calibration or {}
         if "search" not in calibration:
             raise UsageError(f"{bundle} is no INT8 bundle with a search behind it")
-        from dualtoken_deploy.plots import plot_search
+        from dualtoken_deploy.use.plots import plot_search
 
         plot_search(calibration, search)
     show(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
@@ -162,7 +162,7 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Times bundles side by side: one process each, interleaved rounds, ratios with their spread."""
-    from dualtoken_deploy.bench import bench as run
+    from dualtoken_deploy.bench.run import bench as run
 
     with progress() as tell:
         report = run(find_bundles(bundles), against, threads, batch, rounds, seconds, device, progress=tell)
@@ -184,7 +184,7 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
-    module = with_torch("comparing with eager", importing("compare"))
+    module = with_torch("comparing with eager", importing("use.compare"))
     with progress() as tell:
         found = module.compare(find_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
     show(json_output, found.to_json(), lambda r: r.comparison_table(found))
@@ -204,7 +204,7 @@ def diagnose(
     json_output: Json = False,
 ) -> None:
     """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
-    module = with_torch("diagnosing a bundle", importing("diagnose"))
+    module = with_torch("diagnosing a bundle", importing("use.diagnose"))
     with progress() as tell:
         found = module.diagnose(bundle, data, limit, threshold, progress=tell)
     show(json_output, found.to_json(), lambda r: r.drift_table(found, rows))

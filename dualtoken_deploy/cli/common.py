@@ -50,7 +50,7 @@ def show(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
         return
     from rich.console import Console
 
-    from dualtoken_deploy import report
+    from dualtoken_deploy.use import report
 
     console = Console()
     # a pipe or a file has no width; a table cut to 80 columns would lose its figures
@@ -69,7 +69,8 @@ def find_bundles(given: list[Path] | None) -> list[Path]:
 
 def _left_out(path: Path) -> bool:
     """Whether a bundle still has to be built; says so."""
-    from dualtoken_deploy.bundle import PREPARED, Bundle
+    from dualtoken_deploy.bundle.manifest import PREPARED
+    from dualtoken_deploy.bundle.store import Bundle
 
     prepared = Bundle.open(path, verify=False).manifest.state == PREPARED
     if prepared:

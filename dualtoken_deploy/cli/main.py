@@ -13,7 +13,7 @@ import typer
 from dualtoken_deploy.cli import checking, making, using
 from dualtoken_deploy.cli.common import say
 from dualtoken_deploy.errors import DualTokenError, InputError, out_of_memory
-from dualtoken_deploy.serve.cli import serve
+from dualtoken_deploy.serve.command import serve
 
 app = typer.Typer(
     name="dualtoken",

@@ -33,7 +33,7 @@ def models(
         raise UsageError("--ablations and --heads are two tables; give one of them")
     count = "counting models"
     if heads:
-        rows = with_torch(count, importing("models.heads.registry")).describe_heads()
+        rows = with_torch(count, importing("models.heads.table")).describe_heads()
         show(json_output, rows, lambda r: r.heads_table(rows))
     elif ablations:
         rows = with_torch(count, importing("models.ablations")).describe_ablations()
@@ -45,7 +45,7 @@ def models(
 
 def targets(json_output: Json = False) -> None:
     """Lists the targets, and what can be exported and run here."""
-    from dualtoken_deploy.targets import EXPORT_MODULES, TARGETS
+    from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS
 
     rows = []
     for row in TARGETS.values():
@@ -164,10 +164,10 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
-    from dualtoken_deploy.targets import get_target
+    from dualtoken_deploy.targets.table import get_target
 
     options = model_options(option or [])
-    pipeline = with_torch("exporting", importing("pipeline"))
+    pipeline = with_torch("exporting", importing("pipeline.export"))
     if "all" in target:
         names = pipeline.exportable_targets(precision, head)
     else:
@@ -186,7 +186,7 @@ def export(
                 "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --device and "
                 "--triton-repository out"
             )
-        dense = with_torch("exporting", importing("pipeline_dense"))
+        dense = with_torch("exporting", importing("pipeline.export_dense"))
         with progress() as tell:
             results = [
                 dense.export_dense(
@@ -233,15 +233,15 @@ def _show_exports(results: Sequence[Any], json_output: bool) -> None:
 
 def _check_triton(targets: Sequence[str]) -> None:
     """Said before the export, not after it."""
-    from dualtoken_deploy.triton import check_target
+    from dualtoken_deploy.serve.triton import check_target
 
     for target in targets:
         check_target(target)
 
 
 def _lay_out(bundle: str, repository: Path, force: bool) -> None:
-    from dualtoken_deploy.bundle import Bundle
-    from dualtoken_deploy.triton import lay_out
+    from dualtoken_deploy.bundle.store import Bundle
+    from dualtoken_deploy.serve.triton import lay_out
 
     say(f"for Triton: {lay_out(Bundle.open(bundle), repository, force=force)}")
 
@@ -263,7 +263,7 @@ def build(
     json_output: Json = False,
 ) -> None:
     """Builds the engine of a prepared TensorRT bundle, on the device that will run it."""
-    from dualtoken_deploy.build import BuildOptions, build_bundle, parse_batches
+    from dualtoken_deploy.pipeline.build import BuildOptions, build_bundle, parse_batches
 
     options = BuildOptions(
         workspace, optimization, version_compatible, hardware_compatibility, parse_batches(batches)

@@ -24,19 +24,20 @@ def predict(
     json_output: Json = False,
 ) -> None:
     """Shows the most likely classes of pictures; of a dense bundle, the objects or the areas in them."""
-    from dualtoken_deploy.bundle import CLASSIFY, Bundle
+    from dualtoken_deploy.bundle.manifest import CLASSIFY
+    from dualtoken_deploy.bundle.store import Bundle
 
     opened = Bundle.open(bundle)
     if opened.manifest.task == CLASSIFY:
-        from dualtoken_deploy.predict import predict as run
+        from dualtoken_deploy.use.predict import predict as run
 
         if output is not None:
             raise UsageError(f"{bundle} is a classifier and finds nothing to draw; leave --output out")
         predictions = run(opened, images, top, device, threads)
         show(json_output, [p.to_json() for p in predictions], lambda r: r.prediction_table(predictions))
         return
-    from dualtoken_deploy import drawing
-    from dualtoken_deploy.predict_dense import predict_dense
+    from dualtoken_deploy.use import drawing
+    from dualtoken_deploy.use.predict_dense import predict_dense
 
     if output is not None:
         drawing.check_png(output)
@@ -55,5 +56,5 @@ def visualize(
     output: Annotated[Path, typer.Option(help="Where to draw it (.png, .svg, .pdf).")],
 ) -> None:
     """Draws which global tokens the image tokens read in the last block (the paper's Figure 4)."""
-    with_torch("looking into a model", importing("visualize")).visualize(source, image, output)
+    with_torch("looking into a model", importing("use.visualize")).visualize(source, image, output)
     say(f"drawn: {output}")

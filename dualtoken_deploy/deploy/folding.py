@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dualtoken_deploy.deploy import algebra, forms
-from dualtoken_deploy.deploy.surgery import M, Size, linear, modules_of, replace, scale_rows
+from dualtoken_deploy.deploy.modules import M, Size, linear, modules_of, replace, scale_rows
 from dualtoken_deploy.models import lightvit
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualformer import Mlp

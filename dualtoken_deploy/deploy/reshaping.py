@@ -8,16 +8,11 @@ import torch
 from torch import nn
 
 from dualtoken_deploy.deploy import algebra, forms
-from dualtoken_deploy.deploy.surgery import Size, linear, modules_of, replace
+from dualtoken_deploy.deploy.modules import Size, linear, modules_of, replace
 from dualtoken_deploy.models import lightvit
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualformer import PartitionAttention
-from dualtoken_deploy.models.dualtoken_vit import (
-    NoDownsample,
-    NormalTokenModule,
-    PositionAwareTokenModule,
-    TokenResize,
-)
+from dualtoken_deploy.models.dualtoken_vit import NoDownsample, NormalTokenModule, PositionAwareTokenModule, TokenResize
 from dualtoken_deploy.models.layers import BiDimAttention, PatchMerge
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dualtoken_deploy.deploy import folding, reshaping
-from dualtoken_deploy.deploy.surgery import Size
+from dualtoken_deploy.deploy.modules import Size
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.heads.neck import Backbone

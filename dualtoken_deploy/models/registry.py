@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dualtoken_deploy.bundle import Manifest
+from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
 from dualtoken_deploy.models.base import ImageModel, ModelConfig

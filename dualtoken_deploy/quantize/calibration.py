@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.datasets import ImageSet, match_labels, open_dataset
+from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset
+from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import DatasetError, UsageError
-from dualtoken_deploy.images import load_batch
 from dualtoken_deploy.spec import InputContract
 
 MIN_IMAGES = 10  # ranges of fewer pictures say little

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 
 from dualtoken_deploy import numerics
-from dualtoken_deploy.built_in import cache_folder
+from dualtoken_deploy.data.built_in import cache_folder
 from dualtoken_deploy.errors import ToleranceError, UsageError
-from dualtoken_deploy.quantize.backends import Backend, open_backend
+from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet, HeldOut
 from dualtoken_deploy.quantize.search import Score, SearchResult, search
 
@@ -96,6 +96,7 @@ def make_reference(held_out: HeldOut, logits: Array, metric: str | None) -> Refe
 def quantize_within_budget(
     target: str,
     model: onnx.ModelProto,
+    backend: Backend,
     calibration: CalibrationSet,
     reference: Judge,
     options: Int8Options,
@@ -108,7 +109,6 @@ def quantize_within_budget(
     The loss is measured on the files that stay there, by the target's own runner.
     Raises ToleranceError where no assignment was found that holds the budget, with the best one.
     """
-    backend = open_backend(target, options.quantizer, model, calibration, options.method, tell)
     result = _search(target, model, backend, calibration, reference, options, run, tell)
     if not result.met:
         raise ToleranceError(

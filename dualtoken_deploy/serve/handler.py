@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dualtoken_deploy import __version__
+from dualtoken_deploy.data.images import load_image, preprocess
 from dualtoken_deploy.errors import ImageError
-from dualtoken_deploy.images import load_image, preprocess
 from dualtoken_deploy.numerics import Array, softmax
 from dualtoken_deploy.serve import protocol
 from dualtoken_deploy.serve.admission import Gate

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.bundle import MANIFEST, Bundle, sha256
+from dualtoken_deploy.bundle.store import MANIFEST, Bundle, sha256
 from dualtoken_deploy.errors import BundleError, DualTokenError
 from dualtoken_deploy.serve.errors import ModelFailed, ModelHung
 from dualtoken_deploy.serve.protocol import elements

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from dualtoken_deploy.bundle import Bundle
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import MissingError, UsageError, missing_extra
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.runtimes import load_runner
 from dualtoken_deploy.serve.batcher import Answer
 from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
 from dualtoken_deploy.serve.handler import Handler
@@ -31,6 +30,7 @@ from dualtoken_deploy.serve.repository import Repository, check_servable
 from dualtoken_deploy.serve.settings import Settings, Source
 from dualtoken_deploy.serve.worker import run as run_once
 from dualtoken_deploy.serve.worker import warm_up
+from dualtoken_deploy.targets.load import load_runner
 
 APP = "dualtoken"
 TRIES = 2  # a replica that died had no part in the answer, and a run has no effect: another may do it

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from dualtoken_deploy.bundle import MANIFEST, Bundle
+from dualtoken_deploy.bundle.store import MANIFEST, Bundle
 from dualtoken_deploy.errors import BundleError, DualTokenError, MissingError, UsageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs
@@ -22,7 +22,7 @@ from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.pool import Launch
 from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
 from dualtoken_deploy.serve.settings import Settings, Source
-from dualtoken_deploy.targets import get_target
+from dualtoken_deploy.targets.table import get_target
 
 Stamp = tuple[int, int, int] | None
 

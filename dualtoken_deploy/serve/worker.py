@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from dualtoken_deploy.bundle import MANIFEST, Bundle, sha256
+from dualtoken_deploy.bundle.store import MANIFEST, Bundle, sha256
 from dualtoken_deploy.errors import BundleError, DualTokenError
-from dualtoken_deploy.runtimes import Runner, load_runner
 from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.targets.load import Runner, load_runner
 
 FRAME = struct.Struct(">IQ")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

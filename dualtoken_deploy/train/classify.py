@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dualtoken_deploy.datasets import open_parts
+from dualtoken_deploy.data.folders import open_parts
 from dualtoken_deploy.models.registry import create_model, load_weights
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 from dualtoken_deploy.train.config import TrainConfig

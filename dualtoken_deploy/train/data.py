@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from dualtoken_deploy.datasets import ImageSet
+from dualtoken_deploy.data.folders import ImageSet
+from dualtoken_deploy.data.images import Pixels, load_image, resize_and_crop
 from dualtoken_deploy.errors import ImageError
-from dualtoken_deploy.images import Pixels, load_image, resize_and_crop
 from dualtoken_deploy.spec import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD
 from dualtoken_deploy.train.config import TrainConfig
 

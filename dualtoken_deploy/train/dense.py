@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dualtoken_deploy.boxes import Array
-from dualtoken_deploy.dense_data import DenseSample, DenseSet, open_dense, read_or_none
-from dualtoken_deploy.dense_evaluation import Pair, image_size, score
-from dualtoken_deploy.dense_images import boxes_to_model, prepare, resize_map
-from dualtoken_deploy.dense_metrics import IGNORE
-from dualtoken_deploy.detection import anchors
+from dualtoken_deploy.data.annotated import DenseSample, DenseSet, open_dense, read_or_none
+from dualtoken_deploy.data.objects import IGNORE
+from dualtoken_deploy.data.stretch import boxes_to_model, prepare, resize_map
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError
 from dualtoken_deploy.models.heads.eager import interpret_batch
-from dualtoken_deploy.models.heads.registry import create_dense_model, get_head
+from dualtoken_deploy.models.heads.table import create_dense_model, get_head
 from dualtoken_deploy.models.heads.weights import dense_weights_path
 from dualtoken_deploy.models.weights import read_tensors
+from dualtoken_deploy.tasks.anchors import anchors
+from dualtoken_deploy.tasks.boxes import Array
+from dualtoken_deploy.tasks.dense_evaluation import Pair, image_size, score
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import normalise
 from dualtoken_deploy.train.losses import detection_losses, segmentation_loss
-from dualtoken_deploy.train.targets import UNDECIDED, match
+from dualtoken_deploy.train.matching import UNDECIDED, match
 from dualtoken_deploy.train.task import Batch
 
 # Photometric jitter of SSD (arXiv:1512.02325) in kornia's terms: brightness, contrast, saturation, hue (turns)

@@ -18,22 +18,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
-from dualtoken_deploy.errors import (
-    DatasetError,
-    OutputError,
-    ToleranceError,
-    UsageError,
-    WeightsError,
-    missing_extra,
-)
+from dualtoken_deploy.errors import DatasetError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.machine import library_versions
-from dualtoken_deploy.plots import plot_curves
 from dualtoken_deploy.train import checkpoint
 from dualtoken_deploy.train.classify import Classify
 from dualtoken_deploy.train.config import TrainConfig, make_config
 from dualtoken_deploy.train.data import EpochOrder
 from dualtoken_deploy.train.dense import Dense
 from dualtoken_deploy.train.task import Batch, Task
+from dualtoken_deploy.use.plots import plot_curves
 
 Tell = Callable[[str], None]
 LIBRARIES = ("torch", "kornia", "accelerate", "numpy", "pillow", "dualtoken-deploy")

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualtoken_deploy.dense_metrics import IGNORE
-from dualtoken_deploy.train.targets import NOTHING, UNDECIDED
+from dualtoken_deploy.data.objects import IGNORE
+from dualtoken_deploy.train.matching import NOTHING, UNDECIDED
 
 ALPHA, GAMMA = 0.25, 2.0  # RetinaNet, section 4.1
 BETA = 1 / 9  # error from which smooth L1 is linear: Detectron's value for RetinaNet

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dualtoken_deploy import Bundle
-from dualtoken_deploy.images import load_batch
+from dualtoken_deploy.data.images import load_batch
 
 
 def main() -> None:

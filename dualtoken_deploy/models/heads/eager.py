@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualtoken_deploy.dense_images import Size
-from dualtoken_deploy.dense_outputs import Found, interpret
+from dualtoken_deploy.data.stretch import Size
 from dualtoken_deploy.spec import IMAGENET_MEAN, IMAGENET_STD
+from dualtoken_deploy.tasks.dense_outputs import Found, interpret
 
 
 def eager_predictor(

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualtoken_deploy.bundle import Manifest
+from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import WeightsError
-from dualtoken_deploy.models.heads.forms import FORMS
 from dualtoken_deploy.models.heads.mask_rcnn import MaskRCNN
-from dualtoken_deploy.models.heads.registry import create_dense_model
+from dualtoken_deploy.models.heads.output_forms import FORMS
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
+from dualtoken_deploy.models.heads.table import create_dense_model
 from dualtoken_deploy.models.registry import DEFAULT_SEED, randomise, weights_sha256
 
 OFFSETS = 0.15  # of an anchor's sides: by so much random boxes differ from their anchors

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dualtoken_deploy.detection import RATIOS, SCALES
 from dualtoken_deploy.models.heads.neck import Backbone, FeaturePyramid
+from dualtoken_deploy.tasks.anchors import RATIOS, SCALES
 
 PRIOR = 0.01  # probability that an untrained head gives to every class (section 4.1)
 

@@ -1,0 +1,227 @@
+"""A bundle: the folder that an app developer takes away. Reads, writes and verifies it; knows no target.
+
+<bundle>/
+  model.onnx | model.xml + model.bin | ...   the raw artifact, loadable by the vendor's own tools
+  manifest.json                              what it is, how it was made and how well it does
+  golden.npz                                 an input and the eager logits for it: a self-test for any device
+  labels.txt                                 one class name a line
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualtoken_deploy.bundle.manifest import CLASSIFY, SCHEMA_VERSION, Manifest
+from dualtoken_deploy.errors import BundleError, OutputError, UsageError
+
+MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], verify: bool = True) -> Bundle:
+        """Opens a bundle and, unless told not to, verifies the hash of every file.
+
+        Raises BundleError on a missing file, a changed byte, a manifest that cannot be read or a newer schema.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f"no bundle at {folder}: not a folder; make one with: dualtoken export --output {folder}")
+        bundle = Bundle(folder, _read_manifest(folder))
+        if verify:
+            bundle.verify()
+        return bundle
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the artifact itself: what an app ships besides manifest, golden and labels. Where a build came after
+        the export, that is what `ships` of the build names."""
+        ships = (self.manifest.build or {}).get("ships")
+        names = ships or [name for name in self.manifest.files if name not in (GOLDEN, LABELS)]
+        return sum(_size(self.path / name) for name in names)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return tuple((self.path / LABELS).read_text(encoding="utf-8").splitlines())
+
+    @cached_property
+    def golden(self) -> dict[str, NDArray[Any]]:
+        """`input`: what to feed, in the contract's own form. `logits`: eager float32 logits for it; of a dense bundle
+        its outputs by name, the large ones thinned (`dense_outputs.thin`)."""
+        try:
+            with np.load(self.path / GOLDEN, allow_pickle=False) as data:
+                return {name: data[name] for name in ("input", *(spec.name for spec in self.manifest.outputs))}
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise BundleError(f"{self.path / GOLDEN} cannot be read ({error}); export the bundle again") from error
+
+    def need_classifier(self, what: str, instead: str = "") -> None:
+        """Raises UsageError where this is a dense bundle: `what` is for classifiers."""
+        if self.manifest.task != CLASSIFY:
+            raise UsageError(
+                f"{self.path} is a bundle of {self.manifest.head}; {what} is for classifiers{instead and '; '}{instead}"
+            )
+
+    def verify(self) -> None:
+        """Raises BundleError on the first file that is missing or whose sha256 is not the manifest's."""
+        for name, expected in self.manifest.files.items():
+            file = self.path / name
+            if not file.exists():
+                raise BundleError(f"{self.path} lacks {name}; copy the whole folder or export it again")
+            if sha256(file) != expected:
+                raise BundleError(
+                    f"{file} is not the file that was exported (sha256 differs from manifest.json); "
+                    "copy it anew or export it again"
+                )
+
+
+def write_bundle(
+    folder: Path, manifest: Manifest, golden: Mapping[str, NDArray[Any]], labels: tuple[str, ...]
+) -> Manifest:
+    """Adds golden, labels and manifest to the artifact files that lie in `folder`; returns the manifest with hashes."""
+    with (folder / GOLDEN).open("wb") as out:
+        np.savez_compressed(out, **golden)  # type: ignore[arg-type]  # numpy's stub mixes the arrays with allow_pickle
+    (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    complete = Manifest(**{f: getattr(manifest, f) for f in manifest.__dataclass_fields__} | {"files": files})
+    text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return complete
+
+
+@contextmanager
+def new_folder(output: Path, force: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `output` that takes its name when the block ends well, and goes otherwise.
+
+    Raises UsageError when `output` exists and `force` is not given, OutputError when it cannot be written (read-only,
+    no space). An `output` that is replaced stays whole until the new folder is; only a bundle is ever replaced.
+    """
+    output = Path(os.path.abspath(output))
+    made: list[Path] = []
+    try:
+        _check_free(output, force)
+        made = [parent for parent in output.parents if not parent.exists()]  # the innermost first
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise OutputError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes it private; a bundle is to be read by others
+        yield temporary
+        _check_free(output, force)  # again: an export takes long enough for another to have made it
+        _swap(temporary, output)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        _remove(temporary)
+        _remove_empty(made)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a temporary folder, to the end even where Ctrl-C is pressed again meanwhile."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders that were made on the way to one that did not come to be; those with something in them stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _check_free(output: Path, force: bool) -> None:
+    if not output.exists():
+        return
+    if not force:
+        raise UsageError(f"{output} exists; give --force to replace it, or another --output")
+    if not output.is_dir() or (any(output.iterdir()) and not _looks_like_a_bundle(output)):
+        raise UsageError(
+            f"{output} exists and is not a bundle, so --force does not replace it; choose another --output"
+        )
+
+
+def _looks_like_a_bundle(folder: Path) -> bool:
+    """A manifest.json of ours, whole or not of this version; a web application's has the same name."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"schema_version", "target", "files"} <= data.keys()
+
+
+def _swap(new: Path, output: Path) -> None:
+    """Renames `new` to `output`; what was there is put aside first and put back should the rename fail."""
+    if not output.exists():
+        new.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+    try:
+        output.rename(aside / output.name)
+        new.rename(output)
+    except BaseException:  # Ctrl-C between the two renames would otherwise lose what was there
+        if (aside / output.name).exists() and not output.exists():
+            (aside / output.name).rename(output)
+        raise
+    finally:
+        _remove(aside)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, or of a folder's relative names and contents in sorted order."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as data:
+            while chunk := data.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    file = folder / MANIFEST
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; "
+                "upgrade it: pip install -U dualtoken-deploy"
+            )
+        return Manifest.from_json(data)
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle; export one first") from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BundleError(f"{file} cannot be read as a manifest ({reason}); export the bundle again") from error

@@ -1,1 +1,0 @@
-"""What diagnose holds a bundle against: the values inside the float model, under the names that the bundle has."""

@@ -1,0 +1,54 @@
+"""What the search asks of a target's quantizer: which products there are, and the files of one choice of layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.quantize.search import Unit
+
+
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of a float graph: MACs of each at batch 1, by the name of the value it makes."""
+
+    macs: dict[str, int]
+    eligible: frozenset[str]
+
+    @property
+    def total(self) -> int:
+        return sum(self.macs.values())
+
+    @property
+    def units(self) -> list[Unit]:
+        """Those that may be INT8, joined by layer: an attention's two products are one."""
+        layers: dict[str, int] = {}
+        for value, macs in self.macs.items():
+            if value in self.eligible:
+                layers[layer_of(value)] = layers.get(layer_of(value), 0) + macs
+        return [Unit(name, macs) for name, macs in layers.items()]
+
+
+def layer_of(value: str) -> str:
+    """The layer's name of a value that one of its products makes."""
+    return re.sub(r"/(MatMul|Conv|Gemm)(_\d+)?$", "", value)
+
+
+class Backend(Protocol):
+    """A float graph, calibrated; `write` makes the files of one choice of layers."""
+
+    @property
+    def products(self) -> Products: ...
+
+    @property
+    def described(self) -> str: ...
+
+    def noise(self, inputs: Array) -> dict[str, float]:
+        """An estimate of each layer's noise-to-signal ratio; empty where the backend has none."""
+        ...
+
+    def write(self, in_float: Iterable[str], folder: Path) -> None: ...

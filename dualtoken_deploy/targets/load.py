@@ -1,0 +1,56 @@
+"""Runners: load a bundle, run it on numpy arrays. `load_runner` is the one way in."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.errors import MissingError
+from dualtoken_deploy.targets.runner import AsyncRunner, Execution, Runner, RunnerOptions, choose_reference, engine_of
+from dualtoken_deploy.targets.table import get_target
+
+__all__ = [
+    "AsyncRunner",
+    "Execution",
+    "Runner",
+    "RunnerOptions",
+    "check_latency",
+    "choose_reference",
+    "engine_of",
+    "load_runner",
+    "why_no_latency",
+]
+
+
+def load_runner(
+    bundle: Bundle | str | os.PathLike[str],
+    device: str | None = None,
+    threads: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Runner:
+    """The runner of the bundle's target, loaded and ready; a context manager.
+
+    `device`: in the runtime's own words ("cpu", "cuda", "GPU", ...). Raises MissingError where the runtime or the
+    device is not here, BundleError where the bundle is not whole.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    target = get_target(opened.manifest.target)
+    module = importlib.import_module(f"dualtoken_deploy.targets.{target.name}.runner")
+    runner: Runner = module.load(opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None))
+    return runner
+
+
+def why_no_latency(bundle: Bundle, device: str | None = None) -> str | None:
+    """Why the time of a bundle here would not be its device's; None where it is."""
+    module = importlib.import_module(f"dualtoken_deploy.targets.{get_target(bundle.manifest.target).name}.runner")
+    reason = getattr(module, "why_no_latency", None)
+    why: str | None = None if reason is None else reason(device)
+    return why
+
+
+def check_latency(bundle: Bundle, device: str | None = None) -> None:
+    """Raises MissingError where a bundle runs here by something whose time is not its device's."""
+    if (why := why_no_latency(bundle, device)) is not None:
+        raise MissingError(f"{bundle.name} is not timed: {why}")

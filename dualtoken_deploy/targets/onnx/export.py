@@ -1,0 +1,226 @@
+"""torch -> ONNX, simplified and checked: the source of every target that takes ONNX."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from dualtoken_deploy import numerics
+from dualtoken_deploy.bundle.manifest import CLASSIFY
+from dualtoken_deploy.deploy import deploy_form
+from dualtoken_deploy.deploy.forms import ImageInput
+from dualtoken_deploy.errors import ConversionError, UsageError, first_line
+from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from dualtoken_deploy.targets.onnx.naming import name_after_modules
+from dualtoken_deploy.targets.request import Request, Tell, quiet
+from dualtoken_deploy.tasks import dense_outputs
+
+ATTENTION_OPSET = 23  # the first with the Attention operator
+DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
+OPSETS = range(DECOMPOSED_OPSET, 24)
+ROI_ALIGN_OPSET = 21  # onnxruntime 1.31 has no kernel for the RoiAlign of opset 22
+
+# A simplifier only reorders float32 arithmetic; measured on S: 130 dB and more.
+SIMPLIFIED_SQNR_DB = 110.0
+SIMPLIFIED_AGREEMENT = 0.98
+
+# onnxsim would turn each linear layer over (B, N, C) into Reshape, Gemm, Reshape: no gain, and harder to quantize.
+SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
+
+# Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
+FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
+
+
+_DIMS: Mapping[str, Any] = MappingProxyType(
+    {
+        "batch": torch.export.Dim("batch", min=1, max=1024),
+        "height": torch.export.Dim("height", min=MIN_IMAGE_SIZE, max=MAX_IMAGE_SIZE),
+        "width": torch.export.Dim("width", min=MIN_IMAGE_SIZE, max=MAX_IMAGE_SIZE),
+    }
+)
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The graph, the rules that made its source, and its operator counts before and after each step."""
+
+    model: onnx.ModelProto
+    rules: tuple[str, ...]
+    operators: Mapping[str, Mapping[str, int]]
+
+
+def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
+    """The deploy form of `model` as a checked ONNX model in the precision asked for.
+
+    Raises UsageError on an opset outside of OPSETS, ConversionError where an exporter, the simplifier or the checker
+    fails, or where simplifying changed the result.
+    """
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not offered; choose one of {OPSETS.start} to {OPSETS.stop - 1}")
+    if _cuts_out(request) and opset > ROI_ALIGN_OPSET:
+        raise UsageError(f"ONNX Runtime has RoiAlign up to opset {ROI_ALIGN_OPSET}, not for {opset}; leave --opset out")
+    tell("rewriting to the deploy form")
+    form = deploy_form(model, rules, request.contract.size, any_size=request.contract.any_size)
+    module = with_input(form.module, request)
+    tell(f"tracing to ONNX opset {opset}")
+    exported = trace(module, request, opset)
+    name_after_modules(exported, wrapped=module is not form.module)
+    tell("simplifying")
+    simplified = simplify(exported, request)
+    operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
+    if request.precision == "fp16":
+        tell("converting to float16")
+        simplified = to_float16(simplified)
+        operators["float16"] = operator_counts(simplified)
+    _finish(simplified, request)
+    applied = tuple(name for name, count in form.rules.items() if count)
+    return OnnxExport(simplified, applied, operators)
+
+
+def default_opset(request: Request) -> int:
+    """The newest opset whose operators ONNX Runtime has."""
+    return DECOMPOSED_OPSET if _cuts_out(request) else ATTENTION_OPSET
+
+
+def _cuts_out(request: Request) -> bool:
+    """Whether the graph has RoiAlign: what gives masks does."""
+    return any(output.name == "masks" for output in request.outputs)
+
+
+def with_input(module: nn.Module, request: Request) -> nn.Module:
+    """The module behind its input contract: an image contract gets cast, mean and std in front."""
+    contract = request.contract
+    if contract.kind == "tensor":
+        return module
+    return nn.Sequential(ImageInput(contract.mean, contract.std, torch.float32), module)
+
+
+def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
+    """ONNX through torch.export. Dimensions with a name stay dynamic; the others are fixed."""
+    spec = request.contract.tensor
+    # two and 96, because torch.export takes a batch of one for a constant, and as well what a size happens to equal
+    example = torch.zeros(spec.concrete(batch=2, side=96), dtype=getattr(torch, spec.dtype))
+    named = {axis: _DIMS[name] for axis, name in enumerate(spec.shape) if isinstance(name, str)}
+    dynamic = (named,) if named else None
+    arguments: dict[str, Any] = {
+        "dynamo": True,
+        "opset_version": opset,
+        "input_names": [spec.name],
+        "output_names": [o.name for o in request.outputs],
+        "dynamic_shapes": dynamic,
+        "verbose": False,
+        "optimize": True,
+    }
+    if request.task != CLASSIFY:
+        from dualtoken_deploy.targets.onnx.custom_operators import TRANSLATIONS
+
+        arguments["custom_translation_table"] = dict(TRANSLATIONS)
+    try:
+        with quiet():
+            program = torch.onnx.export(module, (example,), **arguments)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ConversionError(f"torch.onnx cannot export the model: {first_line(error)}") from error
+    if program is None:
+        raise ConversionError("torch.onnx returned no program")
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
+    """onnxsim's form of the graph, held against the original on a fixed random input."""
+    import onnxsim
+
+    try:
+        with quiet():
+            simplified, ok = onnxsim.simplify(model, skipped_optimizers=SKIPPED_OPTIMIZERS)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ConversionError(f"onnxsim cannot simplify the model: {first_line(error)}") from error
+    if not ok:
+        raise ConversionError("onnxsim reports that its result does not check against the original")
+    out: onnx.ModelProto = simplified
+    check_same(model, out, request, "onnxsim")
+    return out
+
+
+def check_same(before: onnx.ModelProto, after: onnx.ModelProto, request: Request, who: str) -> None:
+    """Holds a changed graph against the one before, on a fixed random input. Raises ConversionError.
+
+    Detections and label maps jump where two candidates are level, so of them most have to be the same.
+    """
+    old, new = _run(before, request), _run(after, request)
+    if request.task == CLASSIFY:
+        sqnr, agreement = numerics.compare(old["logits"], new["logits"]).sqnr_db, 1.0
+    else:
+        found = dense_outputs.compare(old, new)
+        sqnr = found.sqnr_db if "logits" in old else SIMPLIFIED_SQNR_DB
+        agreement = found.agreement
+    if sqnr < SIMPLIFIED_SQNR_DB or agreement < SIMPLIFIED_AGREEMENT:
+        raise ConversionError(
+            f"{who} changed the result: SQNR {sqnr:.1f} dB and {agreement:.2%} the same; at least "
+            f"{SIMPLIFIED_SQNR_DB} dB and {SIMPLIFIED_AGREEMENT:.0%} are needed"
+        )
+
+
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """float16 tensors and weights; float32 inputs, outputs and FLOAT32_OPERATORS."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    try:
+        with quiet():
+            converted: onnx.ModelProto = convert_float_to_float16(
+                model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
+            )
+            OnnxModel(converted).topological_sort()  # the converter appends its casts at the end
+    except (ValueError, RuntimeError) as error:
+        raise ConversionError(f"the float16 converter failed: {first_line(error)}") from error
+    return converted
+
+
+def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """Nodes by operator, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def _finish(model: onnx.ModelProto, request: Request) -> None:
+    """Metadata in, stack traces of this machine out, and a last check."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.metadata_props[:]
+    for key, value in request.metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    model.graph.name = request.metadata.get("variant", "model")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ConversionError(f"the exported ONNX does not check: {first_line(error)}") from error
+
+
+def run_all(model: onnx.ModelProto, feeds: Mapping[str, numerics.Array]) -> list[numerics.Array]:
+    """Every output of the graph in its order, by ONNX Runtime on the CPU."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    outputs: list[numerics.Array] = session.run(None, dict(feeds))
+    return outputs
+
+
+def _run(model: onnx.ModelProto, request: Request) -> dict[str, numerics.Array]:
+    """All outputs for a fixed random input, by name."""
+    spec = request.contract.tensor
+    values = np.random.default_rng(0).random(spec.concrete(batch=2, side=160))
+    feed = (values * 255).astype(np.uint8) if spec.dtype == "uint8" else (4 * values - 2).astype(np.float32)
+    names = [output.name for output in model.graph.output]
+    return dict(zip(names, run_all(model, {spec.name: feed}), strict=True))

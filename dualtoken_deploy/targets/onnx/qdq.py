@@ -1,0 +1,217 @@
+"""Q/DQ pairs in an ONNX graph, by onnxruntime.quantization.
+
+Rules that every style keeps: weights are int8, symmetric, with a scale for each output channel; Q/DQ pairs stand on the
+weights and inputs of convolutions and matrix products; normalisation, softmax, GELU, sigmoid and residual sums stay
+float. Products with a small side (SMALLEST) stay float too: no engine gains there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from dualtoken_deploy.errors import ConversionError, first_line
+from dualtoken_deploy.machine import describe_machine
+from dualtoken_deploy.quantize.backend import Products, layer_of
+from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
+from dualtoken_deploy.targets.onnx.ranges import collect_ranges
+from dualtoken_deploy.targets.onnx.values import Prober
+from dualtoken_deploy.targets.request import quiet
+
+PRODUCTS = ("Conv", "MatMul", "Gemm")
+SMALLEST = 16  # K and N of a matrix product below which TensorRT's documentation advises against INT8
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a backend wants its pairs. `conv_outputs`: a pair behind convolutions too (ONNX Runtime's integer kernel
+    writes integers); `unsigned`: activations as uint8 with a zero point, else int8 without."""
+
+    name: str
+    unsigned: bool
+    reduce_range: bool
+    conv_outputs: bool
+
+
+# What TensorRT takes, and any other engine with symmetric integers.
+NEUTRAL = Style("S8/S8 symmetric", unsigned=False, reduce_range=False, conv_outputs=False)
+
+
+def onnxruntime_style(flags: Iterable[str] | None = None) -> Style:
+    """For this CPU: x86 multiplies uint8 by int8; without VNNI its 16-bit sums overflow unless a bit is left free."""
+    known = set(describe_machine()["isa"] if flags is None else flags)
+    if known & {"asimddp", "i8mm"}:
+        return Style("S8/S8 (ARM dot product)", unsigned=False, reduce_range=False, conv_outputs=True)
+    if known & {"avx512_vnni", "avx_vnni"}:
+        return Style("U8/S8 (VNNI)", unsigned=True, reduce_range=False, conv_outputs=True)
+    return Style("U8/S8, 7 bits (no VNNI)", unsigned=True, reduce_range=True, conv_outputs=True)
+
+
+def read_products(model: onnx.ModelProto) -> Products:
+    """Counts the products of a graph with known shapes. Raises ConversionError where one's shape is not known."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    graph = inferred.graph
+    shapes = {v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
+              for v in (*graph.value_info, *graph.input, *graph.output)}  # fmt: skip
+    shapes |= {t.name: list(t.dims) for t in graph.initializer}
+    macs: dict[str, int] = {}
+    eligible = set()
+    for node in graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        left, right, out = (shapes.get(n) for n in (node.input[0], node.input[1], node.output[0]))
+        if left is None or right is None or out is None:
+            raise ConversionError(f"the shape of {node.output[0]} is not known, so its INT8 share cannot be counted")
+        if node.op_type == "Conv":
+            macs[node.output[0]] = math.prod(out) * math.prod(right[1:])
+            eligible.add(node.output[0])
+            continue
+        inner = left[-1]
+        macs[node.output[0]] = math.prod(out) * inner
+        if min(inner, out[-1]) >= SMALLEST:
+            eligible.add(node.output[0])
+    return Products(macs, frozenset(eligible))
+
+
+class QdqQuantizer:
+    """Calibrates once, then quantizes any choice of layers in a second or two."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        calibration: CalibrationSet,
+        style: Style,
+        method: str = "minmax",
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        """`method`: one of ranges.METHODS. Raises UsageError on another."""
+        self.model, self.style = model, style
+        self.products = read_products(model)
+        weights = {t.name for t in model.graph.initializer}
+        nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
+        values = dict.fromkeys(v for n in nodes for v in (*n.input[:2], n.output[0]) if v not in weights)
+        self.ranges = collect_ranges(model, list(values), calibration.inputs, method, tell)
+        self._inferred = onnx.shape_inference.infer_shapes(model).SerializeToString()
+
+    def quantize(self, in_float: Iterable[str] = ()) -> onnx.ModelProto:
+        """The graph with Q/DQ pairs on every eligible layer but those `in_float`."""
+        from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.quant_utils import QuantType, add_infer_metadata
+
+        kept = set(in_float)
+        chosen = [v for v in self.products.macs if v in self.products.eligible and layer_of(v) not in kept]
+        if not chosen:
+            return self.model
+        nodes = {n.output[0]: n.name for n in self.model.graph.node}
+        options = {
+            "ActivationSymmetric": not self.style.unsigned,
+            "WeightSymmetric": True,
+            "QuantizeBias": self.style.conv_outputs,
+            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"] + ([] if self.style.conv_outputs else ["Conv"]),
+            "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+            "DedicatedQDQPair": False,
+        }
+        try:
+            with quiet(logging.ERROR):  # its advice, such as to pre-process first
+                inferred = onnx.load_from_string(self._inferred)
+                add_infer_metadata(inferred)
+                float_ranges = {k: (np.float32(low), np.float32(high)) for k, (low, high) in self.ranges.items()}
+                quantizer = QDQQuantizer(
+                    inferred,
+                    True,  # a scale for each output channel
+                    self.style.reduce_range,
+                    QuantType.QInt8,
+                    QuantType.QUInt8 if self.style.unsigned else QuantType.QInt8,
+                    TensorsData(CalibrationMethod.MinMax, float_ranges),
+                    [nodes[v] for v in chosen],
+                    [],
+                    list(PRODUCTS),
+                    options,
+                )
+                quantizer.quantize_model()
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise ConversionError(f"onnxruntime.quantization failed: {first_line(error)}") from error
+        out: onnx.ModelProto = quantizer.model.model
+        _keep_bias_apart(out)
+        return out
+
+    def noise(self, inputs: Array) -> dict[str, float]:
+        """First-order estimate of each layer's noise-to-signal ratio: that of its inputs and of its weights."""
+        weights = {t.name: t for t in self.model.graph.initializer}
+        wanted = {i for n in self.model.graph.node if n.op_type in PRODUCTS for i in n.input[:2] if i not in weights}
+        values = Prober(self.model, sorted(wanted)).run_each(inputs)
+        out: dict[str, float] = {}
+        for node in self.model.graph.node:
+            if node.op_type in PRODUCTS and node.output[0] in self.products.eligible:
+                ratios = [
+                    _weight_noise(numpy_helper.to_array(weights[i]), node.op_type)
+                    if i in weights
+                    else _activation_noise(values[i], self.ranges[i], self.style)
+                    for i in node.input[:2]
+                ]
+                layer = layer_of(node.output[0])
+                out[layer] = max(out.get(layer, 0.0), sum(ratios))
+        return out
+
+
+def _keep_bias_apart(model: onnx.ModelProto) -> None:
+    """Gives the bias behind a matrix product the shape (1, 1, N), which adds the same.
+
+    ONNX Runtime joins MatMul and Add to a Gemm before it looks for Q/DQ pairs, and its integer Gemm then does not take
+    the float bias: every linear layer would run in float32 on dequantized weights, slower than without INT8, and
+    nothing would say so (onnxruntime 1.31). A bias of rank 3 is left alone by that fusion.
+    """
+    biases = {t.name: t for t in model.graph.initializer}
+    products = {n.output[0] for n in model.graph.node if n.op_type == "MatMul"}
+    readers = Counter(i for n in model.graph.node for i in n.input)
+    for node in model.graph.node:
+        if node.op_type == "Add" and node.input[0] in products and node.input[1] in biases:
+            bias = biases[node.input[1]]
+            if len(bias.dims) == 1 and readers[bias.name] == 1:
+                bias.dims[:] = [1, 1, bias.dims[0]]
+
+
+def without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose symmetric weights have no zero point: ONNX takes a missing one for zero, and OpenVINO's IR is spared
+    a constant, a conversion and a subtraction for each."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    constants = {t.name: t for t in out.graph.initializer}
+    for node in out.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants and len(node.input) == 3:
+            zero = constants.get(node.input[2])
+            if zero is not None and not numpy_helper.to_array(zero).any():
+                del node.input[2]
+    return out
+
+
+def _weight_noise(weight: Array, kind: str) -> float:
+    """Of int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
+    axis = 0 if kind == "Conv" else weight.ndim - 1
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = np.maximum(np.abs(weight).max(others, keepdims=True), 1e-12) / 127
+    return _ratio(weight, np.rint(weight / scale) * scale)
+
+
+def _activation_noise(value: Array, bounds: tuple[float, float], style: Style) -> float:
+    low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
+    levels = 255 >> int(style.reduce_range)
+    if style.unsigned:
+        scale = max(high - low, 1e-12) / levels
+        zero = np.rint(-low / scale)
+        return _ratio(value, (np.clip(np.rint(value / scale) + zero, 0, levels) - zero) * scale)
+    scale = max(-low, high, 1e-12) / 127
+    return _ratio(value, np.clip(np.rint(value / scale), -127, 127) * scale)
+
+
+def _ratio(exact: Array, rounded: Array) -> float:
+    signal = float((exact.astype(np.float64) ** 2).sum())
+    return float(((rounded - exact).astype(np.float64) ** 2).sum()) / signal if signal else 0.0

@@ -1,0 +1,147 @@
+"""Runs an ONNX bundle with ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
+from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+
+# What its graph transformers and its profiler append to a node's name.
+_ADDED = re.compile(r"(/MatMulAddFusion|_token_\d+|_nchwc|/QDQ)*_kernel_time$")
+
+IN_FLIGHT = 2  # asynchronous runs at a time
+
+DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+def load(bundle: Bundle, options: RunnerOptions) -> OnnxRuntimeRunner:
+    """A runner for `model.onnx` of the bundle. Raises MissingError where the extra or the provider is not here."""
+    specs = (bundle.manifest.input.tensor,), bundle.manifest.outputs
+    # its asynchronous runs go to the pool of threads, which a session of one thread does not have
+    pooled = (options.threads or os.cpu_count() or 1) > 1
+    kind = PooledOnnxRuntimeRunner if pooled else OnnxRuntimeRunner
+    return kind(bundle.path / "model.onnx", *specs, options)
+
+
+class OnnxRuntimeRunner(Bordered):
+    """One inference session. Needs no `with`, but gives its memory back on leaving one."""
+
+    def __init__(
+        self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+    ) -> None:
+        self._path, self._inputs, self._outputs = path, inputs, outputs
+        self._provider = _provider(options.device)
+        self._options = options
+        self._session = _session(path, self._provider, options)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [o.name for o in self._outputs]
+        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+
+    def execution(self) -> Execution:
+        """Kinds from the optimised model that the session writes, dtypes from one profiled run of zeros."""
+        import numpy as np
+
+        feed = {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs}
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(self._path, self._provider, self._options, profile=Path(folder) / "run")
+            session.run(None, feed)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return _execution(events)
+
+
+class PooledOnnxRuntimeRunner(OnnxRuntimeRunner):
+    """One whose session has a pool of threads, and so can overlap runs."""
+
+    def run_async(self, feeds: Mapping[str, Array], count: int) -> None:
+        names = [o.name for o in self._outputs]
+        free, errors = threading.Semaphore(IN_FLIGHT), []
+
+        def done(_results: Any, _data: Any, error: str) -> None:
+            if error:
+                errors.append(error)
+            free.release()
+
+        for _ in range(count):
+            free.acquire()
+            self._session.run_async(names, dict(feeds), done, None)
+        for _ in range(IN_FLIGHT):
+            free.acquire()
+        if errors:
+            raise BundleError(f"an asynchronous run of {self._path} failed: {errors[0]}")
+
+
+def _provider(device: str | None) -> str:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("onnxruntime", "running an ONNX bundle") from error
+    wanted = device or "cpu"
+    provider = DEVICES.get(wanted.lower(), wanted)
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise MissingError(
+            f"ONNX Runtime {onnxruntime.__version__} here has no {provider} (device {wanted!r}); it has "
+            f"{', '.join(available)}; choose one of these or install the onnxruntime build that has it"
+        )
+    return provider
+
+
+def _session(path: Path, provider: str, options: RunnerOptions, profile: Path | None = None) -> Any:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3  # errors only: warnings go to stderr among our own lines
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if options.threads:
+        settings.intra_op_num_threads = options.threads
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
+    try:
+        session = ort.InferenceSession(str(path), settings, providers=[provider])
+    except Exception as error:  # its exception types are private and derive from Exception alone
+        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
+    if session.get_providers()[0] != provider:  # onnxruntime itself falls back to the CPU with a warning
+        raise MissingError(f"ONNX Runtime could not start {provider}, it offered {session.get_providers()[0]} instead")
+    return session
+
+
+def _execution(events: list[dict[str, Any]]) -> Execution:
+    """From the profiler's node events: what the kernels that ran were, and the dtype of their first tensor input."""
+    operators: Counter[str] = Counter()
+    dtypes: dict[str, Counter[str]] = {}
+    nodes: dict[str, str] = {}
+    for event in events:
+        args = event.get("args", {})
+        if event.get("cat") != "Node" or "op_name" not in args or not event["name"].endswith("_kernel_time"):
+            continue
+        kind = args["op_name"]
+        operators[kind] += 1
+        dtypes.setdefault(kind, Counter())[_dtype(args)] += 1
+        nodes[_ADDED.sub("", event["name"])] = _dtype(args)
+    precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
+    return Execution(dict(sorted(operators.items())), precision, nodes)
+
+
+def _dtype(args: Mapping[str, Any]) -> str:
+    types = args.get("input_type_shape") or args.get("output_type_shape") or []
+    names = [next(iter(entry)) for entry in types]
+    return {"float": "float32", "double": "float64"}.get(names[0], names[0]) if names else "none"

@@ -1,0 +1,82 @@
+"""What every exporter takes and gives."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import nn
+
+from dualtoken_deploy.bundle.manifest import CLASSIFY
+from dualtoken_deploy.spec import InputContract, TensorSpec
+from dualtoken_deploy.targets.table import Target
+
+Tell = Callable[[str], None]  # is told what happens now, for a progress display
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs that activation ranges are taken from, (N, ...) in the contract's own form; `said`: what the manifest is
+    to say of them."""
+
+    inputs: NDArray[Any]
+    said: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made. `opset` None: the exporter's own choice. `metadata` goes into the artifact where it can, as
+    do `labels`, one a class. `device`: what to compile for, where the target compiles (None: the CPU). `settings`:
+    those of the target's own (`Target.settings`) that were given. `samples`: for a precision that measures ranges.
+    `task`: that of the bundle."""
+
+    precision: str
+    contract: InputContract
+    outputs: tuple[TensorSpec, ...]
+    opset: int | None
+    metadata: Mapping[str, str]
+    device: str | None = None
+    labels: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    samples: Samples | None = None
+    task: str = CLASSIFY
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an exporter did: the deploy rules that applied, operator counts by step ("exported", "simplified", ...), and
+    where it compiled, what the native code depends on. `calibration`: what ranges were taken from, and how."""
+
+    rules: tuple[str, ...]
+    operators: Mapping[str, Mapping[str, int]]
+    build: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+
+
+def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
+    module = importlib.import_module(f"dualtoken_deploy.targets.{target.name}.export")
+    artifact: Artifact = module.export(model, request, folder, tell)
+    return artifact
+
+
+@contextlib.contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keeps the converters' own chatter (torchvision is missing, passes done) off the user's terminal, log records up
+    to `level` included."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

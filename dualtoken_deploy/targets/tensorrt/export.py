@@ -1,0 +1,67 @@
+"""TensorRT, the part that any machine can do: an ONNX that carries its precision, for a strongly typed network.
+
+TensorRT 11 takes a network's types from the ONNX alone, and TensorRT 10 does when it is told to, so one file serves
+both. The engine is built from it on the device: `dualtoken build`, dualtoken_deploy/build.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
+from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
+from dualtoken_deploy.targets.request import Artifact, Request, Tell
+
+RULES = DEFAULT_RULES
+
+# The newest opset of TensorRT 10.0 to 10.3's parser; below Attention, whose parts TensorRT fuses by itself.
+OPSET = DECOMPOSED_OPSET
+
+PRODUCTS = ("MatMul", "Conv", "Gemm")
+
+FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
+
+
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes model.onnx: float32, or float16 with float32 softmax, normalisation, inputs and outputs.
+
+    Raises UsageError on an opset that TensorRT 10.3 does not parse.
+    """
+    if request.opset not in (None, OPSET):
+        raise UsageError(f"opset {request.opset} is not offered for tensorrt; its parsers from 10.0 on take {OPSET}")
+    exported = export_onnx(model, replace(request, precision="fp32"), RULES, OPSET, tell)
+    tell(f"typing the ONNX as {request.precision}")
+    typed = type_onnx(exported.model, request.precision)
+    onnx.save(typed, folder / "model.onnx")
+    return Artifact(exported.rules, {**exported.operators, "typed": operator_counts(typed)})
+
+
+def type_onnx(source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """`source`, float32 with or without Q/DQ pairs, as the ONNX that a strongly typed network takes; source is kept.
+
+    fp32 leaves the types; fp16 and int8 make all but softmax and normalisation float16 (a quantized source keeps its
+    int8 tensors, their scales become float16). Products are named by the value they make, "<layer>/<operator>" or
+    "<layer>@<operator>": TensorRT's inspector tells the origin of a layer by those names. Raises UsageError on another
+    opset than OPSET, ConversionError where the result does not check.
+    """
+    version = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
+    if version != OPSET:
+        raise UsageError(f"opset {version} is not offered for tensorrt; its parsers from 10.0 on take {OPSET}")
+    typed = onnx.ModelProto()
+    typed.CopyFrom(source)
+    if precision in FLOAT16_PRECISIONS:
+        typed = to_float16(typed)
+    for node in typed.graph.node:
+        if node.op_type in PRODUCTS:
+            value = node.output[0]
+            node.name = value if value.endswith(f"/{node.op_type}") else f"{value}@{node.op_type}"
+    try:
+        onnx.checker.check_model(typed, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ConversionError(f"the typed ONNX does not check: {str(error).splitlines()[0]}") from error
+    return typed

@@ -1,0 +1,222 @@
+"""Where a bundle drifts: its values layer by layer against those of the eager model, in the model's own names.
+
+What the bundle's values are held against is a float program of the same model, named alike, and that program is itself
+held against the eager model at the end of every block and at the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from dualtoken_deploy import numerics
+from dualtoken_deploy.bundle.manifest import Manifest
+from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.data.folders import open_dataset
+from dualtoken_deploy.data.images import load_batch
+from dualtoken_deploy.errors import BundleError, ConversionError, UsageError
+from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.targets.coreml.inner import coreml_insides, probe_coreml
+from dualtoken_deploy.targets.coreml.runner import ENGINE
+from dualtoken_deploy.targets.eager import EagerRunner
+from dualtoken_deploy.targets.inner import Insides, Tell
+from dualtoken_deploy.targets.load import RunnerOptions
+from dualtoken_deploy.targets.onnx.inner import onnx_insides
+from dualtoken_deploy.targets.onnx.values import probe_onnx, probe_openvino
+from dualtoken_deploy.targets.table import W8A8
+from dualtoken_deploy.use.plots import save_figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """How to look into the bundles of a target: the float values, the bundle's own, and what computes the latter if
+    that is not the target's runtime. `thresholds`: dB below which a layer counts as drifted, by precision."""
+
+    expected: Callable[[Bundle, Array, Tell], Insides]
+    actual: Callable[[Bundle, Sequence[str], Array], dict[str, Array]]
+    thresholds: Mapping[str, float]
+    engine: str | None = None
+
+
+# The bundles of this project keep 110, 45, 15 and 12 dB at their worst layer.
+_THRESHOLDS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "bf16": 10.0, "int8": 8.0})
+# Core ML's round every tensor to float16: T (mix) with trained weights keeps 33 dB at its worst layer. A fault of a
+# whole layer, a transposed or rescaled weight, leaves less than 3 dB whatever the precision.
+_COREML_THRESHOLDS = MappingProxyType(
+    {
+        "fp32": 80.0,
+        "fp16": 25.0,
+        "int8": 18.0,
+        W8A8: 8.0,
+        "palettized8": 18.0,
+        "palettized6": 10.0,
+        "palettized4": 3.0,
+    }
+)
+LOOKS: Mapping[str, Look] = MappingProxyType(
+    {
+        "onnxruntime": Look(onnx_insides, probe_onnx, _THRESHOLDS),
+        "openvino": Look(onnx_insides, probe_openvino, _THRESHOLDS),
+        "coreml": Look(coreml_insides, probe_coreml, _COREML_THRESHOLDS, ENGINE),
+    }
+)
+REFERENCE_DB = 90.0  # the float program against eager
+LEAST_SEEN = 0.5  # of the values; the bundles of this version have 95 % and more
+DEFAULT_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One layer: its SQNR and largest error against float, and `lost_db`, how much worse it is than what it reads."""
+
+    name: str
+    kind: str
+    sqnr_db: float
+    max_abs_error: float
+    lost_db: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`first` is the first layer past the threshold, `suspect` the one that loses most by itself; None: none does."""
+
+    bundle: str
+    images: int
+    threshold_db: float
+    layers: tuple[Drift, ...]
+    blocks: tuple[Drift, ...]
+    first: str | None
+    suspect: str | None
+    unseen: int  # values of the float program that the bundle does not have under their names
+    engine: str | None = None  # what stood in for the target's own runtime, if anything did
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an infinite error, where a value overflowed, is null."""
+        data = asdict(self)
+        for drift in (*data["layers"], *data["blocks"]):
+            if not math.isfinite(drift["max_abs_error"]):
+                drift["max_abs_error"] = None
+        return data
+
+
+def diagnose(
+    bundle: Bundle | str | Path,
+    data: str | Path | None = None,
+    limit: int = DEFAULT_IMAGES,
+    threshold_db: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Diagnosis:
+    """Compares every layer over `limit` pictures of `data` (the photographs unless given).
+
+    Raises BundleError, WeightsError (the eager model cannot be rebuilt), UsageError (a target without names inside).
+    """
+    tell = progress or (lambda _: None)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened.need_classifier("diagnose")
+    manifest = opened.manifest
+    if manifest.target not in LOOKS:
+        raise UsageError(f"diagnose cannot look into {manifest.target}; it can into {', '.join(LOOKS)}")
+    look = LOOKS[manifest.target]
+    images = open_dataset("photographs" if data is None else data).limit(limit)
+    inputs = load_batch(images.images, manifest.input)
+    inside = look.expected(opened, inputs, tell)
+    kinds, expected = inside.kinds, inside.values
+    blocks = _check_reference(manifest, inside, inputs)
+    tell("running the bundle")
+    actual = look.actual(opened, list(kinds), inputs)
+    seen = [name for name in kinds if name in actual and actual[name].size == expected[name].size]
+    if len(seen) < LEAST_SEEN * len(kinds):
+        raise BundleError(
+            f"{opened.path} has {len(seen)} of {len(kinds)} values under the model's names; export it again with this "
+            "version"
+        )
+    compared = {name: numerics.compare(expected[name].ravel(), actual[name].ravel()) for name in seen}
+    sources = inside.sources(set(seen))
+    layers = []
+    for name in seen:
+        best = min((compared[s].sqnr_db for s in sources[name]), default=numerics.SQNR_LIMIT_DB)
+        found = compared[name]
+        layers.append(Drift(name, kinds[name], found.sqnr_db, found.max_abs_error, best - found.sqnr_db))
+    threshold = look.thresholds[manifest.precision] if threshold_db is None else threshold_db
+    by_name = {layer.name: layer for layer in layers}
+    past = [layer for layer in layers if layer.sqnr_db < threshold]
+    suspect = max(past, key=_loss).name if past else None
+    ends = tuple(replace(by_name[value], name=block) for block, value in blocks.items() if value in by_name)
+    return Diagnosis(
+        str(opened.path), len(images), threshold, tuple(layers), ends, past[0].name if past else None, suspect,
+        len(kinds) - len(seen), look.engine,
+    )  # fmt: skip
+
+
+def _loss(layer: Drift) -> float:
+    """Loss that counts: noise below 60 dB is no fault, wherever it came from."""
+    return min(layer.sqnr_db + layer.lost_db, 60.0) - layer.sqnr_db
+
+
+def _check_reference(manifest: Manifest, inside: Insides, inputs: Array) -> dict[str, str]:
+    """Holds the float program against eager; gives the value that is the end of each block."""
+    model = rebuild(manifest)
+    ends: dict[str, Array] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            ends[name] = (output[0] if isinstance(output, tuple) else output).detach().numpy()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in model.named_modules()
+        if name == "stem" or (name.startswith("stage") and name.count(".") == 1)
+    ]
+    with EagerRunner(model, manifest.input, manifest.outputs, RunnerOptions()) as eager:
+        (logits,) = eager.run({manifest.input.tensor.name: inputs}).values()
+    for handle in handles:
+        handle.remove()
+    ends["logits"] = logits
+    out: dict[str, str] = {}
+    for block, end in ends.items():
+        near = {n: value for n, value in inside.values.items() if n.startswith(block) and value.size == end.size}
+        scored = {n: numerics.compare(end.ravel(), inside.tokens(v).ravel()).sqnr_db for n, v in near.items()}
+        best = max(scored, key=lambda n: scored[n], default=None)
+        if best is None or scored[best] < REFERENCE_DB:
+            raise ConversionError(
+                f"the float program differs from eager at {block} ({scored.get(best or '', -300):.0f} dB): nothing can "
+                "be said of the bundle; report this with the bundle's manifest"
+            )
+        out[block] = best
+    return out
+
+
+def draw(diagnosis: Diagnosis, path: Path) -> None:
+    """SQNR over the layers in the order that they run, with the ends of the blocks and the threshold."""
+
+    def fill(figure: Any) -> None:
+        axis = figure.subplots()
+        names = [layer.name for layer in diagnosis.layers]
+        values = [min(layer.sqnr_db, 160.0) for layer in diagnosis.layers]
+        axis.plot(values, marker=".", linewidth=0.8)
+        axis.axhline(
+            diagnosis.threshold_db, color="red", linewidth=0.8, label=f"threshold {diagnosis.threshold_db:g} dB"
+        )
+        starts: dict[str, int] = {}
+        for i, name in enumerate(names):
+            starts.setdefault(".".join(name.split("/")[0].split(".")[:2]) if name.startswith("stage") else "", i)
+        ticks = [(i, name) for name, i in starts.items() if name]
+        axis.set_xticks([i for i, _ in ticks], [name for _, name in ticks], rotation=60, ha="right", fontsize=7)
+        if diagnosis.suspect is not None:
+            at = names.index(diagnosis.suspect)
+            axis.annotate(diagnosis.suspect, (at, values[at]), xytext=(8, 12), textcoords="offset points", fontsize=8)
+            axis.plot([at], [values[at]], "ro")
+        axis.set_ylabel("SQNR against float (dB)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+
+    save_figure(path, (11, 4), fill)
