@@ -17,23 +17,29 @@ from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, MissingError, first_line
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
+from dualtoken_deploy.targets.tracing import Around
 
 RULES = DEFAULT_RULES
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Typed(nn.Module):
-    """The network in one dtype behind its input contract; logits are float32."""
+class Typed(Around):
+    """The network in one dtype behind its input contract; what it gives is float32."""
+
+    inside = "network"
 
     def __init__(self, network: nn.Module, image: nn.Module | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.image, self.dtype = network.to(dtype), image, dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         # mean and std are applied in float32: 255 levels times a gain do not survive bfloat16's 8 bits
         x = x if self.image is None else self.image(x)
-        logits: Tensor = self.network(x.to(self.dtype))
-        return logits.float()
+        found = self.network(x.to(self.dtype))
+        if isinstance(found, tuple):
+            return tuple(value.float() if value.is_floating_point() else value for value in found)
+        logits: Tensor = found.float()
+        return logits
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.targets.tracing import Around
 
 PROBABILITIES = "probabilities"  # second output of a program with image input
 
@@ -36,7 +37,7 @@ class PixelInput(nn.Module):
         return (pixels - self.shift) * self.gain
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(Around):
     """Pixels -> logits and probabilities, both (B, classes)."""
 
     def __init__(self, model: nn.Module, contract: InputContract) -> None:
@@ -44,11 +45,12 @@ class ImageClassifier(nn.Module):
         self.pixels, self.model = PixelInput(contract.mean, contract.std), model
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(self.pixels(image))
+        found = self.model(self.pixels(image))
+        logits = found[0] if isinstance(found, tuple) else found
         return logits, torch.softmax(logits, dim=-1)
 
 
-class ImageDense(nn.Module):
+class ImageDense(Around):
     """Pixels -> whatever a dense model gives."""
 
     def __init__(self, model: nn.Module, contract: InputContract) -> None:

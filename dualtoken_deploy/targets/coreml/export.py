@@ -29,6 +29,7 @@ from dualtoken_deploy.targets.coreml.structure import structure
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
 from dualtoken_deploy.targets.runner import planar
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS, W8A8, get_target
+from dualtoken_deploy.targets.tracing import own_path
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
 W8A8_SINCE = "iOS17"
@@ -60,7 +61,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     describe(program, request.contract, {**request.metadata, "deployment_target": deployment, "layout": layout})
     package = folder / "model.mlpackage"
     labels = request.labels if request.contract.kind == "image" and request.task == CLASSIFY else None
-    save(program, package, labels, OUTPUTS[request.task])
+    save(program, package, labels, OUTPUTS.get(request.task, {}))
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
     return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
@@ -140,7 +141,7 @@ def trace_named(module: nn.Module, request: Request) -> tuple[torch.export.Expor
         wrapper = ImageClassifier if request.task == CLASSIFY else ImageDense
         module = wrapper(module, contract)
     program = trace(module, contract).run_decompositions({})
-    return program, name_after_modules(program, image, output_names(request))
+    return program, name_after_modules(program, own_path(module), output_names(request))
 
 
 def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:

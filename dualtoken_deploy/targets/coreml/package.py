@@ -44,8 +44,10 @@ def describe(model: Any, contract: InputContract, metadata: Mapping[str, str]) -
     from dualtoken_deploy import __version__
 
     model.author, model.license, model.version = AUTHOR, LICENSE, __version__
+    own = metadata.get("origin", "variant") in ("variant", "head")
+    name = f"DualToken-ViT {metadata['variant']}" if own else metadata["variant"]
     model.short_description = (
-        f"DualToken-ViT {metadata['variant']}, {metadata.get('head', 'image classification')}; "
+        f"{name}, {metadata.get('head') or metadata.get('task') or 'image classification'}; "
         f"{metadata['precision']}; "
         f"weights: {metadata['weights']}"
     )

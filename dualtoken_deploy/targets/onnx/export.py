@@ -22,6 +22,7 @@ from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from dualtoken_deploy.targets.onnx.naming import name_after_modules
 from dualtoken_deploy.targets.request import Request, Tell, quiet
 from dualtoken_deploy.tasks import dense_outputs
+from dualtoken_deploy.targets.tracing import own_path
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
 DECOMPOSED_OPSET = 20  # Gelu and LayerNormalization are operators, attention is MatMul, Softmax, MatMul
@@ -72,7 +73,7 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
-    name_after_modules(exported, wrapped=module is not form.module)
+    name_after_modules(exported, inside=own_path(module))
     tell("simplifying")
     simplified = simplify(exported, request)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
