@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from dualtoken_deploy import Bundle, export_dense, load_runner
+from dualtoken_deploy.bundle.blocks import HeldOutSet
 from dualtoken_deploy.data.scenes import CLASSES, CLUTTER, make_scene
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError, WeightsError
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, STRIDES, MaskRCNN, roi_align
@@ -32,7 +34,7 @@ from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from dualtoken_deploy.use.predict_dense import predict_dense
 from dualtoken_deploy.use.validate_dense import gate_dense, validate_dense
 from tests.commands import fails, prints
-from tests.numerics import assert_close
+from tests.numerics import assert_close, shown
 
 MakeBundle = Callable[..., Path]
 Array = np.ndarray[Any, Any]
@@ -70,7 +72,7 @@ def test_saved_files_compute_what_eager_computes(
     assert set(bundle.golden) == {"input", *(o.name for o in manifest.outputs)}
     if target == "tensorrt":
         assert manifest.state == "prepared"
-        assert manifest.measured["photographs"]["sqnr_db"] >= 45
+        assert shown(bundle).sqnr_db >= 45
         return
     feed = {manifest.input.tensor.name: noise(bundle)}
     with load_runner(bundle, threads=1) as runner, load_eager(bundle, RunnerOptions()) as eager:
@@ -210,10 +212,10 @@ def test_what_cannot_be_exported_is_said_first(tmp_path: Path, head: str, option
 def test_changed_weights_are_noticed(dense_bundle: MakeBundle) -> None:
     manifest = Bundle.open(dense_bundle("retinanet")).manifest
     rebuilt = rebuild_dense(manifest)
-    assert sum(p.numel() for p in rebuilt.parameters()) == manifest.measured["params"]
-    manifest.weights["seed"] = 5  # type: ignore[index]
+    assert sum(p.numel() for p in rebuilt.parameters()) == manifest.measured.params
+    other = replace(manifest, weights=replace(manifest.weights, seed=5))
     with pytest.raises(WeightsError, match="export it again"):
-        rebuild_dense(manifest)
+        rebuild_dense(other)
 
 
 def test_int8_is_gated_by_mean_iou(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +230,9 @@ def test_int8_is_gated_by_mean_iou(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     bundle = Bundle.open(tmp_path / "b")
     said = bundle.manifest.calibration
     assert said is not None
-    assert said["metric"] == "miou"
-    assert said["in_float"] == []
-    assert said["held_out"] == {"name": "scenes (val)", "images": 6}
+    assert said.metric == "miou"
+    assert said.in_float == ()
+    assert said.held_out == HeldOutSet("scenes (val)", 6)
     assert result.int8_mac_share > 0.8
     assert 3 < result.sqnr_db < 60
     check_promise(inspect_bundle(bundle))
@@ -238,7 +240,7 @@ def test_int8_is_gated_by_mean_iou(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.scores is not None
     assert found.eager_scores is not None
     lost = 100 * (found.eager_scores["miou"] - found.scores["miou"])
-    assert lost == pytest.approx(said["drop"], abs=1e-6)  # validate's pictures of these six, measured by another way
+    assert lost == pytest.approx(said.drop, abs=1e-6)  # validate's pictures of these six, measured by another way
 
 
 # --- validate, predict, inspect, bench -------------------------------------------------------------------------------

@@ -230,6 +230,6 @@ def test_export_finds_shipped_weights_by_their_name(tmp_path: Path, capsys: pyte
     json.loads(capsys.readouterr().out)
     bundle = Bundle.open(output)
     assert bundle.labels == tuple(sorted(shapes.CLASSES))
-    assert bundle.manifest.weights["source"] == "shapes"
+    assert bundle.manifest.weights.source == "shapes"
     assert bundle.manifest.input.size == (64, 64)
     assert evaluate(bundle, "shapes", limit=60).top1 == evaluate("shapes", "shapes", limit=60).top1

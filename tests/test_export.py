@@ -31,7 +31,7 @@ from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
 from dualtoken_deploy.use.validate import gate, validate
 from tests.conftest import PORTABLE, ROWS, SMALL, TINY
-from tests.numerics import assert_close
+from tests.numerics import assert_close, shown
 
 MakeBundle = Callable[..., Path]
 
@@ -58,8 +58,8 @@ def test_saved_files_compute_what_eager_computes(small_bundle: MakeBundle, targe
 def test_the_real_s_at_224(s_bundle: Callable[[str], Path], target: str) -> None:
     """S itself: tolerance, golden, and the matrix products in the precision that was asked for."""
     bundle = Bundle.open(s_bundle(target))
-    assert bundle.manifest.measured["photographs"]["sqnr_db"] >= SQNR_DB["fp32"]
-    assert bundle.manifest.measured["photographs"]["images"] >= 16
+    assert shown(bundle).sqnr_db >= SQNR_DB["fp32"]
+    assert (shown(bundle).images or 0) >= 16
     with load_runner(bundle) as runner:
         assert_close(runner.run({"image": bundle.golden["input"]})["logits"], bundle.golden["logits"], sqnr_db=110)
     check_promise(inspect_bundle(bundle))
@@ -221,7 +221,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_exports(small_bundle: MakeBundle, options: dict[str, Any]) -> None:
     bundle = Bundle.open(small_bundle("onnxruntime", image_size=96, **options))
-    assert bundle.manifest.measured["photographs"]["sqnr_db"] >= SQNR_DB["fp32"]
+    assert shown(bundle).sqnr_db >= SQNR_DB["fp32"]
 
 
 def test_same_inputs_give_the_same_bytes(small_bundle: MakeBundle, tmp_path: Path) -> None:

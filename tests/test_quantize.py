@@ -325,11 +325,12 @@ def test_an_int8_bundle_runs_what_it_promises(int8_bundle: Bundle) -> None:
     found = inspect_bundle(int8_bundle)
     said = int8_bundle.manifest.calibration
     assert said is not None
-    assert said["images"] == 16
-    assert len(said["sha256"]) == 64
-    assert said["drop"] <= 60
+    assert said.images == 16
+    assert len(said.sha256) == 64
+    assert said.drop is not None
+    assert said.drop <= 60
     assert found.int8_mac_share >= 0.9
-    assert found.int8_mac_share == pytest.approx(int8_bundle.manifest.measured["int8_mac_share"])
+    assert found.int8_mac_share == pytest.approx(int8_bundle.manifest.measured.int8_mac_share)
     check_promise(found)
     json.dumps(found.to_json(), allow_nan=False)
 
@@ -344,12 +345,15 @@ def test_nncf_under_the_gate(
     bundle = Bundle.open(small_bundle("openvino", "int8", int8=asked))
     said = bundle.manifest.calibration
     assert said is not None
-    assert said["quantizer"].startswith("NNCF TRANSFORMER, preset MIXED")
-    assert (said["metric"], said["max_drop"], said["held_out"]["images"]) == ("agreement", 60.0, 360)
-    assert said["drop"] <= 60
-    assert said["search"]["trace"][0]["action"] == "all in INT8"
+    assert said.quantizer.startswith("NNCF TRANSFORMER, preset MIXED")
+    assert said.held_out is not None
+    assert (said.metric, said.max_drop, said.held_out.images) == ("agreement", 60.0, 360)
+    assert said.drop is not None
+    assert said.drop <= 60
+    assert said.search is not None
+    assert said.search.trace[0].action == "all in INT8"
     found = inspect_bundle(bundle)
-    assert found.int8_mac_share == pytest.approx(said["planned_int8_mac_share"], abs=0.01)
+    assert found.int8_mac_share == pytest.approx(said.planned_int8_mac_share, abs=0.01)
     assert found.int8_mac_share > 0.3
     check_promise(found)
 
@@ -381,7 +385,7 @@ def test_the_search_can_be_drawn(int8_bundle: Bundle, small_bundle: Callable[...
 
 def test_a_broken_promise_fails(int8_bundle: Bundle) -> None:
     found = inspect_bundle(int8_bundle)
-    measured = dict(found.manifest.measured) | {"int8_mac_share": 1.0}
+    measured = dataclasses.replace(found.manifest.measured, int8_mac_share=1.0)
     broken = dataclasses.replace(found, manifest=dataclasses.replace(found.manifest, measured=measured),
                                  int8_mac_share=0.5, float_products=("stem.conv1.conv",))  # fmt: skip
     with pytest.raises(ToleranceError, match=r"50\.0 % of the MACs run in INT8 here, the manifest promises 100\.0 %"):

@@ -30,7 +30,7 @@ from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions
-from dualtoken_deploy.targets.nvidia.engine import Host, doubts, obstacles
+from dualtoken_deploy.targets.nvidia.engine import EngineBuild, Host, doubts, obstacles
 from dualtoken_deploy.targets.nvidia.inspector import read_layers
 from dualtoken_deploy.targets.onnx.export import export_onnx
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
@@ -125,7 +125,7 @@ def test_the_prepared_file_computes_what_eager_computes(small_bundle: MakeBundle
     folder = small_bundle("tensorrt", precision)
     bundle = Bundle.open(folder)
     assert (bundle.manifest.state, bundle.manifest.build) == ("prepared", None)
-    assert bundle.manifest.measured["checked_by"] == "onnxruntime"
+    assert bundle.manifest.measured.checked_by == "onnxruntime"
     images = np.random.default_rng(5).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     with load_eager(bundle, RunnerOptions()) as eager:
@@ -318,8 +318,9 @@ def test_int8_is_prepared_within_its_budget_and_built(
     shutil.copytree(small_bundle("tensorrt", "int8", int8=INT8), tmp_path / "bundle")
     manifest = Bundle.open(tmp_path / "bundle").manifest
     assert manifest.calibration is not None
-    planned = manifest.calibration["planned_int8_mac_share"]
-    assert manifest.calibration["drop"] <= 15
+    planned = manifest.calibration.planned_int8_mac_share
+    assert (manifest.calibration.drop or 0.0) <= 15
+    assert planned is not None
     assert planned > 0.3
     model = graph_of(tmp_path / "bundle")
     dtypes = types_of(model)
@@ -407,7 +408,7 @@ def test_built_checked_run_and_asked(device: Device, prepared: Callable[..., Pat
     assert (folder / "model.engine").read_bytes().startswith(b"fake plan")  # raw: nothing in front of the plan
     assert (folder / "model.onnx").read_bytes() == before["model.onnx"]
     assert bundle.manifest.build is not None
-    assert bundle.manifest.build["host"]["compute_capability"] == "8.7"
+    assert bundle.manifest.build.typed(EngineBuild).host.compute_capability == "8.7"
     (checked,) = validate([bundle])
     assert checked.sqnr_db >= SQNR_DB["fp16"]
     check_promise(inspect_bundle(bundle))
@@ -640,8 +641,7 @@ HERE = Host("11.4.0.106", "linux-x86_64", "H200", "9.0", 132, "13.0")
 )
 def test_preflight(changed: dict[str, Any], version_compatible: bool, level: str, reason: str | None) -> None:
     """Rules of NVIDIA's support matrix: 11.4's, engine portability."""
-    host = replace(HERE, **changed).to_json()
-    build = {"host": host, "version_compatible": version_compatible, "hardware_compatibility": level}
+    build = EngineBuild(replace(HERE, **changed), version_compatible, level)
     found = obstacles(build, HERE)
     assert (reason is None) == (found == [])
     assert reason is None or reason in found[0]
@@ -649,10 +649,10 @@ def test_preflight(changed: dict[str, Any], version_compatible: bool, level: str
 
 def test_preflight_on_an_old_gpu_and_its_doubts() -> None:
     old = replace(HERE, compute_capability="7.5", gpu="T4")
-    build = {"host": HERE.to_json(), "version_compatible": False, "hardware_compatibility": "ampere-plus"}
+    build = EngineBuild(HERE, False, "ampere-plus")
     assert "8.0 or later" in obstacles(build, old)[0]
     assert doubts(build, replace(HERE, gpu="H100")) == []
-    assert "tuned for H200" in doubts(build | {"hardware_compatibility": "none"}, replace(HERE, gpu="H100"))[0]
+    assert "tuned for H200" in doubts(replace(build, hardware_compatibility="none"), replace(HERE, gpu="H100"))[0]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +24,7 @@ from dualtoken_deploy.cli.common import (
 from dualtoken_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from dualtoken_deploy.bundle.blocks import Calibration
     from dualtoken_deploy.use.inspect import Inspection
 
 
@@ -119,18 +119,18 @@ def inspect(
 
     inspection = inspect_bundle(bundle, device)
     if search is not None:
-        calibration = inspection.manifest.calibration or {}
-        if "search" not in calibration:
+        calibration = inspection.manifest.calibration
+        if calibration is None or calibration.search is None:
             raise UsageError(f"{bundle} is no INT8 bundle with a search behind it")
         from dualtoken_deploy.use.plots import plot_search
 
-        plot_search(calibration, search)
+        plot_search(calibration, calibration.search, search)
     show(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
     if not json_output:
         contract = inspection.manifest.input
         shape = "x".join(map(str, contract.tensor.shape))
         print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
-        print(f"weights: {inspection.manifest.weights['source']}")
+        print(f"weights: {inspection.manifest.weights.source}")
         if inspection.manifest.calibration is not None:
             _print_calibration(inspection, inspection.manifest.calibration)
     for note in inspection.notes:
@@ -138,10 +138,10 @@ def inspect(
     check_promise(inspection)
 
 
-def _print_calibration(inspection: Inspection, said: Mapping[str, Any]) -> None:
-    floats = ", ".join(said["in_float"]) or "none"
-    print(f"calibrated on {said['name']}, {said['images']} images, {said['method']}")
-    if "search" in said:
+def _print_calibration(inspection: Inspection, said: Calibration) -> None:
+    floats = ", ".join(said.in_float) or "none"
+    print(f"calibrated on {said.name}, {said.images} images, {said.method}")
+    if said.search is not None:
         print(f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}")
         print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
     else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
@@ -282,13 +283,13 @@ def rebuild(manifest: Manifest) -> ImageModel:
     Raises WeightsError where the file is gone or the tensors are not those of the export (sha256).
     """
     weights = manifest.weights
-    if weights["source"] == "random":
-        model = random_model(manifest.variant, weights["seed"], **manifest.options)
+    if weights.source == RANDOM:
+        model = random_model(manifest.variant, weights.random_seed, **manifest.options)
     else:
-        model = create_model(manifest.variant, weights=weights["source"], **manifest.options)
-    if weights_sha256(model) != weights["sha256"]:
+        model = create_model(manifest.variant, weights=weights.source, **manifest.options)
+    if weights_sha256(model) != weights.sha256:
         raise WeightsError(
-            f"the eager weights of {manifest.variant} from {weights['source']!r} are not those that the bundle was "
+            f"the eager weights of {manifest.variant} from {weights.source!r} are not those that the bundle was "
             "made from (sha256 differs); export it again"
         )
     return model

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dualtoken_deploy.bundle.blocks import Build, Calibration, Figures
 from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPLETE, Manifest
 from dualtoken_deploy.bundle.store import GOLDEN, LABELS, MANIFEST, Bundle, new_folder, write_bundle
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
@@ -100,14 +101,14 @@ def build_bundle(
         (folder / ENGINE).write_bytes(engine.plan)
         (folder / INSPECTION).write_text(engine.layers, encoding="utf-8")
         tell("checking the engine against the golden logits")
-        manifest = _checked(opened, folder, _built(opened.manifest, chosen, host))
+        manifest, numbers = _checked(opened, folder, _built(opened.manifest, chosen, host))
         write_bundle(folder, manifest, opened.golden, opened.labels)
     return BuildResult(
         bundle=str(opened.path),
         tensorrt=host.tensorrt,
         gpu=host.gpu,
         executed_precision=product_precision(manifest.executed_precision),
-        sqnr_db=round(manifest.measured["engine"]["sqnr_db"], 1),
+        sqnr_db=round(numbers.sqnr_db, 1),
         size_mib=round(len(engine.plan) / 2**20, 2),
         seconds=round(time.perf_counter() - start, 1),
     )
@@ -134,19 +135,21 @@ def _built(manifest: Manifest, options: BuildOptions, host: Host) -> Manifest:
     return replace(
         manifest,
         state=COMPLETE,
-        build={
-            "host": host.to_json(),
-            "machine": describe_machine(),
-            "versions": library_versions(LIBRARIES),
-            **asdict(options),
-            "ships": [ENGINE],
-            "float32_share_allowed": FLOAT32_SHARE.get(manifest.precision),
-        },
+        build=Build(
+            ships=(ENGINE,),
+            float32_share_allowed=FLOAT32_SHARE.get(manifest.precision),
+            details={
+                "host": host.to_json(),
+                "machine": describe_machine(),
+                "versions": library_versions(LIBRARIES),
+                **asdict(options),
+            },
+        ),
     )
 
 
-def _checked(source: Bundle, folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest with what the engine does, measured on the saved file. Raises ToleranceError."""
+def _checked(source: Bundle, folder: Path, manifest: Manifest) -> tuple[Manifest, Figures]:
+    """The manifest with what the engine does, measured on the saved file, and that. Raises ToleranceError."""
     contract, tolerance = manifest.input, manifest.tolerance
     with load_runner(Bundle(folder, manifest)) as runner:
         if manifest.task == CLASSIFY:
@@ -156,18 +159,18 @@ def _checked(source: Bundle, folder: Path, manifest: Manifest) -> Manifest:
             numbers = {**asdict(found), "top1_agreement": found.agreement}
         execution = runner.execution()
     _check_golden(manifest, numbers, tolerance)
-    allowed = (manifest.build or {})["float32_share_allowed"]
-    if allowed is not None:
+    if (allowed := FLOAT32_SHARE.get(manifest.precision)) is not None:
         check_share(manifest.precision, execution.float32_share, allowed)
-    measured = {**manifest.measured, "engine": numbers}
+    figures = Figures(**numbers)
+    measured = replace(manifest.measured, engine=figures)
     if manifest.calibration is not None:
-        measured["int8_mac_share"] = _check_int8(manifest, execution)
-    return replace(manifest, executed_precision=kind_precision(execution), measured=measured)
+        measured = replace(measured, int8_mac_share=_check_int8(manifest, manifest.calibration, execution))
+    return replace(manifest, executed_precision=kind_precision(execution), measured=measured), figures
 
 
-def _check_int8(manifest: Manifest, execution: Execution) -> float:
+def _check_int8(manifest: Manifest, calibration: Calibration, execution: Execution) -> float:
     """The share of the MACs that the engine runs in INT8. Raises ToleranceError far below what was planned."""
-    planned = (manifest.calibration or {})["planned_int8_mac_share"]
+    planned = calibration.planned_int8_mac_share or 0.0
     share, floats = int8_share(manifest, execution)
     if share < planned - LOST_SHARE:
         raise ToleranceError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from dualtoken_deploy.bundle.blocks import Calibration, HeldOutSet
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.data.folders import open_dataset
@@ -103,19 +104,23 @@ def write_w8a8(
             f"{held_out.name}, the budget is {options.max_drop:g}: raise --max-drop, calibrate on other pictures, or "
             "take --precision int8, whose activations stay float16; no bundle was written"
         )
-    loss = {
-        "held_out": {"name": held_out.name, "images": len(held_out.inputs)},
-        "metric": reference.metric,
-        "max_drop": options.max_drop,
-        "drop": score.drop,
-        "sqnr_db": score.sqnr_db,
-    }
-    return replace(found, calibration={**(found.calibration or {}), **loss})
+    said = replace(
+        found.calibration or _said(calibration),
+        held_out=HeldOutSet(held_out.name, len(held_out.inputs)),
+        metric=reference.metric,
+        max_drop=options.max_drop,
+        drop=score.drop,
+        sqnr_db=score.sqnr_db,
+    )
+    return replace(found, calibration=said)
 
 
 def _samples(calibration: CalibrationSet) -> Samples:
-    said = {**calibration.to_json(), "method": "minmax", "quantizer": "coremltools linear_symmetric, int8"}
-    return Samples(calibration.inputs, said)
+    return Samples(calibration.inputs, _said(calibration))
+
+
+def _said(calibration: CalibrationSet) -> Calibration:
+    return calibration.describe("minmax", "coremltools linear_symmetric, int8")
 
 
 def check_executed(planned: float, executed: float, floats: tuple[str, ...], what: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import Figures, Measured, NearTies, Weights
 from dualtoken_deploy.bundle.manifest import COMPLETE, PREPARED, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.errors import ToleranceError
@@ -85,14 +86,14 @@ def draft_manifest(
     """All of a manifest that is known before the saved files ran. `model` has the weights, `module` is what computes
     the outputs; `own`: fields that only some bundles have, and variant, options and command."""
     return Manifest(
-        weights={**source, "sha256": weights_sha256(model)},
+        weights=Weights(**source, sha256=weights_sha256(model)),
         target=row.name,
         precision=request.precision,
         executed_precision={},
         input=request.contract,
         outputs=request.outputs,
         tolerance=tolerance,
-        measured={"params": count_params(model), "macs": count_macs(module, request.contract.size)},
+        measured=Measured(params=count_params(model), macs=count_macs(module, request.contract.size)),
         rules=artifact.rules,
         operators=artifact.operators,
         products=matrix_products(module, request.contract.size),
@@ -128,24 +129,24 @@ def seal(
     checker = get_target(draft.target).checked_by
     kinds = {} if checker else kind_precision(checked.execution)
     share, floats = int8_share(draft, checked.execution)
-    planned = None if draft.calibration is None else draft.calibration.get("planned_int8_mac_share")
+    planned = None if draft.calibration is None else draft.calibration.planned_int8_mac_share
     if planned is not None and checker:  # another runtime's kernels say nothing of it; `build` measures it
         share = planned
     elif planned is not None:
         check_executed(planned, share, floats, f"{what} for {draft.target}")
-    ties = {} if checked.kept is None else {"near_ties": {"margin": TIE_MARGIN, "images": int((~checked.kept).sum())}}
+    ties = None if checked.kept is None else NearTies(TIE_MARGIN, int((~checked.kept).sum()))
     manifest = replace(
         draft,
         executed_precision=kinds,
-        measured={
-            **draft.measured,
-            "int8_mac_share": share,
-            **ties,
-            "golden": checked.golden,
-            "photographs": checked.photographs,
-            **({"checked_by": checker} if checker else {}),
-            **({"engine": checked.engine} if checked.engine else {}),
-        },
+        measured=replace(
+            draft.measured,
+            int8_mac_share=share,
+            near_ties=ties,
+            golden=Figures(**checked.golden),
+            photographs=Figures(**checked.photographs),
+            checked_by=checker,
+            engine=checked.engine,
+        ),
     )
     write_bundle(folder, manifest, golden, labels)
     return ExportResult(
@@ -156,7 +157,7 @@ def seal(
         sqnr_db=round(checked.photographs["sqnr_db"], 1),
         top1_agreement=checked.agreement,
         int8_mac_share=share,
-        drop=None if draft.calibration is None else draft.calibration.get("drop"),
+        drop=None if draft.calibration is None else draft.calibration.drop,
         size_mib=round(Bundle.open(folder).size_bytes / 2**20, 2),
         seconds=0.0,
         warnings=(f"{draft.target}: checked by {checked.engine}",) if checked.engine else (),

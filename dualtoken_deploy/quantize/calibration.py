@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dualtoken_deploy.bundle.blocks import Calibration
 from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset
 from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import DatasetError, UsageError
@@ -37,8 +38,11 @@ class CalibrationSet:
         if not np.isfinite(self.inputs).all():
             raise DatasetError(f"the calibration set {self.name} has NaN or infinite values; clean it")
 
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "images": len(self.inputs), "sha256": self.sha256}
+    def describe(self, method: str, quantizer: str) -> Calibration:
+        """What a manifest says of ranges that were taken from it."""
+        return Calibration(
+            name=self.name, images=len(self.inputs), sha256=self.sha256, method=method, quantizer=quantizer
+        )
 
     @staticmethod
     def of_arrays(name: str, inputs: Array, contract: InputContract) -> CalibrationSet:

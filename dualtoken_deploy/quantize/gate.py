@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 
 from dualtoken_deploy import numerics
+from dualtoken_deploy.bundle.blocks import Calibration, HeldOutSet, SearchResult
 from dualtoken_deploy.data.built_in import cache_folder
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet, HeldOut
-from dualtoken_deploy.quantize.search import Score, SearchResult, search
+from dualtoken_deploy.quantize.search import Score, search
 
 METRICS = ("top1", "agreement", "sqnr")
 ENOUGH_DB = 30.0  # metric sqnr: points lost are the dB below this
@@ -103,7 +104,7 @@ def quantize_within_budget(
     run: RunFolder,
     folder: Path,
     tell: Tell,
-) -> dict[str, Any]:
+) -> Calibration:
     """Writes the target's INT8 files into `folder`; returns what the manifest says of them.
 
     The loss is measured on the files that stay there, by the target's own runner.
@@ -122,20 +123,18 @@ def quantize_within_budget(
         raise ToleranceError(
             f"the written files lose {final.drop:.2f} points of {reference.metric}, the budget is {options.max_drop:g}"
         )
-    return {
-        **calibration.to_json(),
-        "method": options.method,
-        "quantizer": backend.described,
-        "held_out": {"name": reference.held_out.name, "images": len(reference.held_out.inputs)},
-        "metric": reference.metric,
-        "max_drop": options.max_drop,
-        "drop": final.drop,
-        "sqnr_db": final.sqnr_db,
-        "planned_int8_mac_share": result.int8_share,
-        "in_float": list(result.in_float),
-        "macs": backend.products.macs,
-        "search": result.to_json(),
-    }
+    return replace(
+        calibration.describe(options.method, backend.described),
+        held_out=HeldOutSet(reference.held_out.name, len(reference.held_out.inputs)),
+        metric=reference.metric,
+        max_drop=options.max_drop,
+        drop=final.drop,
+        sqnr_db=final.sqnr_db,
+        planned_int8_mac_share=result.int8_share,
+        in_float=result.in_float,
+        macs=backend.products.macs,
+        search=result,
+    )
 
 
 def _search(

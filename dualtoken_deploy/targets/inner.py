@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 from dualtoken_deploy.bundle.manifest import Manifest
@@ -24,7 +24,7 @@ class Last(Generic[Traced]):
     def get(self, manifest: Manifest, settings: Sequence[object], trace: Callable[[], Traced]) -> Traced:
         """What `trace` gave for this model, input and settings, traced anew where it was not the last."""
         key = json.dumps(
-            [manifest.variant, dict(manifest.options), dict(manifest.weights), manifest.input.to_json(), *settings]
+            [manifest.variant, dict(manifest.options), asdict(manifest.weights), manifest.input.to_json(), *settings]
         )
         if key not in self._known:
             self._known.clear()

@@ -15,6 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import Build, Calibration
 from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.table import Target
@@ -28,7 +29,7 @@ class Samples:
     to say of them."""
 
     inputs: NDArray[Any]
-    said: Mapping[str, Any]
+    said: Calibration
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Artifact:
 
     rules: tuple[str, ...]
     operators: Mapping[str, Mapping[str, int]]
-    build: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
+    build: Build | None = None
+    calibration: Calibration | None = None
 
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:

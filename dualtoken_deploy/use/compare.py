@@ -88,7 +88,7 @@ def compare(
         raise UsageError("no bundle to compare")
     for bundle in opened:
         bundle.need_classifier("compare", "use dualtoken validate --data and dualtoken bench")
-    if len({b.manifest.weights["sha256"] for b in opened}) > 1:
+    if len({b.manifest.weights.sha256 for b in opened}) > 1:
         raise UsageError("the bundles are of different weights; compare those of one model")
     images = open_dataset(data)
     images = images if limit is None else images.limit(limit)
@@ -134,7 +134,7 @@ def _row(
         p50_ms=None if own is None else own.p50_ms,
         against_fp32=faster,
         against_eager=None if own is None else own.ratio,
-        int8_mac_share=manifest.measured.get("int8_mac_share", 0.0),
+        int8_mac_share=manifest.measured.int8_mac_share,
         verdict=verdict(numbers["drop"], faster, size_ratio, why_no_latency(bundle)),
         engine=numbers["engine"],
     )

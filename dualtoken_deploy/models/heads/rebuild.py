@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import WeightsError
 from dualtoken_deploy.models.heads.mask_rcnn import MaskRCNN
@@ -49,16 +50,16 @@ def rebuild_dense(manifest: Manifest) -> nn.Module:
     """
     weights, said = manifest.weights, manifest.dense or {}
     head = str(manifest.head)
-    if weights["source"] == "random":
+    if weights.source == RANDOM:
         model = random_dense_model(
-            head, weights["seed"], variant=manifest.variant, classes=said["classes"], width=said["width"],
+            head, weights.random_seed, variant=manifest.variant, classes=said["classes"], width=said["width"],
             **manifest.options,
         )  # fmt: skip
     else:
-        model = create_dense_model(head, manifest.variant, weights=weights["source"], image_size=manifest.input.size)
-    if weights_sha256(model) != weights["sha256"]:
+        model = create_dense_model(head, manifest.variant, weights=weights.source, image_size=manifest.input.size)
+    if weights_sha256(model) != weights.sha256:
         raise WeightsError(
-            f"the eager weights of {head} on {manifest.variant} from {weights['source']!r} are not those that the "
+            f"the eager weights of {head} on {manifest.variant} from {weights.source!r} are not those that the "
             "bundle was made from (sha256 differs); export it again"
         )
     return FORMS[head][said["form"]](model, manifest.input.size)
