@@ -10,14 +10,15 @@ import copy
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dualtoken_deploy.bundle.blocks import RANDOM, Origin
 from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.models.named_outputs import DETECT, SEGMENT, TASKS, NamedOutputs, choose, describe, look_at
@@ -25,26 +26,17 @@ from dualtoken_deploy.models.onnx_reference import OnnxReference
 from dualtoken_deploy.models.registry import DEFAULT_SEED, MAX_IMAGE_SIZE
 from dualtoken_deploy.models.user_code import blamed, build_model, source_sha256, split_reference
 from dualtoken_deploy.models.user_weights import load_user_weights
-from dualtoken_deploy.spec import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD, STRETCH, Dim, TensorSpec
+from dualtoken_deploy.spec import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD, STRETCH, Dim, InputContract, TensorSpec
 
 Size = tuple[int, int]  # (H, W)
 Outputs = Callable[[Size, Dim], tuple[TensorSpec, ...]]
 BATCH = "batch"
 
-MODULE, REFERENCE, ONNX = "module", "reference", "onnx"  # kinds of an origin, beside "variant" and "head"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the manifest keeps of a source. `reference`: what is imported or read again; `arguments`: what it is called
-    with; `outputs`: names that the user gave; `sha256`: of the file that `reference` names."""
-
-    kind: str
-    name: str
-    reference: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
-    sha256: str | None = None
+OWN = "the model's own"  # weights that no file was named for
+# kinds of an origin, beside "variant" and "head"
+MODULE: Literal["module"] = "module"
+REFERENCE: Literal["reference"] = "reference"
+ONNX: Literal["onnx"] = "onnx"
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,10 @@ class Source:
     tensors in the order of `outputs`. `outputs((H, W), batch)` describes them; batch is a number or "batch".
     `labels`: one a class, or none where none were given. `margin(image)`: how near an image (B, 3, H, W) comes to a
     point where the model jumps, (B,); None where it never does.
+
+    `weights`: "source" (RANDOM with its "seed", a word or a file, or OWN: those that the model came with). `described`:
+    fields of the manifest that only some sources have. `any_size`: one graph can serve pictures of every size, else
+    `why_one_size` begins the sentence that says not; `one_picture`: it takes a batch of one alone.
     """
 
     name: str
@@ -100,6 +96,30 @@ class Source:
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     margin: Callable[[Tensor], Tensor | None] | None = None
+    weights: Mapping[str, Any] = field(default_factory=lambda: {"source": OWN})
+    described: Mapping[str, Any] = field(default_factory=dict)
+    any_size: bool = False
+    why_one_size: str = "a model of yours"
+    one_picture: bool = False
+
+    @property
+    def random_weights(self) -> bool:
+        return bool(self.weights["source"] == RANDOM)
+
+    def contract(self, kind: str, batch: Dim, any_size: bool = False) -> InputContract:
+        """What is fed: kind "image" (uint8 NHWC RGB, normalised in the graph) or "tensor" (normalised float32 NCHW).
+
+        `batch`: a number, or a name where it is open; with `any_size` the sides are. Raises UsageError on another kind.
+        """
+        sides: tuple[Dim, Dim] = ("height", "width") if any_size else self.size
+        tensors = {
+            "image": TensorSpec("image", "uint8", "NHWC", (batch, *sides, 3)),
+            "tensor": TensorSpec("input", "float32", "NCHW", (batch, 3, *sides)),
+        }
+        if kind not in tensors:
+            raise UsageError(f"unknown input {kind!r}; valid inputs: {', '.join(tensors)}")
+        how = self.preprocessing
+        return InputContract(tensors[kind], kind, self.size, how.mean, how.std, how.crop_ratio, how.resize)
 
     def class_names(self, outputs: Sequence[TensorSpec]) -> tuple[str, ...]:
         """A name for each class of these outputs: the labels, or numbers where there are none; of a task without
@@ -129,7 +149,7 @@ class Source:
         if not isinstance(model, nn.Module):
             raise UsageError(f"a {type(model).__name__} is no torch.nn.Module; give the model itself")
         own = _name(name or type(unwrapped(model)).__name__)
-        origin = Origin(MODULE, own, outputs=tuple(output_names))
+        origin = Origin(kind=MODULE, name=own, outputs=tuple(output_names))
         return _foreign(lambda: model, origin, task, image_size, labels, preprocess)
 
     @staticmethod
@@ -154,7 +174,14 @@ class Source:
         split_reference(reference)
         given = dict(arguments or {})
         own = _name(name or reference.rpartition(":")[2])
-        origin = Origin(REFERENCE, own, reference, given, tuple(output_names), source_sha256(reference))
+        origin = Origin(
+            kind=REFERENCE,
+            name=own,
+            reference=reference,
+            arguments=given,
+            outputs=tuple(output_names),
+            sha256=source_sha256(reference),
+        )
 
         def build() -> nn.Module:
             model = build_model(reference, given, seed)
@@ -162,7 +189,8 @@ class Source:
                 load_user_weights(model, Path(weights))
             return model
 
-        return _foreign(build, origin, task, image_size, labels, preprocess)
+        found = _foreign(build, origin, task, image_size, labels, preprocess)
+        return found if weights is None else replace(found, weights={"source": str(Path(weights).resolve())})
 
     @staticmethod
     def onnx(
@@ -183,7 +211,10 @@ class Source:
         model = OnnxReference(file)
         size = _onnx_size(model, image_size)
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        origin = Origin(ONNX, _name(name or file.stem), str(file), outputs=tuple(output_names), sha256=sha256)
+        origin = Origin(
+            kind=ONNX, name=_name(name or file.stem), reference=str(file.resolve()), outputs=tuple(output_names),
+            sha256=sha256,
+        )  # fmt: skip
         return _foreign(lambda: model, origin, task, size, labels, preprocess)
 
 
