@@ -1,4 +1,4 @@
-"""Deploy rules on modules that nobody here wrote: they apply where the structure is certain, and change nothing else."""
+"""Deploy rules on modules that nobody here wrote: they apply where the structure is certain, and nowhere else."""
 
 from __future__ import annotations
 

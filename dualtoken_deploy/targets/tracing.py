@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from dualtoken_deploy.deploy.forms import ImageInput
+from dualtoken_deploy.errors import first_line
 from dualtoken_deploy.models.named_outputs import NamedOutputs
+from dualtoken_deploy.models.user_code import place_of
 
+_OURS, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+_FILE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 INPUT, ROOT = "input", "model"  # names of what prepares the image, and of the model's own forward
 
 
@@ -40,3 +50,55 @@ def path_below(path: str, inside: str) -> str:
     if not inside:
         return path
     return path.removeprefix(f"{inside}.") if path.startswith(f"{inside}.") else INPUT
+
+
+def why(error: BaseException, module: nn.Module | None = None, names: Mapping[str, str] | None = None) -> str:
+    """Why a model was not taken, in one line: "the model", or the operator and the module it is in, the place in the
+    user's code where the tracer knew it, and the first line of what was raised first.
+
+    `module`: what was traced; `names`: {name in the graph: the model's name} where operations were renamed.
+    """
+    causes = list(_causes(error))
+    frames = [frame for cause in causes for frame in _frames(cause)]
+    node = next((n for frame in reversed(frames) if isinstance(n := frame.f_locals.get("node"), torch.fx.Node)), None)
+    operator, path, place = "", "", ""
+    if node is not None:
+        operator = str(node.target).removesuffix(".default")
+        stack = node.meta.get("nn_module_stack")
+        path = "" if not stack else next(reversed(stack.values()))[0]
+        place = _place(str(node.meta.get("stack_trace") or ""))
+        path = (names or {}).get(node.name, path)
+    elif module is not None:
+        paths = {id(m): name for name, m in module.named_modules()}
+        path = next((paths[id(s)] for f in reversed(frames) if id(s := f.f_locals.get("self")) in paths), "")
+    if module is not None and path and names is None:
+        path = path_below(path, own_path(module))
+    place = place or next((p for cause in causes if (p := _place(str(cause)))), "") or _raised_at(causes)
+    what = " in ".join(part for part in (operator, path) if part) or "the model"
+    return f"{what}{f' ({place})' if place else ''}: {first_line(_exception(causes[-1]))}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from, the first of all last."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    return (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _place(text: str) -> str:
+    """The last line outside of torch and of this package in a printed stack; "" where there is none."""
+    own = [f for f in _FILE.findall(text) if not f[0].startswith((_OURS, _TORCH, "<"))]
+    return "{}:{} in {}".format(*own[-1]) if own else ""
+
+
+def _raised_at(causes: list[BaseException]) -> str:
+    return next((p for cause in reversed(causes) if (p := place_of(cause).removeprefix(" at "))), "")
+
+
+def _exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(str(error))

@@ -17,10 +17,10 @@ from dualtoken_deploy.bundle.decode import plain
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, MissingError, first_line
+from dualtoken_deploy.errors import ConversionError, MissingError
 from dualtoken_deploy.targets.aotinductor.runner import NativeCode
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
-from dualtoken_deploy.targets.tracing import Around
+from dualtoken_deploy.targets.tracing import Around, why
 
 RULES = DEFAULT_RULES
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -94,8 +94,8 @@ def trace(module: nn.Module, request: Request, device: str) -> torch.export.Expo
     try:
         with torch.no_grad(), quiet():
             return torch.export.export(module, (example,), dynamic_shapes=dynamic)
-    except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ConversionError(f"torch.export cannot trace the model: {first_line(error)}") from error
+    except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
+        raise ConversionError(f"torch.export cannot export {why(error, module)}") from error
 
 
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -106,7 +106,7 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
         with torch.no_grad(), quiet(), fresh_cache():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's exceptions share no base but this
-        raise ConversionError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
+        raise ConversionError(f"AOTInductor cannot compile {why(error)}") from error
 
 
 def describe(device: str, compiler: str) -> Build:

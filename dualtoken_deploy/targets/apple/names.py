@@ -24,7 +24,7 @@ def name_after_modules(program: torch.export.ExportedProgram, inside: str, outpu
     `stage1.block1/add`, numbered from the second on. A MIL name has letters, digits and underscores alone, so in the
     graph dots and slashes are underscores. What makes an output has the output's name, of `outputs`, and keeps its own
     in the graph, where the converter renames it.
-    `inside`: the path in what was traced at which the model itself lies; what is beside it prepares the image (`input`).
+    `inside`: where in what was traced the model itself lies; what is beside it prepares the image (`input`).
     """
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     specs = program.graph_signature.output_specs
