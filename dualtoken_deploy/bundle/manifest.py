@@ -9,7 +9,7 @@ from typing import Any
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 
 SCHEMA_VERSION = 1
-COMPLETE, PREPARED = "complete", "prepared"
+COMPLETE, COMPILED, PREPARED = "complete", "compiled", "prepared"
 CLASSIFY = "classify"
 
 
@@ -21,7 +21,8 @@ class Manifest:
     `products` lists the model's matrix products at batch 1 as [batch, m, k, n, count]; bench times them alone.
     `task`: classify, detect or segment; of the last two `head` names the model and `dense` has its "form" (raw, labels,
     detections), "classes" and "width".
-    `state` "prepared": a step on the device (`dualtoken build`) is still to come; `build` says how that one was done.
+    `state` "prepared": a step on the device (`dualtoken build`) is still to come; "compiled": the vendor's compiler
+    made what ships, and no device has run it; "complete": what ships was run. `build`: how it was compiled or built.
     """
 
     variant: str

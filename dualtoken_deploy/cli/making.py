@@ -158,6 +158,15 @@ def export(
     device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="TensorRT for RTX: 7.5, 8.0, 8.6, ...; may be repeated; from 8.0 on.")
+    ] = None,
+    weightless: Annotated[
+        bool, typer.Option("--weightless", help="TensorRT for RTX: weights stay in the ONNX; needs a GPU to compile.")
+    ] = False,
+    batches: Annotated[
+        str | None, typer.Option(help="TensorRT for RTX: smallest, best, largest of a dynamic batch, MIN,BEST,MAX.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
@@ -174,6 +183,7 @@ def export(
         names = [get_target(name).name for name in dict.fromkeys(target)]
     if output is not None and len(names) > 1:
         raise UsageError("--output names one bundle's folder; give one --target with it")
+    capability = ",".join(compute_capability) if compute_capability else None
     int8 = None
     if calibration is not None:
         settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
@@ -181,17 +191,18 @@ def export(
     if head is None and (width is not None or suppress or argmax):
         raise UsageError("--width, --suppress and --argmax belong to dense models; give --head as well")
     if head is not None:
-        if batch != "1" or device is not None or triton_repository is not None:
+        if batch != "1" or batches is not None or device is not None or triton_repository is not None:
             raise UsageError(
-                "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --device and "
-                "--triton-repository out"
+                "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --batches, "
+                "--device and --triton-repository out"
             )
         dense = with_torch("exporting", importing("pipeline.export_dense"))
         with progress() as tell:
             results = [
                 dense.export_dense(
                     head, name, precision, variant, weights, output, labels, image_size, classes, width, input_kind,
-                    suppress, argmax, opset, seed, force, int8, deployment_target, layout, command_line(),
+                    suppress, argmax, opset, seed, force, int8, deployment_target, layout,
+                    capability, weightless, command_line(),
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
                 for name in names
@@ -212,7 +223,8 @@ def export(
                     variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
                     batch=batch, input_kind=input_kind, opset=opset, seed=seed, device=device, force=force,
                     int8=int8 if len(names) == 1 or name in pipeline.BACKENDS else None,
-                    deployment_target=deployment_target, layout=layout, command=command_line(),
+                    deployment_target=deployment_target, layout=layout, compute_capability=capability,
+                    weightless=weightless, batches=batches, command=command_line(),
                     progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
                 )
             )  # fmt: skip
@@ -222,12 +234,16 @@ def export(
 
 
 def _show_exports(results: Sequence[Any], json_output: bool) -> None:
-    """Prints what was exported. Raises MissingError where a step on the device is left."""
+    """Prints what was exported. Raises MissingError where a step on the device is left without which nothing ships."""
+    from dualtoken_deploy.bundle.manifest import COMPILED
+
     for warning in dict.fromkeys(w for r in results for w in r.warnings):
         say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
     show(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
-    if left := [r for r in results if r.next_step]:
+    for result in (r for r in results if r.next_step and r.state == COMPILED):
+        say(f"note: {result.bundle} is compiled, not executed: {result.next_step}")
+    if left := [r for r in results if r.next_step and r.state != COMPILED]:
         raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
 
 

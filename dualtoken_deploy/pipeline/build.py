@@ -1,8 +1,7 @@
-"""Builds the engine of a prepared TensorRT bundle, on the device: no torch, no ONNX library, golden as the judge."""
+"""Builds the engine of an NVIDIA bundle, or runs a compiled one, on the device: no torch, golden as the judge."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
@@ -14,11 +13,12 @@ from typing import Any
 from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPLETE, Manifest
 from dualtoken_deploy.bundle.store import GOLDEN, LABELS, MANIFEST, Bundle, new_folder, write_bundle
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
-from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.targets.load import Execution, load_runner
-from dualtoken_deploy.targets.nvidia.builder import BuildOptions, build_engine
-from dualtoken_deploy.targets.nvidia.engine import ENGINE, INSPECTION, Host, this_host
+from dualtoken_deploy.targets.nvidia.builder import BuildOptions
+from dualtoken_deploy.targets.nvidia.engine import ENGINE
+from dualtoken_deploy.targets.nvidia.network import parse_batches
+from dualtoken_deploy.targets.table import TARGETS, get_target
 from dualtoken_deploy.use.inspect import check_share, int8_share, kind_precision, product_precision
 from dualtoken_deploy.use.validate import measure, run_batches
 from dualtoken_deploy.use.validate_dense import compare_golden
@@ -26,12 +26,7 @@ from dualtoken_deploy.use.validate_dense import compare_golden
 __all__ = ["BuildOptions", "BuildResult", "build_bundle", "build_command", "parse_batches", "why_no_build"]
 
 Tell = Callable[[str], None]
-LIBRARIES = ("tensorrt", "cuda-bindings", "numpy", "dualtoken-deploy")
-
-# What may run in float32 although the bundle is of a narrower precision: nothing that the ONNX types, and 5 % for
-# layers in which TensorRT keeps a product between float32 neighbours.
 LOST_SHARE = 0.05  # of the MACs: so much may TensorRT leave in float of what was quantized
-FLOAT32_SHARE = {"fp16": 0.05, "int8": 0.05}
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,10 @@ class BuildResult:
         return asdict(self)
 
 
-def why_no_build() -> str | None:
-    """Why no engine can be built here, in one sentence; None where it can."""
+def why_no_build(target: str = "tensorrt") -> str | None:
+    """Why no engine of that target can be built here, in one sentence; None where it can."""
     try:
-        this_host()
+        get_target(target).part("build").host()
     except MissingError as error:
         return str(error)
     return None
@@ -64,15 +59,6 @@ def build_command(bundle: Path) -> str:
     return shlex.join(["dualtoken", "build", str(bundle)])
 
 
-def parse_batches(text: str) -> tuple[int, int, int]:
-    """MIN,BEST,MAX. Raises UsageError."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"batches {text!r} are not MIN,BEST,MAX, e.g. 1,8,32")
-    least, best, most = (int(part) for part in parts)
-    return least, best, most
-
-
 def build_bundle(
     bundle: Bundle | str | Path,
     options: BuildOptions | None = None,
@@ -81,6 +67,8 @@ def build_bundle(
 ) -> BuildResult:
     """Puts model.engine, and the inspector's engine.json, beside the ONNX of a TensorRT bundle, once they are checked.
 
+    A bundle of TensorRT for RTX has its engine already, which is run and checked.
+
     The bundle stays as it was where anything fails. Raises UsageError (another target; built already and no
     `rebuild`), MissingError (no TensorRT, no GPU), ConversionError, ToleranceError (golden, or float32 layers).
     """
@@ -88,19 +76,15 @@ def build_bundle(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     opened.verify()
     _check_buildable(opened, rebuild)
-    chosen = options or BuildOptions()
-    host = this_host()
+    vendor = get_target(opened.manifest.target).part("build")
+    host = vendor.host()
     with new_folder(opened.path, force=True) as folder:
         for name in opened.manifest.files:
-            if name not in (ENGINE, INSPECTION, GOLDEN, LABELS):
+            if name not in (*vendor.FILES, GOLDEN, LABELS):
                 shutil.copy2(opened.path / name, folder / name)
-        tell(f"building an engine for {host.gpu} with TensorRT {host.tensorrt}")
-        onnx = (folder / "model.onnx").read_bytes()
-        engine = build_engine(onnx, (opened.manifest.input.tensor,), chosen, timing_cache(host), tell)
-        (folder / ENGINE).write_bytes(engine.plan)
-        (folder / INSPECTION).write_text(engine.layers, encoding="utf-8")
+        build = vendor.make(folder, opened.manifest, options or BuildOptions(), host, rebuild, tell)
         tell("checking the engine against the golden logits")
-        manifest = _checked(opened, folder, _built(opened.manifest, chosen, host))
+        manifest = _checked(opened, folder, replace(opened.manifest, state=COMPLETE, build=build), vendor.CONFIRMS)
         write_bundle(folder, manifest, opened.golden, opened.labels)
     return BuildResult(
         bundle=str(opened.path),
@@ -108,45 +92,25 @@ def build_bundle(
         gpu=host.gpu,
         executed_precision=product_precision(manifest.executed_precision),
         sqnr_db=round(manifest.measured["engine"]["sqnr_db"], 1),
-        size_mib=round(len(engine.plan) / 2**20, 2),
+        size_mib=round((opened.path / ENGINE).stat().st_size / 2**20, 2),
         seconds=round(time.perf_counter() - start, 1),
     )
 
 
-def timing_cache(host: Host) -> Path:
-    """One file for each TensorRT version and GPU, in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    words = f"{host.tensorrt}-{host.gpu}-{host.compute_capability}"
-    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in words)
-    return base / "dualtoken-deploy" / "tensorrt" / f"{name}.timing"
-
-
 def _check_buildable(bundle: Bundle, rebuild: bool) -> None:
-    if bundle.manifest.target != "tensorrt":
-        raise UsageError(f"{bundle.path} is a bundle for {bundle.manifest.target}; only tensorrt bundles are built")
+    built = [name for name, row in TARGETS.items() if row.built_by == "build"]
+    if bundle.manifest.target not in built:
+        names = " and ".join(built)
+        raise UsageError(f"{bundle.path} is a bundle for {bundle.manifest.target}; only {names} bundles are built")
     if bundle.manifest.state == COMPLETE and not rebuild:
         raise UsageError(f"{bundle.path} has an engine already; give --rebuild to build it anew from its ONNX")
     if MANIFEST in bundle.manifest.files or "model.onnx" not in bundle.manifest.files:
         raise UsageError(f"{bundle.path} has no model.onnx to build from; export it again")
 
 
-def _built(manifest: Manifest, options: BuildOptions, host: Host) -> Manifest:
-    return replace(
-        manifest,
-        state=COMPLETE,
-        build={
-            "host": host.to_json(),
-            "machine": describe_machine(),
-            "versions": library_versions(LIBRARIES),
-            **asdict(options),
-            "ships": [ENGINE],
-            "float32_share_allowed": FLOAT32_SHARE.get(manifest.precision),
-        },
-    )
-
-
-def _checked(source: Bundle, folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest with what the engine does, measured on the saved file. Raises ToleranceError."""
+def _checked(source: Bundle, folder: Path, manifest: Manifest, confirms: bool) -> Manifest:
+    """The manifest with what the engine does, measured on the saved file. `confirms`: its inspector's types are held
+    against what was promised. Raises ToleranceError."""
     contract, tolerance = manifest.input, manifest.tolerance
     with load_runner(Bundle(folder, manifest)) as runner:
         if manifest.task == CLASSIFY:
@@ -156,11 +120,11 @@ def _checked(source: Bundle, folder: Path, manifest: Manifest) -> Manifest:
             numbers = {**asdict(found), "top1_agreement": found.agreement}
         execution = runner.execution()
     _check_golden(manifest, numbers, tolerance)
-    allowed = (manifest.build or {})["float32_share_allowed"]
+    allowed = (manifest.build or {}).get("float32_share_allowed")
     if allowed is not None:
         check_share(manifest.precision, execution.float32_share, allowed)
     measured = {**manifest.measured, "engine": numbers}
-    if manifest.calibration is not None:
+    if manifest.calibration is not None and confirms:
         measured["int8_mac_share"] = _check_int8(manifest, execution)
     return replace(manifest, executed_precision=kind_precision(execution), measured=measured)
 

@@ -37,7 +37,7 @@ from dualtoken_deploy.spec import Dim, InputContract, TensorSpec, Tolerance
 from dualtoken_deploy.targets.backends import BACKENDS
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import RunnerOptions, engine_of, load_runner
-from dualtoken_deploy.targets.request import Artifact, Request, run_exporter
+from dualtoken_deploy.targets.request import Artifact, Request, check_request, compile_files, run_exporter
 from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, W8A8, Target, check_precision, get_target
 from dualtoken_deploy.use.validate import measure, run_batches
 
@@ -65,6 +65,9 @@ def export(
     int8: Int8Options | None = None,
     deployment_target: str | None = None,
     layout: str | None = None,
+    compute_capability: str | None = None,
+    weightless: bool = False,
+    batches: str | None = None,
     command: str = "dualtoken_deploy.targets.request(...)",
     progress: Tell | None = None,
     **options: Any,
@@ -76,7 +79,8 @@ def export(
     float32 NCHW). `weights` None: random ones from `seed`. `device`: for a target that compiles natively, what to
     compile for. `int8`: how precision int8 is calibrated and gated, for targets that have it so, and Core ML's
     int8-w8a8, where other pictures than the photographs are to calibrate it. `deployment_target` (iOS16, iOS17, iOS18,
-    iOS26) and `layout` (ane, plain) are Core ML's own. `options`: as create_model takes them.
+    iOS26) and `layout` (ane, plain) are Core ML's own; `compute_capability` ("8.6,8.9"), `weightless` and `batches`
+    (MIN,BEST,MAX) TensorRT for RTX's. `options`: as create_model takes them.
     Raises UsageError, MissingError, WeightsError, OutputError, ConversionError, and ToleranceError where the files do
     not reach the target's tolerance; no bundle is left then. A target that is built on its device is built where that
     is here; elsewhere the result's `state` is "prepared".
@@ -88,7 +92,10 @@ def export(
     check_can_export(row)
     if device is not None and (row.portable or row.built_by):
         raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
-    settings = target_settings(row, deployment_target=deployment_target, layout=layout)
+    settings = target_settings(
+        row, deployment_target=deployment_target, layout=layout, compute_capability=compute_capability,
+        weightless="yes" if weightless else None, batches=batches,
+    )  # fmt: skip
     info = None if weights is None else describe_weights(weights)
     if image_size is None:
         image_size = 224 if info is None else info.image_size
@@ -124,6 +131,10 @@ def export(
         names = info.labels
     else:
         names = _labels(labels, config.num_classes)
+    outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], config.num_classes)),)
+    metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
+    request = Request(precision, contract, outputs, opset, metadata, device, names, settings)
+    check_request(row, request)
     final = Path(output) if output is not None else Path("bundles") / f"{variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
@@ -132,10 +143,7 @@ def export(
         else:
             model = create_model(variant, image_size=contract.size, weights=weights, **options)
         check_space(folder, model)
-        outputs = (TensorSpec("logits", "float32", "NC", (contract.tensor.shape[0], model.config.num_classes)),)
         warnings = () if weights else (f"weights are random (seed {seed}): latency is real, predictions mean nothing",)
-        metadata = {"variant": variant, "precision": precision, "weights": str(weights or f"random, seed {seed}")}
-        request = Request(precision, contract, outputs, opset, metadata, device, names, settings)
 
         def draft(artifact: Artifact) -> Manifest:
             return _draft(model, variant, row, request, artifact, weights, seed, command)
@@ -146,6 +154,7 @@ def export(
             manifest = write_int8(model, row, request, int8, names, folder, draft, tell)
         else:
             manifest = draft(run_exporter(row, model, request, folder, tell))
+        manifest = compile_files(row, request, folder, manifest, tell)
         result = _seal(folder, manifest, model, names, tell)
     result = replace(result, bundle=str(final), warnings=warnings + result.warnings)
     if row.built_by:
@@ -155,7 +164,7 @@ def export(
 
 def build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
     """Finishes a prepared bundle where the device is here; elsewhere says what is left to do."""
-    reason = why_no_build()
+    reason = why_no_build(result.target)
     if reason:
         return replace(result, next_step=f"{reason}; on the device run: {build_command(bundle)}")
     built = build_bundle(bundle, progress=tell)

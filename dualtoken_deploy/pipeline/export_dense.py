@@ -42,7 +42,7 @@ from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import STRETCH, Tolerance
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import RunnerOptions, engine_of, load_runner
-from dualtoken_deploy.targets.request import Artifact, Request, run_exporter
+from dualtoken_deploy.targets.request import Artifact, Request, check_request, compile_files, run_exporter
 from dualtoken_deploy.targets.table import Target, check_dense, check_precision, get_target
 from dualtoken_deploy.tasks import dense_outputs
 from dualtoken_deploy.tasks.dense_outputs import DETECTED, RAW
@@ -100,6 +100,8 @@ def export_dense(
     int8: Int8Options | None = None,
     deployment_target: str | None = None,
     layout: str | None = None,
+    compute_capability: str | None = None,
+    weightless: bool = False,
     command: str = "dualtoken_deploy.export_dense(...)",
     progress: Tell | None = None,
     **options: Any,
@@ -123,22 +125,26 @@ def export_dense(
     if (precision == "int8") != (int8 is not None):
         needs = "takes no calibration set" if int8 is not None else "needs a calibration set (--calibration scenes)"
         raise UsageError(f"{row.name} {precision} {needs}")
-    settings = target_settings(row, deployment_target=deployment_target, layout=layout)
+    settings = target_settings(
+        row, deployment_target=deployment_target, layout=layout, compute_capability=compute_capability,
+        weightless="yes" if weightless else None,
+    )  # fmt: skip
     plan = _plan(head, form, variant, weights, labels, image_size, classes, width, seed, options, command)
     contract = replace(make_contract(input_kind, plan.size, 1), crop_ratio=1.0, resize=STRETCH)
+    metadata = {
+        "variant": plan.variant, "head": head, "precision": precision,
+        "weights": str(weights or f"random, seed {seed}"),
+    }  # fmt: skip
+    request = Request(
+        precision, contract, outputs_of(head, form, plan.classes, plan.size), opset, metadata,
+        labels=plan.labels, settings=settings, task=get_head(head).task,
+    )  # fmt: skip
+    check_request(row, request)
     final = Path(output) if output is not None else Path("bundles") / f"{head}-{plan.variant}-{row.name}-{precision}"
     with new_folder(final, force) as folder:
         tell("building the eager model")
         model = plan.model()
         check_space(folder, model)
-        metadata = {
-            "variant": plan.variant, "head": head, "precision": precision,
-            "weights": str(weights or f"random, seed {seed}"),
-        }  # fmt: skip
-        request = Request(
-            precision, contract, outputs_of(head, form, plan.classes, plan.size), opset, metadata,
-            labels=plan.labels, settings=settings, task=get_head(head).task,
-        )  # fmt: skip
         module = FORMS[head][form](model, plan.size)
 
         def draft(artifact: Artifact) -> Manifest:
@@ -148,6 +154,7 @@ def export_dense(
             manifest = write_dense_int8(module, row, request, int8, folder, draft, tell)
         else:
             manifest = draft(run_exporter(row, module, request, folder, tell))
+        manifest = compile_files(row, request, folder, manifest, tell)
         result = _seal(folder, manifest, module, plan.labels, tell)
     warnings = () if weights else (f"weights are random (seed {seed}): latency is real, what is found means nothing",)
     result = replace(result, bundle=str(final), warnings=warnings + result.warnings)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dualtoken_deploy.bundle.manifest import COMPLETE, PREPARED, Manifest
+from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, PREPARED, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.machine import describe_machine, library_versions
@@ -35,11 +35,16 @@ LIBRARIES = (
 )
 
 
+# Compiled is not executed, and prepared is not built: what is shown where no device ran the artifact.
+_NOT_RUN = {PREPARED: "not run", COMPILED: "compiled, not executed"}
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped.
 
-    `state` "prepared": the bundle is whole but for a step that needs the device; `next_step` says which and why.
+    `state` "prepared": the bundle is whole but for a step that needs the device; "compiled": it is whole, and no device
+    has run it. `next_step` says what is left and why.
     """
 
     bundle: str
@@ -152,7 +157,7 @@ def seal(
         bundle=str(folder),
         target=draft.target,
         precision=draft.precision,
-        executed_precision="not run" if checker else product_precision(kinds),
+        executed_precision=_NOT_RUN[draft.state] if checker else product_precision(kinds),
         sqnr_db=round(checked.photographs["sqnr_db"], 1),
         top1_agreement=checked.agreement,
         int8_mac_share=share,

@@ -99,6 +99,7 @@ BACKENDS: Mapping[str, Mapping[str, Callable[[onnx.ModelProto, CalibrationSet, s
             "onnxruntime": {"qdq": _onnxruntime, "qdq-symmetric": _neutral},
             "openvino": {"qdq": _openvino, "nncf": _nncf},
             "tensorrt": {"qdq-symmetric": _tensorrt},
+            "tensorrt-rtx": {"qdq-symmetric": _tensorrt},
         }
     )
 )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import nn
 
-from dualtoken_deploy.bundle.manifest import CLASSIFY
+from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPILED, Manifest
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.table import Target
 
@@ -63,9 +62,23 @@ class Artifact:
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.name}.export")
-    artifact: Artifact = module.export(model, request, folder, tell)
+    artifact: Artifact = target.part("export").export(model, request, folder, tell)
     return artifact
+
+
+def check_request(target: Target, request: Request) -> None:
+    """What a target's compiler can tell before anything is traced. Raises UsageError, MissingError."""
+    if target.compiler:
+        target.part("export").check(request)
+
+
+def compile_files(target: Target, request: Request, folder: Path, manifest: Manifest, tell: Tell) -> Manifest:
+    """The manifest of exported files after the target's compiler, where it has one that needs no device: compiled
+    from what lies in `folder`, and not executed. Raises ConversionError."""
+    if not target.compiler:
+        return manifest
+    build = target.part("export").compile_files(folder, manifest, request.settings, tell)
+    return replace(manifest, state=COMPILED, build=build)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,15 @@
 """THE table of targets: one row each, with what it takes to export and to run it.
 
-A row's name is also the name of its exporter (`export/<name>.py`) and of its runner (`runtimes/<name>.py`).
+A row's name is also that of its folder (`targets/<name>`, with _ for -), which has its exporter and its runner.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.spec import Tolerance
@@ -26,7 +27,9 @@ class Target:
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
     then needs none of `modules`, and the files are checked with the runner of the target `checked_by` instead. `vendor`
-    is what running needs besides the extra, from no package index.
+    is what running needs besides the extra, from no package index. `compiler`: modules of a compiler that needs no
+    device; exporting then ends with the target's `compile_files`, and the bundle is "compiled", not "prepared".
+    `device`: which devices the target is for, in words.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Target:
     built_by: str | None = None
     checked_by: str | None = None
     vendor: str | None = None
+    compiler: tuple[str, ...] = ()
+    device: str = ""
     settings: tuple[str, ...] = ()
     check_images: int | None = None
     dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -58,7 +63,16 @@ class Target:
     def export_modules(self) -> tuple[str, ...]:
         """Modules that exporting needs: those of its source, and of the target itself where that takes part."""
         source = EXPORT_MODULES if self.source == "onnx" else ("torch",)
-        return source if self.built_by else tuple(dict.fromkeys((*source, *self.modules)))
+        return (*source, *self.compiler) if self.built_by else tuple(dict.fromkeys((*source, *self.modules)))
+
+    @property
+    def folder(self) -> str:
+        """Of its modules, under `targets`."""
+        return self.name.replace("-", "_")
+
+    def part(self, name: str) -> ModuleType:
+        """One of its modules: "export", "runner", ... Loaded here and nowhere else, and only when it is needed."""
+        return importlib.import_module(f"dualtoken_deploy.targets.{self.folder}.{name}")
 
 
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
@@ -70,6 +84,7 @@ _TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolera
 _BF16 = Tolerance(sqnr_db=30.0)
 _TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": _BF16})
 _TOLERANCES_INT8 = MappingProxyType({**_TOLERANCES, "int8": Tolerance(sqnr_db=3.0, top1_agreement=0.0)})
+_TOLERANCES_RTX = MappingProxyType({**_TOLERANCES, "bf16": _BF16, "int8": _TOLERANCES_INT8["int8"]})
 _TOLERANCES_OPENVINO = MappingProxyType({**_TOLERANCES, "bf16": _BF16, "int8": _TOLERANCES_INT8["int8"]})
 
 W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
@@ -139,6 +154,22 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 checked_by="onnxruntime",
                 dense=_RAW_DENSE,
                 vendor="TensorRT from NVIDIA (docs/tensorrt.md)",
+            ),
+            Target(
+                name="tensorrt-rtx",
+                title="TensorRT for RTX",
+                files=("model.engine", "model.onnx"),
+                extra="tensorrt-rtx",
+                source="onnx",
+                modules=("tensorrt_rtx_bindings", "cuda"),
+                tolerances=_TOLERANCES_RTX,
+                aliases=("rtx",),
+                portable=False,
+                built_by="build",
+                checked_by="onnxruntime",
+                compiler=("tensorrt_rtx_bindings",),
+                dense=_RAW_DENSE,
+                settings=("compute_capability", "weightless", "batches"),
             ),
             Target(
                 name="aotinductor",
