@@ -44,6 +44,12 @@ SQNR_DB = {"fp32": 110.0, "fp16": 48.0, "bf16": 35.0, "int8": 15.0}
 INPUT = TensorSpec("x", "float32", "NC", (4, 64))
 
 
+def details(folder: Path) -> Any:
+    build = Bundle.open(folder).manifest.build
+    assert build is not None
+    return build.details
+
+
 def quiet(_: str) -> None:
     return None
 
@@ -55,10 +61,11 @@ def quiet(_: str) -> None:
 @pytest.mark.parametrize("precision", OPTIONS)
 def test_an_engine_is_compiled_and_not_called_complete(small_bundle: MakeBundle, precision: str) -> None:
     bundle = Bundle.open(small_bundle("tensorrt-rtx", precision, **OPTIONS[precision]))
-    manifest, build = bundle.manifest, bundle.manifest.build or {}
+    manifest, build = bundle.manifest, details(bundle.path)
     assert (manifest.state, manifest.executed_precision) == ("compiled", {})
-    assert manifest.measured["checked_by"] == "onnxruntime"
-    assert manifest.measured["photographs"]["sqnr_db"] >= SQNR_DB[precision]
+    assert manifest.measured.checked_by == "onnxruntime"
+    assert manifest.measured.photographs is not None
+    assert manifest.measured.photographs.sqnr_db >= SQNR_DB[precision]
     assert manifest.files.keys() == {"model.engine", "model.onnx", "golden.npz", "labels.txt"}
     assert bundle.size_bytes == (bundle.path / "model.engine").stat().st_size  # what an app ships
     nodes = onnx.load(bundle.path / "model.onnx").graph.node
@@ -111,7 +118,7 @@ def test_bfloat16_is_rounded_behind_every_operator() -> None:
 
 def test_a_dynamic_batch_is_compiled_for_its_profile(small_bundle: MakeBundle) -> None:
     folder = small_bundle("tensorrt-rtx", "fp16", batch="dynamic", batches="1,2,4")
-    assert (Bundle.open(folder).manifest.build or {})["batches"] == [1, 2, 4]
+    assert details(folder)["batches"] == [1, 2, 4]
     assert diagnose(load_library(RTX), (folder / "model.engine").read_bytes())[1] == "invalid"
 
 
@@ -135,7 +142,7 @@ def test_the_command_line_says_compiled_and_exits_with_0(tmp_path: Path, capsys:
     assert (result["state"], result["executed_precision"]) == ("compiled", "compiled, not executed")
     assert f"note: {tmp_path / 'b'} is compiled, not executed" in printed.err
     assert "TensorRT for RTX: " in printed.err  # the builder's own progress
-    assert (Bundle.open(tmp_path / "b").manifest.build or {})["compute_capabilities"] == ["8.9", "12.0"]
+    assert details(tmp_path / "b")["compute_capabilities"] == ["8.9", "12.0"]
 
 
 @without_gpu
@@ -266,7 +273,7 @@ def test_an_operator_that_the_parser_lacks_is_named(
         onnx.save(model, folder / "model.onnx")
         return Artifact((), {})
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.run_exporter", write)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.make.run_exporter", write)
     with pytest.raises(ConversionError, match=r"does not take the ONNX: .*Mystery") as caught:
         export(target="tensorrt-rtx", precision="fp16", output=tmp_path / "b", **SMALL)  # type: ignore[arg-type]
     assert caught.value.exit_code == 6

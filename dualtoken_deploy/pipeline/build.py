@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPLETE, Manifest
+from dualtoken_deploy.bundle.blocks import Calibration, Figures
+from dualtoken_deploy.bundle.manifest import COMPLETE, Manifest
 from dualtoken_deploy.bundle.store import GOLDEN, LABELS, MANIFEST, Bundle, new_folder, write_bundle
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
 from dualtoken_deploy.spec import Tolerance
@@ -19,9 +20,10 @@ from dualtoken_deploy.targets.nvidia.builder import BuildOptions
 from dualtoken_deploy.targets.nvidia.engine import ENGINE
 from dualtoken_deploy.targets.nvidia.network import parse_batches
 from dualtoken_deploy.targets.table import TARGETS, get_target
+from dualtoken_deploy.tasks.base import Likeness
+from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.inspect import check_share, int8_share, kind_precision, product_precision
-from dualtoken_deploy.use.validate import measure, run_batches
-from dualtoken_deploy.use.validate_dense import compare_golden
+from dualtoken_deploy.use.validate import compare_golden
 
 __all__ = ["BuildOptions", "BuildResult", "build_bundle", "build_command", "parse_batches", "why_no_build"]
 
@@ -67,10 +69,9 @@ def build_bundle(
 ) -> BuildResult:
     """Puts model.engine, and the inspector's engine.json, beside the ONNX of a TensorRT bundle, once they are checked.
 
-    A bundle of TensorRT for RTX has its engine already, which is run and checked.
-
-    The bundle stays as it was where anything fails. Raises UsageError (another target; built already and no
-    `rebuild`), MissingError (no TensorRT, no GPU), ConversionError, ToleranceError (golden, or float32 layers).
+    A bundle of TensorRT for RTX has its engine already, which is run and checked. Either stays as it was where
+    anything fails. Raises UsageError (another target; built already and no `rebuild`), MissingError (no library, no
+    GPU), ConversionError, ToleranceError (golden, or float32 layers).
     """
     start, tell = time.perf_counter(), progress or (lambda _: None)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -84,14 +85,15 @@ def build_bundle(
                 shutil.copy2(opened.path / name, folder / name)
         build = vendor.make(folder, opened.manifest, options or BuildOptions(), host, rebuild, tell)
         tell("checking the engine against the golden logits")
-        manifest = _checked(opened, folder, replace(opened.manifest, state=COMPLETE, build=build), vendor.CONFIRMS)
+        built = replace(opened.manifest, state=COMPLETE, build=build)
+        manifest, numbers = _checked(opened, folder, built, vendor.CONFIRMS)
         write_bundle(folder, manifest, opened.golden, opened.labels)
     return BuildResult(
         bundle=str(opened.path),
         tensorrt=host.tensorrt,
         gpu=host.gpu,
         executed_precision=product_precision(manifest.executed_precision),
-        sqnr_db=round(manifest.measured["engine"]["sqnr_db"], 1),
+        sqnr_db=round(numbers.sqnr_db, 1),
         size_mib=round((opened.path / ENGINE).stat().st_size / 2**20, 2),
         seconds=round(time.perf_counter() - start, 1),
     )
@@ -108,43 +110,42 @@ def _check_buildable(bundle: Bundle, rebuild: bool) -> None:
         raise UsageError(f"{bundle.path} has no model.onnx to build from; export it again")
 
 
-def _checked(source: Bundle, folder: Path, manifest: Manifest, confirms: bool) -> Manifest:
-    """The manifest with what the engine does, measured on the saved file. `confirms`: its inspector's types are held
-    against what was promised. Raises ToleranceError."""
-    contract, tolerance = manifest.input, manifest.tolerance
+def _checked(source: Bundle, folder: Path, manifest: Manifest, confirms: bool) -> tuple[Manifest, Figures]:
+    """The manifest with what the engine does, measured on the saved file, and that. `confirms`: the types that its
+    inspector names are held against what was promised, and not only kept. Raises ToleranceError."""
     with load_runner(Bundle(folder, manifest)) as runner:
-        if manifest.task == CLASSIFY:
-            numbers = measure(source.golden["logits"], run_batches(runner, contract, source.golden["input"]))
-        else:
-            found = compare_golden(source, runner)
-            numbers = {**asdict(found), "top1_agreement": found.agreement}
+        found = compare_golden(source, runner)
         execution = runner.execution()
-    _check_golden(manifest, numbers, tolerance)
-    allowed = (manifest.build or {}).get("float32_share_allowed")
-    if allowed is not None:
-        check_share(manifest.precision, execution.float32_share, allowed)
-    measured = {**manifest.measured, "engine": numbers}
-    if manifest.calibration is not None and confirms:
-        measured["int8_mac_share"] = _check_int8(manifest, execution)
-    return replace(manifest, executed_precision=kind_precision(execution), measured=measured)
+    _check_golden(manifest, found, manifest.tolerance)
+    if manifest.build is not None and manifest.build.float32_share_allowed is not None:
+        check_share(manifest.precision, execution.float32_share, manifest.build.float32_share_allowed)
+    numbers: dict[str, Any] = get_task(manifest.task).numbers(found)
+    figures = Figures(**numbers)
+    measured = replace(manifest.measured, engine=figures)
+    if manifest.calibration is not None:
+        share, _ = int8_share(manifest, execution)
+        if confirms:
+            _check_int8(manifest, manifest.calibration, execution)
+        measured = replace(measured, int8_mac_share=share)
+    return replace(manifest, executed_precision=kind_precision(execution), measured=measured), figures
 
 
-def _check_int8(manifest: Manifest, execution: Execution) -> float:
-    """The share of the MACs that the engine runs in INT8. Raises ToleranceError far below what was planned."""
-    planned = (manifest.calibration or {})["planned_int8_mac_share"]
+def _check_int8(manifest: Manifest, calibration: Calibration, execution: Execution) -> None:
+    """Raises ToleranceError where the engine runs far less of the MACs in INT8 than was planned."""
+    planned = calibration.planned_int8_mac_share or 0.0
     share, floats = int8_share(manifest, execution)
     if share < planned - LOST_SHARE:
         raise ToleranceError(
             f"{100 * planned:.1f} % of the MACs were quantized, the engine runs {100 * share:.1f} % in INT8 (not: "
             f"{', '.join(floats[:3])}, ...); the bundle was left as it was"
         )
-    return share
 
 
-def _check_golden(manifest: Manifest, numbers: dict[str, Any], tolerance: Tolerance) -> None:
-    if numbers["sqnr_db"] < tolerance.sqnr_db or numbers["top1_agreement"] < tolerance.top1_agreement:
+def _check_golden(manifest: Manifest, found: Likeness, wanted: Tolerance) -> None:
+    agreement = 1.0 if found.agreement is None else found.agreement
+    if found.sqnr_db < wanted.sqnr_db or agreement < wanted.top1_agreement:
         raise ToleranceError(
-            f"the {manifest.precision} engine is out of tolerance on golden: SQNR {numbers['sqnr_db']:.1f} dB (needs "
-            f"{tolerance.sqnr_db:g}), equal top-1 {numbers['top1_agreement']:.4g} (needs "
-            f"{tolerance.top1_agreement:g}); the bundle was left as it was"
+            f"the {manifest.precision} engine is out of tolerance on golden: SQNR {found.sqnr_db:.1f} dB (needs "
+            f"{wanted.sqnr_db:g}), equal {get_task(manifest.task).alike} {agreement:.4g} (needs "
+            f"{wanted.top1_agreement:g}); the bundle was left as it was"
         )

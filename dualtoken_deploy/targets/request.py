@@ -14,7 +14,12 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import Build, Calibration
 from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPILED, Manifest
+from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.quantize.backend import Backend
+from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.table import Target
 
@@ -27,7 +32,7 @@ class Samples:
     to say of them."""
 
     inputs: NDArray[Any]
-    said: Mapping[str, Any]
+    said: Calibration
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Artifact:
 
     rules: tuple[str, ...]
     operators: Mapping[str, Mapping[str, int]]
-    build: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
+    build: Build | None = None
+    calibration: Calibration | None = None
 
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -66,10 +71,10 @@ def run_exporter(target: Target, model: nn.Module, request: Request, folder: Pat
     return artifact
 
 
-def check_request(target: Target, request: Request) -> None:
-    """What a target's compiler can tell before anything is traced. Raises UsageError, MissingError."""
+def check_compiler(target: Target, precision: str, opset: int | None, settings: Mapping[str, str]) -> None:
+    """What the compiler of a target that has one can tell before anything is made. Raises UsageError, MissingError."""
     if target.compiler:
-        target.part("export").check(request)
+        target.part("export").check(precision, opset, settings)
 
 
 def compile_files(target: Target, request: Request, folder: Path, manifest: Manifest, tell: Tell) -> Manifest:
@@ -77,8 +82,30 @@ def compile_files(target: Target, request: Request, folder: Path, manifest: Mani
     from what lies in `folder`, and not executed. Raises ConversionError."""
     if not target.compiler:
         return manifest
-    build = target.part("export").compile_files(folder, manifest, request.settings, tell)
+    build: Build = target.part("export").compile_files(folder, manifest, request.settings, tell)
     return replace(manifest, state=COMPILED, build=build)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float program with ranges, for the search: `backend` writes the files of any choice of layers; `artifact`: what
+    was done to make it."""
+
+    backend: Backend
+    artifact: Artifact
+
+
+def run_quantizer(
+    target: Target, model: nn.Module, request: Request, calibration: CalibrationSet, options: Int8Options, tell: Tell
+) -> Prepared:
+    """The target's own quantizer over the model. Raises UsageError on one it does not have, ConversionError."""
+    name = options.quantizer or target.quantizers[0]
+    if name not in target.quantizers:
+        raise UsageError(
+            f"unknown quantizer {name!r} for {target.name}; valid quantizers: {', '.join(target.quantizers)}"
+        )
+    prepared: Prepared = target.part("quantize").prepare(model, request, calibration, name, options.method, tell)
+    return prepared
 
 
 @contextlib.contextmanager

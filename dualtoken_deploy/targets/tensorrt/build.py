@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.targets.nvidia.builder import BuildOptions, build_engine
@@ -26,23 +25,23 @@ LIBRARIES = ("tensorrt", "cuda-bindings", "numpy", "dualtoken-deploy")
 FLOAT32_SHARE = {"fp16": 0.05, "int8": 0.05}
 
 
-def make(
-    folder: Path, manifest: Manifest, options: BuildOptions, host: Host, _rebuild: bool, tell: Tell
-) -> Mapping[str, Any]:
+def make(folder: Path, manifest: Manifest, options: BuildOptions, host: Host, _rebuild: bool, tell: Tell) -> Build:
     """Writes FILES beside model.onnx; what the manifest says of that. Raises MissingError, ConversionError."""
     tell(f"building an engine for {host.gpu} with TensorRT {host.tensorrt}")
     onnx = (folder / "model.onnx").read_bytes()
     engine = build_engine(onnx, (manifest.input.tensor,), options, timing_cache(host), tell)
     (folder / ENGINE).write_bytes(engine.plan)
     (folder / INSPECTION).write_text(engine.layers, encoding="utf-8")
-    return {
-        "host": host.to_json(),
-        "machine": describe_machine(),
-        "versions": library_versions(LIBRARIES),
-        **asdict(options),
-        "ships": [ENGINE],
-        "float32_share_allowed": FLOAT32_SHARE.get(manifest.precision),
-    }
+    return Build(
+        ships=(ENGINE,),
+        float32_share_allowed=FLOAT32_SHARE.get(manifest.precision),
+        details={
+            "host": host.to_json(),
+            "machine": describe_machine(),
+            "versions": library_versions(LIBRARIES),
+            **asdict(options),
+        },
+    )
 
 
 def timing_cache(host: Host) -> Path:

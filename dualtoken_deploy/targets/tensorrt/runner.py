@@ -6,7 +6,7 @@ from dualtoken_deploy.bundle.manifest import COMPLETE
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import MissingError
 from dualtoken_deploy.targets.nvidia.binding import TENSORRT
-from dualtoken_deploy.targets.nvidia.engine import ENGINE, doubts, obstacles, this_host
+from dualtoken_deploy.targets.nvidia.engine import ENGINE, EngineBuild, doubts, obstacles, this_host
 from dualtoken_deploy.targets.nvidia.runner import EngineRunner
 from dualtoken_deploy.targets.runner import RunnerOptions
 
@@ -20,13 +20,14 @@ def load(bundle: Bundle, options: RunnerOptions) -> EngineRunner:
     manifest = bundle.manifest
     if manifest.state != COMPLETE or manifest.build is None:
         raise MissingError(f"{bundle.path} is prepared, not built; on the device run: dualtoken build {bundle.path}")
-    lean = bool(manifest.build["version_compatible"])
+    built = manifest.build.typed(EngineBuild)
+    lean = built.version_compatible
     here = this_host(options.device, lean)
-    if reasons := obstacles(manifest.build, here):
+    if reasons := obstacles(built, here):
         raise MissingError(
             f"{bundle.path / ENGINE} will not load here: {'; '.join(reasons)}; build it here with: "
             f"dualtoken build {bundle.path} --rebuild"
         )
     specs = (manifest.input.tensor,), manifest.outputs
-    notes = tuple(doubts(manifest.build, here))
+    notes = tuple(doubts(built, here))
     return EngineRunner(TENSORRT, bundle.path / ENGINE, *specs, options, lean, notes)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets.nvidia.binding import RTX
 from dualtoken_deploy.targets.nvidia.builder import BuildOptions
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, Host, this_host
 from dualtoken_deploy.targets.nvidia.network import Tell
-from dualtoken_deploy.targets.tensorrt_rtx.compile import CompileOptions, compile_engine, describe
+from dualtoken_deploy.targets.tensorrt_rtx.compile import CompileOptions, EngineBuild, compile_engine, describe
 
 FILES: tuple[str, ...] = ()  # the engine is there already
 # The network is strongly typed, so its types are the ONNX's. The inspector's words for them in this library are not
@@ -26,9 +25,7 @@ def host() -> Host:
     return this_host(library=RTX)
 
 
-def make(
-    folder: Path, manifest: Manifest, options: BuildOptions, host: Host, rebuild: bool, tell: Tell
-) -> Mapping[str, Any]:
+def make(folder: Path, manifest: Manifest, options: BuildOptions, host: Host, rebuild: bool, tell: Tell) -> Build:
     """What the manifest says of the engine in `folder`, which with `rebuild` is compiled anew, as it was by export.
 
     Raises UsageError on options that are TensorRT's alone, ConversionError where it does not compile.
@@ -38,12 +35,16 @@ def make(
             f"{RTX.title} takes --batches alone; --workspace, --optimization, --version-compatible and "
             "--hardware-compatibility are for target tensorrt"
         )
-    before = dict(manifest.build or {})
+    if manifest.build is None:
+        raise UsageError("the manifest does not say how the engine was compiled; export the bundle again")
+    host_said = {"host": host.to_json()}
     if not rebuild:
         tell(f"running the compiled engine on {host.gpu}")
-        return {**before, "host": host.to_json()}
-    batches = options.batches if options.batches != BuildOptions.batches else tuple(before["batches"])
-    chosen = CompileOptions(tuple(before["compute_capabilities"]), before["weightless"], batches)
+        return replace(manifest.build, details={**manifest.build.details, **host_said})
+    before = manifest.build.typed(EngineBuild)
+    batches = options.batches if options.batches != BuildOptions.batches else before.batches
+    chosen = CompileOptions(before.compute_capabilities, before.weightless, batches)
     compiled = compile_engine((folder / "model.onnx").read_bytes(), (manifest.input.tensor,), chosen, tell)
     (folder / ENGINE).write_bytes(compiled.plan)
-    return {**before, **describe(compiled, chosen), "host": host.to_json()}
+    made = describe(compiled, chosen)
+    return replace(made, details={**manifest.build.details, **made.details, **host_said})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.errors import ConversionError, MissingError, UsageError
 from dualtoken_deploy.machine import library_versions
 from dualtoken_deploy.spec import TensorSpec
@@ -63,6 +64,15 @@ class CompileOptions:
             bool(settings.get("weightless")),
             CompileOptions.batches if batches is None else parse_batches(batches),
         )
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """What an engine was compiled with, of the `build` of a manifest."""
+
+    compute_capabilities: tuple[str, ...]
+    weightless: bool
+    batches: Batches
 
 
 @dataclass(frozen=True)
@@ -185,9 +195,9 @@ def left_out(compiled: Compiled, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in compiled.nodes)
 
 
-def describe(compiled: Compiled, options: CompileOptions) -> dict[str, Any]:
+def describe(compiled: Compiled, options: CompileOptions, **counted: int) -> Build:
     """What a manifest says of an engine."""
-    return {
+    details = {
         "library": RTX.title,
         "version": compiled.library,
         "versions": library_versions(LIBRARIES),
@@ -197,5 +207,6 @@ def describe(compiled: Compiled, options: CompileOptions) -> dict[str, Any]:
         "layers": compiled.layers,
         "warnings": list(compiled.warnings),
         "seconds": compiled.seconds,
-        "ships": [ENGINE, "model.onnx"] if options.weightless else [ENGINE],
+        **counted,
     }
+    return Build(ships=(ENGINE, "model.onnx") if options.weightless else (ENGINE,), details=details)

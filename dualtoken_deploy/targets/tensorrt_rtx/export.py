@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
@@ -31,14 +31,13 @@ RULES = DEFAULT_RULES
 OPSETS = {"bf16": 22}
 
 
-def check(request: Request) -> None:
+def check(precision: str, opset: int | None, settings: Mapping[str, str]) -> None:
     """Says what the compiler cannot do, before anything is traced. Raises UsageError, MissingError."""
-    opset = opset_of(request.precision)
-    if request.opset not in (None, opset):
+    if opset not in (None, opset_of(precision)):
         raise UsageError(
-            f"opset {request.opset} is not offered for tensorrt-rtx in {request.precision}; it takes {opset}"
+            f"opset {opset} is not offered for tensorrt-rtx in {precision}; it takes {opset_of(precision)}"
         )
-    check_options(CompileOptions.of(request.settings), request.precision)
+    check_options(CompileOptions.of(settings), precision)
 
 
 def opset_of(precision: str) -> int:
@@ -56,7 +55,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     return Artifact(exported.rules, {**exported.operators, "typed": operator_counts(typed)})
 
 
-def compile_files(folder: Path, manifest: Manifest, settings: Mapping[str, str], tell: Tell) -> dict[str, Any]:
+def compile_files(folder: Path, manifest: Manifest, settings: Mapping[str, str], tell: Tell) -> Build:
     """Writes model.engine beside the model.onnx that it is compiled from; what the manifest says of that.
 
     Raises ConversionError where the builder refuses, or where it left out a matrix product.
@@ -70,7 +69,5 @@ def compile_files(folder: Path, manifest: Manifest, settings: Mapping[str, str],
     if lost:
         raise ConversionError(f"{RTX.title} made no layer of {', '.join(lost[:3])}: {len(lost)} products are missing")
     (folder / ENGINE).write_bytes(compiled.plan)
-    return describe(compiled, options) | {
-        "nodes": len(graph.node),
-        "nodes_taken": len(graph.node) - len(left_out(compiled, (node.name for node in graph.node))),
-    }
+    untaken = left_out(compiled, (node.name for node in graph.node))
+    return describe(compiled, options, nodes=len(graph.node), nodes_taken=len(graph.node) - len(untaken))

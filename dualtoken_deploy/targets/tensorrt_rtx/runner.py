@@ -14,6 +14,7 @@ from dualtoken_deploy.targets.nvidia.binding import RTX, complaint, load_library
 from dualtoken_deploy.targets.nvidia.engine import ENGINE
 from dualtoken_deploy.targets.nvidia.runner import EngineRunner
 from dualtoken_deploy.targets.runner import RunnerOptions
+from dualtoken_deploy.targets.tensorrt_rtx.compile import EngineBuild
 from dualtoken_deploy.targets.tensorrt_rtx.validity import MALFORMED, diagnose, in_words, read_header
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def load(bundle: Bundle, options: RunnerOptions) -> RtxRunner:
     path, manifest = bundle.path / ENGINE, bundle.manifest
     notes = preflight(path, f"dualtoken export anew, or dualtoken build {bundle.path} --rebuild on its GPU")
     specs = (manifest.input.tensor,), manifest.outputs
-    refit = bundle.path / "model.onnx" if (manifest.build or {}).get("weightless") else None
+    weightless = manifest.build is not None and manifest.build.typed(EngineBuild).weightless
+    refit = bundle.path / "model.onnx" if weightless else None
     return RtxRunner(path, *specs, options, notes=notes, refit_from=refit)
 
 
