@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.layer_scale_parameter: nn.Parameter | None = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc(x)
+        y: Tensor = self.fc(x)
         if self.layer_scale_parameter is not None:
             y = self.layer_scale_parameter * y
         return y

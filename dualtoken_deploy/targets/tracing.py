@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import ClassVar
@@ -26,6 +26,11 @@ class Around(nn.Module):
     """A module that a target puts around the model; `inside` is the model's name in it."""
 
     inside: ClassVar[str] = "model"
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether the model is not one of this package's."""
+    return any(isinstance(part, NamedOutputs) for part in module.modules())
 
 
 def own_path(module: nn.Module) -> str:
@@ -52,11 +57,11 @@ def path_below(path: str, inside: str) -> str:
     return path.removeprefix(f"{inside}.") if path.startswith(f"{inside}.") else INPUT
 
 
-def why(error: BaseException, module: nn.Module | None = None, names: Mapping[str, str] | None = None) -> str:
+def why(error: BaseException, module: nn.Module | None = None) -> str:
     """Why a model was not taken, in one line: "the model", or the operator and the module it is in, the place in the
     user's code where the tracer knew it, and the first line of what was raised first.
 
-    `module`: what was traced; `names`: {name in the graph: the model's name} where operations were renamed.
+    `module`: what was traced.
     """
     causes = list(_causes(error))
     frames = [frame for cause in causes for frame in _frames(cause)]
@@ -66,16 +71,27 @@ def why(error: BaseException, module: nn.Module | None = None, names: Mapping[st
         operator = str(node.target).removesuffix(".default")
         stack = node.meta.get("nn_module_stack")
         path = "" if not stack else next(reversed(stack.values()))[0]
-        place = _place(str(node.meta.get("stack_trace") or ""))
-        path = (names or {}).get(node.name, path)
+        place = place_in(str(node.meta.get("stack_trace") or ""))
     elif module is not None:
         paths = {id(m): name for name, m in module.named_modules()}
         path = next((paths[id(s)] for f in reversed(frames) if id(s := f.f_locals.get("self")) in paths), "")
-    if module is not None and path and names is None:
+    if module is not None and path:
         path = path_below(path, own_path(module))
-    place = place or next((p for cause in causes if (p := _place(str(cause)))), "") or _raised_at(causes)
+    place = place or next((p for cause in causes if (p := place_in(str(cause)))), "") or _raised_at(causes)
     what = " in ".join(part for part in (operator, path) if part) or "the model"
-    return f"{what}{f' ({place})' if place else ''}: {first_line(_exception(causes[-1]))}"
+    return f"{what}{f' ({place})' if place else ''}: {_reason(causes[-1])}"
+
+
+# What torch says of the commonest reasons, and what it means.
+_MEANINGS = (
+    ("data-dependent", "what it does depends on the picture's values, and a graph has one way; use torch.where"),
+    ("No ONNX function found", "ONNX has no such operator"),
+)
+
+
+def _reason(error: BaseException) -> str:
+    text = first_line(_exception(error))
+    return next((f"{meaning} ({text[:120]})" for words, meaning in _MEANINGS if words in text), text)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -90,10 +106,17 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
     return (frame for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _place(text: str) -> str:
+def place_in(text: str) -> str:
     """The last line outside of torch and of this package in a printed stack; "" where there is none."""
     own = [f for f in _FILE.findall(text) if not f[0].startswith((_OURS, _TORCH, "<"))]
     return "{}:{} in {}".format(*own[-1]) if own else ""
+
+
+def stack_names(error: BaseException) -> list[str]:
+    """Names of the graph's nodes that a converter had in hand where it raised, the innermost first."""
+    frames = [frame for cause in _causes(error) for frame in _frames(cause)]
+    held = [getattr(frame.f_locals.get("node"), "name", None) for frame in reversed(frames)]
+    return [name for name in held if isinstance(name, str)]
 
 
 def _raised_at(causes: list[BaseException]) -> str:

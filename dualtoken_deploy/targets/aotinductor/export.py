@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import shutil
@@ -92,7 +94,7 @@ def trace(module: nn.Module, request: Request, device: str) -> torch.export.Expo
     example = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
     dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},) if fixed is None else None
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), contextlib.redirect_stderr(io.StringIO()):
             return torch.export.export(module, (example,), dynamic_shapes=dynamic)
     except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
         raise ConversionError(f"torch.export cannot export {why(error, module)}") from error

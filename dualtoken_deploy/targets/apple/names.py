@@ -29,7 +29,7 @@ def name_after_modules(program: torch.export.ExportedProgram, inside: str, outpu
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     specs = program.graph_signature.output_specs
     made = {str(spec.arg.name): name for spec, name in zip(specs, outputs, strict=True)}
-    paths = [_path(node, inside) for node in nodes]
+    paths = [path_of(node, inside) for node in nodes]
     counts = Counter(paths)
     parents = {path[:at] for path in paths for at, letter in enumerate(path) if letter == "."}
     names: dict[str, str] = {}
@@ -54,6 +54,6 @@ def operation(node: torch.fx.Node) -> str:
     return name
 
 
-def _path(node: torch.fx.Node, inside: str) -> str:
+def path_of(node: torch.fx.Node, inside: str) -> str:
     stack = node.meta.get(_STACK)
     return path_below("" if not stack else next(reversed(stack.values()))[0], inside)

@@ -83,7 +83,7 @@ def save(model: Any, package: Path, labels: Sequence[str] | None, texts: Mapping
     if labels is not None:
         add_classifier(spec, labels, PROBABILITIES)
     for output in spec.description.output:
-        output.shortDescription = texts[output.name]
+        output.shortDescription = texts.get(output.name, f"Output {output.name} of the model")
     spec.description.metadata.userDefined.pop(_DATE, None)
     path.write_bytes(spec.SerializeToString(deterministic=True))
     for made in (package, *package.rglob("*")):  # coremltools leaves some of them private

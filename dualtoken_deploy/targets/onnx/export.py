@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -124,7 +126,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
 
         arguments["custom_translation_table"] = dict(TRANSLATIONS)
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it gave up on
             program = torch.onnx.export(module, (example,), **arguments)
     except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
         raise ConversionError(f"torch.onnx cannot export {why(error, module)}") from error

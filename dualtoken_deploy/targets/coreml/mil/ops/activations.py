@@ -44,7 +44,8 @@ def sigmoid_hard(x: Array, alpha: Array, beta: Array) -> Array:
 
 def softplus(x: Array) -> Array:
     """ln(1 + e^x), written so that no exponential overflows."""
-    return np.logaddexp(x, np.zeros((), x.dtype))
+    out: Array = np.logaddexp(x, np.zeros((), x.dtype))
+    return out
 
 
 def softplus_parametric(x: Array, alpha: Array, beta: Array) -> Array:

@@ -94,7 +94,7 @@ def conv_transpose(
     kernels = weight.reshape(count, x.shape[1] // count, weight.shape[1], *kernel)
     out = np.zeros((x.shape[0], count * weight.shape[1], *room), x.dtype)
     for element in product(*(range(k) for k in kernel)):
-        taps = kernels[(slice(None), slice(None), slice(None), *element)].transpose(0, 2, 1)
+        taps = kernels[(..., *element)].transpose(0, 2, 1)
         found = np.matmul(taps, inputs).reshape(x.shape[0], -1, *x.shape[2:])
         cuts = [
             slice(e * d, e * d + (n - 1) * s + 1, s)

@@ -214,4 +214,5 @@ def cumsum(x: Array, axis: Array | int = 0, exclusive: Array | bool = False, rev
     ordered = np.flip(x, at) if reverse else x
     sums = np.cumsum(ordered, axis=at, dtype=x.dtype)
     sums = sums - ordered if exclusive else sums
-    return np.flip(sums, at) if reverse else sums
+    out: Array = np.flip(sums, at) if reverse else sums
+    return out
