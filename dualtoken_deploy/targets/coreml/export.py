@@ -188,7 +188,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
             return converted, names
     except Exception as error:  # coremltools raises what its front end and its passes raise
         raise ConversionError(
-            f"coremltools cannot convert {_where(program, names, _inside(module, request), error)}"
+            f"coremltools cannot convert {_where(program, _inside(module, request), error)}"
         ) from error
 
 
@@ -198,7 +198,7 @@ def _inside(module: nn.Module, request: Request) -> str:
     return ".".join(part for part in ("model" if request.contract.kind == "image" else "", path) if part)
 
 
-def _where(program: torch.export.ExportedProgram, names: Mapping[str, str], inside: str, error: Exception) -> str:
+def _where(program: torch.export.ExportedProgram, inside: str, error: Exception) -> str:
     """Which operation of the model coremltools stopped at, by the name that its message or its stack has, and why."""
     text = first_line(error)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "call_function"}

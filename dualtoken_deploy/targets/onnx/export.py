@@ -20,7 +20,7 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
-from dualtoken_deploy.targets.onnx.naming import name_after_modules
+from dualtoken_deploy.targets.onnx.naming import name_after_modules, name_joined
 from dualtoken_deploy.targets.request import Request, Tell, quiet
 from dualtoken_deploy.targets.tracing import own_path, why
 from dualtoken_deploy.tasks.table import get_task
@@ -77,6 +77,7 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     name_after_modules(exported, inside=own_path(module))
     tell("simplifying")
     simplified = simplify(exported, request)
+    name_joined(simplified)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
     if request.precision == "fp16":
         tell("converting to float16")
