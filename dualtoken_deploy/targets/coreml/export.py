@@ -214,11 +214,11 @@ def check_executed_here(program: Program, names: Mapping[str, str]) -> None:
     """Raises ConversionError on operations that the reference does not execute: nothing could be checked."""
     unknown = [op for op in program.operations if op.kind not in {*OPERATIONS, "const"}]
     if unknown:
-        name = unknown[0].outputs[0][0]
-        own = max((n for n in names if name.startswith(n)), key=len, default=name)
+        made = [op.outputs[0][0] for op in unknown]
+        own = max((n for n in names if any(name.startswith(n) for name in made)), key=len, default=made[0])
         kinds = ", ".join(dict.fromkeys(op.kind for op in unknown))
         raise ConversionError(
-            f"the Core ML program has {kinds}, first in {names.get(own, own)}, which the reference here does not "
+            f"the Core ML program has {kinds} (in {names.get(own, own)}), which the reference here does not "
             "execute, so nothing could be checked; write that part with other operations"
         )
 
