@@ -263,8 +263,8 @@ def keep_alive(server: Server) -> socket.socket:
     return link
 
 
-def asked(link: socket.socket) -> bytes:
-    link.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+def asked(link: socket.socket, path: str = "/v2/health/live") -> bytes:
+    link.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     return read_reply(link)
 
 
@@ -293,7 +293,9 @@ def test_a_connection_too_many_takes_the_place_of_the_quietest(start: Callable[.
         link.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode())
         assert link.recv(99).startswith(b"HTTP/1.1 100")  # in hand, and not to be closed for anybody
     with socket.create_connection((server.host, server.port), timeout=20) as fifth:
-        answer = asked(fifth).lower()
+        assert asked(fifth).startswith(b"HTTP/1.1 200"), "health is always answered"
+    with socket.create_connection((server.host, server.port), timeout=20) as fifth:
+        answer = asked(fifth, "/v2").lower()
     assert answer.startswith(b"http/1.1 503")
     assert b"retry-after: 1\r\n" in answer
     for link in (first, third, fourth):

@@ -39,6 +39,13 @@ def serve(
     reload_seconds: Annotated[float, typer.Option(min=0, help="Look for changed bundles this often; 0: never.")] = 2.0,
     max_image_mib: Annotated[float, typer.Option(min=0.01, help="Largest body with a picture.")] = 16.0,
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Largest picture.")] = 24.0,
+    decoders: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read pictures; as many as cores, 2 to 8, unless given.")
+    ] = None,
+    decode_seconds: Annotated[float, typer.Option(min=0.05, help="A picture that takes longer is refused.")] = 10.0,
+    picture_format: Annotated[
+        list[str] | None, typer.Option(help="Formats that are read: jpeg, png, webp unless given; gif, bmp, tiff.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: replicas on Ray Serve, HTTP only.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Ray cluster, e.g. auto; one of this machine unless given.")
@@ -52,7 +59,7 @@ def serve(
         if error.name is None or error.name.startswith("dualtoken_deploy"):
             raise
         raise missing_extra("serve", "serving a bundle") from error
-    from dualtoken_deploy.serve.settings import Settings, parse_sources, read_api_key
+    from dualtoken_deploy.serve.settings import Settings, parse_formats, parse_sources, read_api_key
 
     settings = Settings(
         host=host, port=port, grpc_port=None if no_grpc else grpc_port, max_batch=max_batch, max_delay_ms=max_delay_ms,
@@ -60,6 +67,8 @@ def serve(
         tls_cert=tls_cert, tls_key=tls_key, drain_seconds=drain_seconds, header_seconds=header_seconds,
         body_seconds=body_seconds, idle_seconds=idle_seconds, connections=connections, run_seconds=run_seconds,
         reload_seconds=reload_seconds, max_image_mib=max_image_mib, max_megapixels=max_megapixels,
+        decode_seconds=decode_seconds, picture_formats=parse_formats(picture_format or ()),
+        **({} if decoders is None else {"decoders": decoders}),
     )  # fmt: skip
     sources = parse_sources(bundles)
     if engine == "ray":

@@ -10,17 +10,17 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import ExitStack
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
 import grpc
-import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc_reflection.v1alpha import reflection
 
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.serve import logs, protocol
+from dualtoken_deploy.serve import logs, messages, protocol
 from dualtoken_deploy.serve.admission import key_fits
 from dualtoken_deploy.serve.errors import (
     BadRequest,
@@ -40,7 +40,6 @@ from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
 from dualtoken_deploy.serve.repository import Model
 from dualtoken_deploy.serve.settings import Settings
-from dualtoken_deploy.spec import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
 CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
@@ -56,21 +55,6 @@ CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         ModelFailed: grpc.StatusCode.INTERNAL,
         ModelHung: grpc.StatusCode.UNAVAILABLE,
-    }
-)
-FIELDS: Mapping[str, str] = MappingProxyType(  # where the typed contents of a datatype lie, by the proto's comments
-    {
-        "BOOL": "bool_contents",
-        "INT8": "int_contents",
-        "INT16": "int_contents",
-        "INT32": "int_contents",
-        "INT64": "int64_contents",
-        "UINT8": "uint_contents",
-        "UINT16": "uint_contents",
-        "UINT32": "uint_contents",
-        "UINT64": "uint64_contents",
-        "FP32": "fp32_contents",
-        "FP64": "fp64_contents",
     }
 )
 NOTE: ContextVar[dict[str, Any]] = ContextVar("note")  # of the call at hand: what its line in the log will say
@@ -109,86 +93,48 @@ class Servicer:
             **self._handler.model_metadata(self._handler.repository.find(request.name, request.version))
         )
 
-    async def model_infer(self, messages: AsyncIterator[bytes], context: Context) -> Message:
-        """Admitted by the server's gate, read, then admitted by the model's."""
+    async def model_infer(self, stream: AsyncIterator[bytes], context: Context) -> Message:
+        """Let in by the server's gate, read, then given a place at its model."""
         self._check_key(context)
-        with self._handler.gate.admit():
-            raw = await self._read(messages)
-            try:
-                request = pb.ModelInferRequest.FromString(raw)
-            except DecodeError as error:
-                raise BadRequest("the message is no ModelInferRequest") from error
-            del raw
-            model = self._handler.repository.find(request.model_name, request.model_version)
-            with self._handler.admit_model(model):
-                parsed = parse(request, model.spec, model.rows)
-                answer = await self._handler.infer(model, parsed)
-                NOTE.get().update(
-                    model=f"{model.name}:{model.version}",
-                    bytes=request.ByteSize(),
-                    rows=parsed.rows,
-                    batch=answer.batch_rows,
-                    queue_ms=round(answer.queue_seconds * 1000, 2),
-                    run_ms=round(answer.run_seconds * 1000, 2),
-                )
-                return encode(answer.outputs, parsed, model)
+        with self._handler.gate.enter(), ExitStack() as place:
+            with self._handler.arriving.one() as arriving:
+                raw = await self._read(stream)
+                arriving.grow(len(raw))
+                arriving.whole = True
+                outline = messages.outline(raw)
+                model = self._handler.repository.find(outline.name, outline.version)
+                place.enter_context(model.gate.enter())
+                place.enter_context(self._handler.place(model))
+                size = len(raw)
+                if size > model.message_limit:
+                    raise TooLarge(f"the message has {size} bytes; this model's largest has {model.message_limit}")
+                parsed = await self._handler.parse_message(model, raw, outline.structured_bytes)
+                del raw
+            answer = await self._handler.infer(model, parsed)
+            NOTE.get().update(
+                model=f"{model.name}:{model.version}",
+                bytes=size,
+                rows=parsed.rows,
+                batch=answer.batch_rows,
+                queue_ms=round(answer.queue_seconds * 1000, 2),
+                run_ms=round(answer.run_seconds * 1000, 2),
+            )
+            return encode(answer.outputs, parsed, model)
 
     def _check_key(self, context: Context) -> None:
         given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
         if not key_fits(self._settings.api_key, given.get("authorization"), given.get("x-api-key")):
             raise Denied("this server needs its API key: metadata authorization: Bearer KEY, or x-api-key: KEY")
 
-    async def _read(self, messages: AsyncIterator[bytes]) -> bytes:
+    async def _read(self, stream: AsyncIterator[bytes]) -> bytes:
         try:
             async with asyncio.timeout(self._settings.body_seconds):
-                raw = await anext(messages, None)
+                raw = await anext(stream, None)
         except TimeoutError as error:
             raise TooSlow(f"the message did not arrive within {self._settings.body_seconds:g} s") from error
         if raw is None:
             raise BadRequest("the call has no message")
         return raw
-
-
-def parse(request: pb.ModelInferRequest, spec: TensorSpec, rows: int) -> protocol.InferRequest:
-    """A message against the contract. Raises BadRequest."""
-    if len(request.inputs) != 1:
-        raise BadRequest(f"{len(request.inputs)} inputs were given; this model takes one, {spec.name!r}")
-    (tensor,) = request.inputs
-    for parameters in (request.parameters, tensor.parameters, *(output.parameters for output in request.outputs)):
-        if {"shared_memory_region", "sequence_id"} & set(parameters):
-            raise BadRequest("shared memory and sequences are not part of this server")
-    shape = protocol.check_tensor(tensor.name, tensor.datatype, list(tensor.shape), spec, rows)
-    if request.raw_input_contents:
-        if len(request.raw_input_contents) != 1 or tensor.HasField("contents"):
-            raise BadRequest("raw_input_contents must have one entry for each input, which then has no contents")
-        array = protocol.from_bytes(request.raw_input_contents[0], shape, spec)
-    else:
-        array = _typed(tensor.contents, shape, spec)
-    if len(request.outputs) > protocol.MAX_ITEMS:
-        raise BadRequest(f"outputs must be a list of at most {protocol.MAX_ITEMS}")
-    wanted = tuple(
-        protocol.Wanted(o.name, True, protocol.class_count(o.parameters["classification"].int64_param))
-        if "classification" in o.parameters
-        else protocol.Wanted(o.name, True)
-        for o in request.outputs
-    )
-    return protocol.InferRequest(protocol.check_id(request.id), {spec.name: array}, wanted or None, True)
-
-
-def _typed(contents: pb.InferTensorContents, shape: tuple[int, ...], spec: TensorSpec) -> Array:
-    """The typed field of the contract's datatype, which has to be the only one in use."""
-    kind = protocol.datatype(spec)
-    used = [field.name for field, _ in contents.ListFields()]
-    if kind not in FIELDS or used != [FIELDS[kind]]:
-        field = FIELDS.get(kind, "raw_input_contents")
-        raise BadRequest(f"input {spec.name!r} is {kind}: its values belong in {field} or raw_input_contents")
-    values = np.array(getattr(contents, FIELDS[kind]))
-    if values.size != np.prod(shape, dtype=np.int64):
-        raise BadRequest(f"input {spec.name!r} has {values.size} values; {list(shape)} needs {np.prod(shape)}")
-    target = np.dtype(spec.dtype)
-    if target.kind in "iu" and not np.iinfo(target).min <= values.min() <= values.max() <= np.iinfo(target).max:
-        raise BadRequest(f"input {spec.name!r} has values outside of {kind}")
-    return protocol.check_finite(values.astype(target).reshape(shape), spec)
 
 
 def encode(outputs: Mapping[str, Array], request: protocol.InferRequest, model: Model) -> pb.ModelInferResponse:
@@ -208,7 +154,7 @@ def encode(outputs: Mapping[str, Array], request: protocol.InferRequest, model: 
 
 def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, int]:
     """A gRPC server that is bound and not started, and its port. Raises OSError where the port is taken."""
-    largest = max(protocol.body_limit(model.spec, model.rows) for model in handler.repository.models)
+    largest = max(model.message_limit for model in handler.repository.models)
     options = [
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_send_message_length", -1),

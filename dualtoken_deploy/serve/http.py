@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.serve import logs, protocol, static
 from dualtoken_deploy.serve.admission import key_fits
 from dualtoken_deploy.serve.body import HEADER_LENGTH, ClientGone, content_length, header_length, read_body, unless_gone
+from dualtoken_deploy.serve.connection import LINGER
 from dualtoken_deploy.serve.errors import (
     BadRequest,
     Denied,
@@ -63,8 +64,9 @@ CODES: Mapping[type[ServeError], int] = MappingProxyType(
 )
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the metrics and the log
 RETRY_AFTER_SECONDS = "1"
-THROWN_AWAY_BYTES = 2**20  # of a refused request's body, before the connection is closed instead
-LINGER_SECONDS = 1.0  # in which a client that still sends may read why it was refused
+SMALL_BYTES = 2**20  # of a refused request's body: up to here it is thrown away and the connection goes on
+THROWN_AWAY_BYTES = 32 * 2**20  # of a larger one, before the connection is closed: many clients send before they read
+LINGER_SECONDS = 15.0  # in which they may
 QUIET = ("/v2/health/", "/metrics")  # polled: logged at debug level only
 
 
@@ -196,14 +198,16 @@ class Endpoints:
 
     async def infer(self, request: Request) -> Response:
         model = self._model(request)
-        with self._handler.admit(model):
+        with self._handler.enter(model), ExitStack() as place:
             json_length = header_length(request)
             limit = model.body_limit
             if json_length is not None:
                 limit = protocol.binary_limit(model.spec, model.rows)
-            body = await read_body(request, limit, self._settings.body_seconds)
-            parsed = await self._handler.parse(model, body, json_length)
-            del body
+            with self._handler.arriving.one() as arriving:
+                body = await read_body(request, limit, self._settings.body_seconds, arriving)
+                place.enter_context(self._handler.place(model))
+                parsed = await unless_gone(request, self._handler.parse(model, body, json_length))
+                del body
             answer = await unless_gone(request, self._handler.infer(model, parsed))
             content, length = protocol.encode_response(answer.outputs, parsed, model.name, model.version, model.labels)
         request.scope["dualtoken"] |= {
@@ -222,12 +226,14 @@ class Endpoints:
         text = request.query_params.get("top", "5")
         if not (text.isascii() and text.isdecimal() and len(text) < 6):
             raise BadRequest("top is not a number")
-        with self._handler.admit(model):
+        with self._handler.enter(model), self._handler.arriving.one() as arriving:
             limit = int(self._settings.max_image_mib * 2**20)
-            body = await read_body(request, limit, self._settings.body_seconds)
+            body = await read_body(request, limit, self._settings.body_seconds, arriving)
             content_type = request.headers.get("content-type", "")
-            picture = picture_of(body, content_type) if is_multipart(content_type) else body
-            result = await unless_gone(request, self._handler.classify(model, picture, int(text)))
+            with self._handler.place(model):
+                picture = picture_of(body, content_type) if is_multipart(content_type) else body
+                del body
+                result = await unless_gone(request, self._handler.classify(model, picture, int(text)))
         request.scope["dualtoken"] |= {"model": f"{model.name}:{model.version}"} | {
             f"{name}_ms": value for name, value in result["timing_ms"].items()
         }
@@ -285,6 +291,7 @@ class _Closing(Response):
         self.headers["connection"] = "close"
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        scope.get(LINGER, _nothing)()
         left = THROWN_AWAY_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
@@ -320,9 +327,13 @@ def _answer_unexpected(request: Request, error: Exception) -> Response:
 def _refusal(request: Request, text: str, code: int, headers: dict[str, str]) -> Response:
     content = orjson.dumps({"error": text.encode("utf-8", "replace").decode()})
     chunked = "transfer-encoding" in request.headers
-    unread = chunked or (content_length(request) or 0) > THROWN_AWAY_BYTES or code == CODES[TooSlow]
+    unread = chunked or (content_length(request) or 0) > SMALL_BYTES or code == CODES[TooSlow]
     kind = _Closing if unread and not request.scope.get("dualtoken.read") else Response
     return kind(content, code, headers, "application/json")
+
+
+def _nothing() -> None:
+    """Where the server in front of the application has no connections of ours."""
 
 
 def _json(data: Any, code: int = 200) -> Response:

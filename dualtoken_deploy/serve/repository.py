@@ -18,6 +18,7 @@ from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate
 from dualtoken_deploy.serve.batcher import Answer, Batcher
 from dualtoken_deploy.serve.errors import NotFound
+from dualtoken_deploy.serve.messages import message_limit
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.pool import Launch
 from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
@@ -53,6 +54,7 @@ class Model:
         self.spec = self.contract.tensor
         self.rows = settings.request_rows(self.contract.batch)
         self.body_limit = body_limit(self.spec, self.rows)
+        self.message_limit = message_limit(self.spec, self.rows)
         running = settings.workers * max(1, settings.merge_rows(self.contract.batch) // (self.contract.batch or 1))
         self.gate = Gate(f"model {source.name}:{source.version}", settings.queue + running)
 

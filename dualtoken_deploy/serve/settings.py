@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dualtoken_deploy.data.images import FORMATS
 from dualtoken_deploy.errors import InputError, UsageError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -67,7 +68,9 @@ class Settings:
     reload_seconds: float = 2.0  # 0: changed bundles are not looked for
     max_image_mib: float = 16.0
     max_megapixels: float = 24.0
-    decode_threads: int = field(default_factory=lambda: max(2, os.cpu_count() or 1))
+    decoders: int = field(default_factory=lambda: min(8, max(2, os.cpu_count() or 1)))  # processes, started when needed
+    decode_seconds: float = 10.0  # a picture that takes longer is none
+    picture_formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")  # what photo apps send; the others when asked for
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -121,6 +124,15 @@ def parse_sources(texts: Sequence[str]) -> tuple[Source, ...]:
                 f"give one another version: {source.name}:2={source.path}"
             )
     return sources
+
+
+def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
+    """Pillow's names of the formats that may be decoded; those of photo apps where none is named. Raises UsageError."""
+    found = tuple(dict.fromkeys(name.upper() for name in names)) or Settings.picture_formats
+    for name in found:
+        if name not in FORMATS:
+            raise UsageError(f"unknown picture format {name.lower()!r}; valid: {', '.join(FORMATS).lower()}")
+    return found
 
 
 def read_api_key(path: Path | None) -> str | None:
