@@ -97,6 +97,10 @@ class Server:
         text = Path(f"/proc/{pid or self.process.pid}/status").read_text()
         return int(next(line for line in text.splitlines() if line.startswith(field)).split()[1])
 
+    def descriptors(self) -> int:
+        """Files and sockets that the server has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
         total = 0.0
