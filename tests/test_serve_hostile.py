@@ -76,7 +76,7 @@ def connect(server: Server) -> socket.socket:
 
 
 def head(path: str, *lines: str, method: str = "POST") -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *lines, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
 def in_hand(server: Server) -> float:
@@ -320,11 +320,11 @@ def test_a_refused_body_is_read_to_its_end_first(server: Server) -> None:
         (b"GET /v2 HTTP/1.1\r\n\r\n", 400),
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
         (b"GET /v2\r\n\r\n", 400),
-        (b"GET /v2 HTTP/0.9\r\nHost: x\r\n\r\n", 400),
+        (b"GET /v2 HTTP/0.9\r\nHost: localhost\r\n\r\n", 400),
         (b"GET /v2 HTTP/1.0\r\n\r\n", 200),
         (head(INFER, "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n", 400),
         (head(INFER, "Transfer-Encoding: chunked", "Transfer-Encoding: identity") + b"0\r\n\r\n", 400),
-        (b"GET /v2 HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 70_000 + b"\r\n\r\n", 431),
     ],
     ids=["no host", "two hosts", "no version", "0.9", "1.0 without host", "two codings", "two headers", "70 KB"],
 )

@@ -132,7 +132,7 @@ class Batcher:
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)])
             try:
                 worker = await self._start(self._launch)
-            except (ChildDied, ModelHung, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it was, the next start has to be tried
                 self._failures += 1
                 self._exit_code = getattr(error, "exit_code", BundleError.exit_code)
                 self._lost(f"a worker could not start: {error}")

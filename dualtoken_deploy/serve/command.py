@@ -27,6 +27,10 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes of each bundle.")] = 1,
     device: Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow load and unload of the bundles named here.")] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name by which clients may call the server, repeatable; on loopback localhost unless given."),
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File whose first line clients must send.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
@@ -64,7 +68,8 @@ def serve(
     settings = Settings(
         host=host, port=port, grpc_port=None if no_grpc else grpc_port, max_batch=max_batch, max_delay_ms=max_delay_ms,
         queue=queue, threads=threads, workers=workers, device=device, admin=admin, api_key=read_api_key(api_key_file),
-        tls_cert=tls_cert, tls_key=tls_key, drain_seconds=drain_seconds, header_seconds=header_seconds,
+        allowed_hosts=tuple(allowed_host or ()), tls_cert=tls_cert, tls_key=tls_key,
+        drain_seconds=drain_seconds, header_seconds=header_seconds,
         body_seconds=body_seconds, idle_seconds=idle_seconds, connections=connections, run_seconds=run_seconds,
         reload_seconds=reload_seconds, max_image_mib=max_image_mib, max_megapixels=max_megapixels,
         decode_seconds=decode_seconds, picture_formats=parse_formats(picture_format or ()),

@@ -8,6 +8,7 @@ answered.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,8 +25,11 @@ LINGER = "dualtoken.linger"  # of the scope: to be called once the rest of a req
 Headers = list[tuple[bytes, bytes]]
 
 
-def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """A protocol class for uvicorn's `http`: it builds instances itself, so the limits are bound here."""
+def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[asyncio.Protocol]:
+    """A protocol class for uvicorn's `http`: it builds instances itself, so the limits are bound here.
+
+    `speaks` is told the descriptor of each connection that begins.
+    """
     header_seconds, body_seconds = settings.header_seconds, settings.body_seconds
     quiet: dict[BoundedProtocol, None] = {}  # without a request in hand, the longest first
     stalled: dict[BoundedProtocol, float] = {}  # that do not read their answer, and since when
@@ -54,6 +58,7 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            speaks(transport.get_extra_info("socket").fileno())
             if len(self.connections) > settings.connections:
                 leaving = idlest()
                 if leaving is None:

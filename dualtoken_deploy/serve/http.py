@@ -6,6 +6,7 @@ A request is admitted before its body is read. Status codes live in this file al
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -67,6 +68,7 @@ RETRY_AFTER_SECONDS = "1"
 SMALL_BYTES = 2**20  # of a refused request's body: up to here it is thrown away and the connection goes on
 THROWN_AWAY_BYTES = 32 * 2**20  # of a larger one, before the connection is closed: many clients send before they read
 LINGER_SECONDS = 15.0  # in which they may
+PORT = re.compile(r":[0-9]*$")
 QUIET = ("/v2/health/", "/metrics")  # polled: logged at debug level only
 
 
@@ -123,16 +125,26 @@ class Front:
 
         try:
             given = headers.get(b"authorization"), headers.get(b"x-api-key")
+            self._check_host(scope["path"], headers.get(b"host"))
             if self._needs_key(scope["path"]) and not key_fits(self._key, *given):
                 raise Denied("this server needs its API key: Authorization: Bearer KEY, or X-API-Key: KEY")
             await self._app(scope, receive, send_with_id)
-        except Denied as error:
+        except (Denied, Forbidden) as error:
             await _answer_error(Request(scope, receive), error)(scope, receive, send_with_id)
         except Exception:  # noqa: BLE001  # answered by _answer_unexpected already; logged here, and the server lives on
             logs.LOGGER.exception("unexpected error", extra={"fields": {"request_id": note["request_id"]}})
         finally:
             self._record(scope, note, time.perf_counter() - start)
         return None
+
+    def _check_host(self, path: str, host: str | None) -> None:
+        """A name that another's DNS points here is refused: its page would be of our origin. Probes may ask."""
+        known = self._handler.settings.known_hosts
+        if known is None or host is None or path.startswith("/v2/health/"):  # HTTP/1.0 has none, and is no browser
+            return
+        name = host.rpartition(":")[0] if PORT.search(host) else host
+        if name.strip("[]").lower().rstrip(".") not in known:
+            raise Forbidden(f"this server is not called {name[:60]!r}; if it is, start it with --allowed-host")
 
     def _needs_key(self, path: str) -> bool:
         """Health and metrics are for probes, and the page and its documentation say nothing of the models."""
@@ -173,6 +185,7 @@ class Endpoints:
         metrics = self._handler.metrics
         metrics.ready.set(self._handler.ready)
         metrics.inside.set(self._handler.gate.inside)
+        metrics.log_dropped.set(logs.dropped())
         return Response(metrics.text(), headers={"content-type": metrics.content_type})
 
     async def server_metadata(self, request: Request) -> Response:
@@ -268,8 +281,8 @@ class Endpoints:
         """Another site's page may post here from a browser: it would say so in Origin."""
         if not self._settings.admin:
             raise Forbidden("control of the repository is off; start the server with --admin")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+        if not _same_origin(origin, request.headers.get("host")) or site not in ("none", "same-origin"):
             raise Forbidden("a page of another origin may not control the repository")
 
     async def _no_parameters(self, request: Request) -> None:
@@ -279,9 +292,17 @@ class Endpoints:
             data = orjson.loads(body) if body.strip() else {}
         except orjson.JSONDecodeError as error:
             raise BadRequest(f"the request is not JSON ({error})") from error
-        parameters = data.get("parameters") if isinstance(data, dict) else None
-        if not isinstance(data, dict) or any(key == "config" or key.startswith("file:") for key in parameters or {}):
+        parameters = (data.get("parameters") or {}) if isinstance(data, dict) else None
+        if not isinstance(parameters, dict) or any(key == "config" or key.startswith("file:") for key in parameters):
             raise BadRequest("a load takes no configuration and no files; change the bundle on disk")
+
+
+def _same_origin(origin: str | None, host: str | None) -> bool:
+    """Whether a page that says where it is from is of this server; other clients say nothing."""
+    try:
+        return origin is None or urlsplit(origin).netloc == host
+    except ValueError:  # no address at all
+        return False
 
 
 class _Closing(Response):

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import grpc
 import uvicorn
 
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.connection import bounded_protocol
-from dualtoken_deploy.serve.grpc import make_server
+from dualtoken_deploy.serve.door import Listener
+from dualtoken_deploy.serve.grpc import Rpc
 from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.http import make_app
 from dualtoken_deploy.serve.memory import keep_freed_memory
@@ -74,17 +74,19 @@ async def _serve(sources: Sequence[Source], settings: Settings, tell: Callable[[
 
 
 async def _answer(
-    handler: Handler, settings: Settings, listener: socket.socket, stop: _Stop, tell: Callable[[str], None]
+    handler: Handler, settings: Settings, listener: Listener, stop: _Stop, tell: Callable[[str], None]
 ) -> None:
     """Both transports, from ready to drained."""
-    http = _Uvicorn(_config(handler, settings))
-    rpc, grpc_port = _grpc(handler, settings)
+    http = _Uvicorn(_config(handler, settings, listener))
+    rpc = None if settings.grpc_port is None else Rpc(handler, settings)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     watching = asyncio.create_task(handler.repository.watch())
     warming: asyncio.Task[None] | None = None
+    grpc_port = None
     try:
         if rpc is not None:
             await rpc.start()
+            grpc_port = rpc.port
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
         handler.metrics.ready.set(1)
@@ -165,7 +167,7 @@ class _Stop:
 
 def room_for_descriptors(settings: Settings) -> None:
     """Raises the soft limit of open files as far as it may be, and warns where the connections allowed do not fit."""
-    need = 2 * settings.connections + OTHER_DESCRIPTORS
+    need = 4 * settings.connections + OTHER_DESCRIPTORS
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = need if hard == resource.RLIM_INFINITY else min(need, hard)
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -188,12 +190,10 @@ async def _unless(event: asyncio.Event, work: Any) -> bool:
     return False
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: Settings) -> Listener:
     """Bound before anything is loaded, so that a port that is taken is said at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only where the protocol is named; without it each answer waits 40 ms for an ACK
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = Listener(family, settings.header_seconds, settings.connections)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:
@@ -203,19 +203,10 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _grpc(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server | None, int | None]:
-    if settings.grpc_port is None:
-        return None, None
-    try:
-        return make_server(handler, settings)
-    except OSError as error:
-        raise UsageError(f"{error}; give another --grpc-port, or --no-grpc") from error
-
-
-def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
+def _config(handler: Handler, settings: Settings, listener: Listener) -> uvicorn.Config:
     config = uvicorn.Config(
         make_app(handler),
-        http=bounded_protocol(settings),
+        http=bounded_protocol(settings, listener.speaks),
         ws="none",
         lifespan="off",
         log_config=None,

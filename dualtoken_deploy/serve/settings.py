@@ -14,6 +14,7 @@ from dualtoken_deploy.errors import InputError, UsageError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 ROWS_UNLESS_TOLD = 8  # rows of a request, or of a batch on an accelerator, where the bundle leaves them open
 
 
@@ -55,6 +56,7 @@ class Settings:
     workers: int = 1
     device: str | None = None
     admin: bool = False
+    allowed_hosts: tuple[str, ...] = ()  # by which the server may be called; on loopback its own names unless given
     api_key: str | None = field(default=None, repr=False)
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -78,6 +80,9 @@ class Settings:
         if self.port == self.grpc_port != 0:
             raise UsageError(f"HTTP and gRPC cannot share port {self.port}; give another --grpc-port")
 
+        if self.admin and self.api_key is None and self.known_hosts is None:
+            raise UsageError(f"--admin on {self.host} needs --api-key-file, or the server's names: --allowed-host NAME")
+
     @property
     def loopback(self) -> bool:
         """Whether nothing outside of this machine can reach the server."""
@@ -87,6 +92,14 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def known_hosts(self) -> frozenset[str] | None:
+        """The names that a request's Host may have, lower case and without brackets; None: any."""
+        if not self.loopback and not self.allowed_hosts:
+            return None
+        own = {self.host, *(LOOPBACK_NAMES if self.loopback else ())}
+        return frozenset(name.lower().strip("[]").rstrip(".") for name in (*own, *self.allowed_hosts))
 
     def warnings(self) -> list[str]:
         """What is risky about these settings, one sentence each."""
