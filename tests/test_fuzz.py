@@ -15,8 +15,8 @@ def test_a_reader_answers_or_refuses(name: str) -> None:
     for file, data in run.corpus(name):
         try:
             found.check(data)
-        except Exception as error:
-            raise AssertionError(f"corpus/{name}/{file}") from error
+        except Exception as raised:
+            raise AssertionError(f"corpus/{name}/{file}") from raised
     count, failed, error = run.explore(found, INPUTS, number=0)
     assert failed is None, f"{type(error).__name__}: {error} on {failed!r}"
     assert count >= INPUTS

@@ -166,7 +166,8 @@ def test_control_from_elsewhere_needs_a_key_or_a_name() -> None:
     with pytest.raises(UsageError, match=r"--admin on 0\.0\.0\.0 needs --api-key-file"):
         Settings(host="0.0.0.0", admin=True)
     Settings(host="0.0.0.0", admin=True, api_key="k" * 16)
-    assert Settings(host="0.0.0.0", admin=True, allowed_hosts=("A.example",)).known_hosts == {"0.0.0.0", "a.example"}
+    known = Settings(host="0.0.0.0", admin=True, allowed_hosts=("A.example",)).known_hosts
+    assert known == frozenset({"0.0.0.0", "a.example"})
     assert Settings(host="0.0.0.0").known_hosts is None
 
 
