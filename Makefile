@@ -1,9 +1,9 @@
-# install, check, test, demo: the only commands, and CI runs the same.
+# install, check, test, demo: the only commands, and CI runs the same. fuzz takes an hour, and is for people.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test demo clean
+.PHONY: install check test fuzz demo clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,11 @@ test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
+
+# Each reader of what strangers send, for ten minutes: docs/serve.md has what came out.
+FUZZ_SECONDS ?= 600
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 demo: install
 	$(BIN)/python benchmarks/demo.py
