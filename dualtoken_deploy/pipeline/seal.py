@@ -31,7 +31,7 @@ TIE_MARGIN = 1e-6
 
 LIBRARIES = (
     *("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "nncf", "coremltools", "coreai-core"),
-    *("coreai-torch", "numpy", "pillow", "dualtoken-deploy"),
+    *("coreai-torch", "ai-edge-litert", "ai-edge-quantizer", "numpy", "pillow", "dualtoken-deploy"),
 )
 
 

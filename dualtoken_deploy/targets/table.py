@@ -174,6 +174,17 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 dense=_RAW_DEEPLABV3,
                 check_images=2,  # float16 takes 38 s an image on two cores
             ),
+            Target(
+                name="litert",
+                title="LiteRT",
+                files=("model.tflite",),
+                extra="litert",
+                source="torch",
+                modules=("ai_edge_litert", "ai_edge_quantizer"),
+                tolerances=_TOLERANCES,
+                aliases=("tflite",),
+                dense=_RAW_DENSE,
+            ),
         )
     }
 )

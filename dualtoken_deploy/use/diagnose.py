@@ -27,6 +27,7 @@ from dualtoken_deploy.targets.coreml.inner import coreml_insides, probe_coreml
 from dualtoken_deploy.targets.coreml.runner import ENGINE
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.inner import Insides, Tell
+from dualtoken_deploy.targets.litert.inner import litert_insides, probe_litert
 from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.targets.onnx.inner import onnx_insides
 from dualtoken_deploy.targets.onnx.values import probe_onnx, probe_openvino
@@ -64,6 +65,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
     {
         "onnxruntime": Look(onnx_insides, probe_onnx, _THRESHOLDS),
         "openvino": Look(onnx_insides, probe_openvino, _THRESHOLDS),
+        "litert": Look(litert_insides, probe_litert, _THRESHOLDS),
         "coreml": Look(coreml_insides, probe_coreml, _COREML_THRESHOLDS, ENGINE),
     }
 )

@@ -20,6 +20,7 @@ PRODUCT_KINDS = frozenset(
         *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
         *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
         *("batch_matmul", "conv2d"),  # Core AI's
+        *("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D", "DEPTHWISE_CONV_2D"),  # LiteRT's
         *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
     }
 )
