@@ -6,7 +6,6 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from dualtoken_deploy.deploy.traced import TRACED_RULES
 from dualtoken_deploy.errors import ConversionError
-from dualtoken_deploy.targets.litert import flat
+from dualtoken_deploy.targets.litert import changes, flat
 from dualtoken_deploy.targets.litert.environment import converter_python
 from dualtoken_deploy.targets.litert.metadata import add_metadata
 from dualtoken_deploy.targets.litert.structure import structure
@@ -35,15 +34,17 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     tell("converting to LiteRT")
     path = folder / MODEL
     convert(source, path)
-    finish(path, request, list(source.names.values()))
+    finish(path, request, source)
     return describe(path, source)
 
 
-def finish(path: Path, request: Request, traced: Sequence[str]) -> None:
+def finish(path: Path, request: Request, source: Source) -> None:
     """Gives the converter's file the model's names, the request's precision, metadata. Raises ConversionError."""
     converted = flat.read(path)
     check_operators(converted)
-    flat.name_values(converted, traced, (request.contract.tensor,), request.outputs)
+    changes.equal_ranks(converted)
+    names = list(source.names.values())
+    changes.name_values(converted, names, source.biased, (request.contract.tensor,), request.outputs)
     if request.precision == "fp16":
         flat.write(converted, path)
         from dualtoken_deploy.targets.litert.quantize import to_half
@@ -56,7 +57,7 @@ def describe(path: Path, source: Source) -> Artifact:
     """What was made, read from the file."""
     saved = flat.read(path)
     kinds = Counter(op.kind for op in flat.operators(saved))
-    return Artifact(source.rules, {"tflite": dict(kinds.most_common()), "structure": structure(path, saved)})
+    return Artifact(source.rules, {"tflite": dict(kinds.most_common()), "structure": structure(saved)})
 
 
 def convert(source: Source, output: Path) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
-import re
 import zipfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dualtoken_deploy.errors import BundleError, missing_extra
-from dualtoken_deploy.spec import TensorSpec
 
 IDENTIFIER = b"TFL3"
 SCHEMA = 3  # the version of TensorFlow Lite's schema that there has been since 2017
 ALIGNED = 16  # bytes; what the schema asks of the data of a buffer
-_NAMED = re.compile(r"(?<![^;/])d_([^;]+);")  # how the converter writes the module stack that export.py gave a node
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ def read(path: Path) -> Any:
         if data[4:8] != IDENTIFIER:
             raise BundleError(f"{path} is no .tflite (no {IDENTIFIER.decode()} at its start); export the bundle again")
         model = tfl.ModelT.InitFromObj(tfl.Model.GetRootAs(data))
+        for buffer in model.buffers:  # ai-edge-quantizer puts them behind the FlatBuffer
+            if buffer.offset > 1:
+                buffer.data = np.frombuffer(data, np.uint8, buffer.size, buffer.offset)
+                buffer.offset = buffer.size = 0
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error}); copy the whole bundle") from error
     except BundleError:
@@ -110,50 +112,18 @@ def tensor_name(model: Any, index: int) -> str:
     return name.decode(errors="replace")
 
 
+def type_names() -> dict[int, str]:
+    """Names of the schema's dtypes by their number."""
+    return {v: k for k, v in vars(schema().TensorType).items() if isinstance(v, int)}
+
+
+def shape(model: Any, index: int) -> list[int]:
+    """The shape of a tensor of the main graph; a scalar has none."""
+    sizes = model.subgraphs[0].tensors[index].shape
+    return [] if sizes is None else [int(size) for size in sizes]
+
+
 def is_constant(model: Any, index: int) -> bool:
     """Whether a tensor of the main graph has its value in the file."""
     data = model.buffers[model.subgraphs[0].tensors[index].buffer].data
     return data is not None and len(data) > 0
-
-
-def name_values(model: Any, traced: Sequence[str], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Gives the graph's values the model's own names, as ONNX graphs here have them, and its signature the contract's.
-
-    The value that a traced operation ends in has the operation's name, those on the way there the TFLite operator as
-    well (`stage1.block1.local.pw1/FULLY_CONNECTED`), constants that one operator reads the name of what it makes.
-    `traced`: the names of all operations in their order; an operator that stands for several has that of the last.
-    """
-    order = {name: place for place, name in enumerate(traced)}
-    graph = model.subgraphs[0]
-    ends = {int(index): spec.name for index, spec in zip(graph.outputs, outputs, strict=True)}
-    bases = [
-        (op, ends.get(op.outputs[0]) or _traced_name(tensor_name(model, op.outputs[0]), order))
-        for op in operators(model)
-    ]
-    last = {base: place for place, (_, base) in enumerate(bases)}
-    taken: Counter[str] = Counter(spec.name for spec in inputs)
-    readers = Counter(i for op, _ in bases for i in op.inputs)
-    for place, (op, base) in enumerate(bases):
-        name = base if last[base] == place else f"{base}/{op.kind}"
-        taken[name] += 1
-        name += f"_{taken[name]}" if taken[name] > 1 else ""
-        for number, index in enumerate(op.outputs):
-            graph.tensors[index].name = (name if number == 0 else f"{name}.{number}").encode()
-        for number, index in enumerate(op.inputs):
-            if index >= 0 and readers[index] == 1 and is_constant(model, index):
-                graph.tensors[index].name = f"{name}.{('input', 'weight', 'bias')[min(number, 2)]}".encode()
-    tfl = schema()
-    signature = model.signatureDefs[0]
-    for maps, indices, specs in (
-        (signature.inputs, graph.inputs, inputs), (signature.outputs, graph.outputs, outputs),
-    ):  # fmt: skip
-        for entry, index, spec in zip(maps, indices, specs, strict=True):
-            graph.tensors[index].name = entry.name = spec.name.encode()
-            entry.tensorIndex = int(index)
-    assert isinstance(signature, tfl.SignatureDefT)  # noqa: S101 (an export of another converter fails here, not later)
-
-
-def _traced_name(converted: str, order: Mapping[str, int]) -> str:
-    names = [name.replace(":", ".") for name in _NAMED.findall(converted)]
-    known = [name for name in names if name in order]
-    return max(known, key=order.__getitem__) if known else converted.partition(";")[0] or "constant"

@@ -112,15 +112,11 @@ def delegated(details: list[dict[str, Any]]) -> tuple[set[int], int]:
 
 def _dtype(model: Any, op: flat.Operator, behind: Mapping[int, flat.Operator]) -> str:
     """The dtype that an operator computes in."""
-    tensors, names = model.subgraphs[0].tensors, _type_names()
+    tensors, names = model.subgraphs[0].tensors, flat.type_names()
     types = [names[tensors[i].type] for i in op.inputs if i >= 0]
     if op.kind in PRODUCTS and len(types) > 1:
         return types[1].lower() if types[1] in INTEGERS and op.inputs[1] not in behind else types[0].lower()
     return types[0].lower() if types else "none"
-
-
-def _type_names() -> dict[int, str]:
-    return {v: k for k, v in vars(flat.schema().TensorType).items() if isinstance(v, int)}
 
 
 def open_interpreter(path: Path, threads: int | None) -> Any:

@@ -17,6 +17,8 @@ from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.targets.apple.names import name_after_modules
 from dualtoken_deploy.targets.request import Request, Tell, quiet
 
+_PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
+
 
 class PixelModel(nn.Module):
     """uint8 NHWC RGB -> whatever the model gives."""
@@ -33,11 +35,13 @@ class PixelModel(nn.Module):
 @dataclass(frozen=True)
 class Source:
     """`program` takes one input of the contract's shape and dtype. `rules`: those that applied, modules' and traced.
-    `names`: {node of the program: the model's name of its value}, in the order that they are made."""
+    `names`: {node of the program: the model's name of its value}, in the order that they are made; `biased`: of those
+    names the products with a bias."""
 
     program: Program
     rules: tuple[str, ...]
     names: dict[str, str]
+    biased: frozenset[str]
 
 
 def make_source(model: nn.Module, request: Request, traced: Iterable[str], tell: Tell) -> Source:
@@ -59,7 +63,9 @@ def make_source(model: nn.Module, request: Request, traced: Iterable[str], tell:
         raise ConversionError(f"torch.export cannot trace the model: {first_line(error)}") from error
     names = name_after_modules(program, image, [output.name for output in request.outputs])
     applied = [name for name, count in {**form.rules, **counts}.items() if count]
-    return Source(program, tuple(applied), names)
+    products = [node for node in program.graph.nodes if node.target in _PRODUCTS and len(node.args) > 2]
+    biased = frozenset(names[node.name] for node in products if node.args[2] is not None and node.name in names)
+    return Source(program, tuple(applied), names, biased)
 
 
 def check_fixed(request: Request, title: str) -> None:
