@@ -9,7 +9,7 @@ import torch
 
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.targets.apple.names import operation
 from dualtoken_deploy.targets.inner import Insides, Last, Tell

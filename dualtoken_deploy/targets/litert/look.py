@@ -12,7 +12,7 @@ import numpy as np
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.deploy.traced import TRACED_RULES
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.targets.inner import Insides, Tell
+from dualtoken_deploy.targets.inner import Insides, Look, Tell
 from dualtoken_deploy.targets.litert import flat
 from dualtoken_deploy.targets.litert.runner import MODEL, open_interpreter
 from dualtoken_deploy.targets.mobile.inner import batch_of, first_of, mobile_insides
@@ -63,3 +63,6 @@ def probe_litert(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[st
             interpreter.invoke()
             runs.append([first_of(bundle, interpreter.get_tensor(place)) for place in places])
     return {name: np.concatenate([run[k] for run in runs]) for k, name in enumerate(wanted)}
+
+
+LOOK = Look(litert_insides, probe_litert)
