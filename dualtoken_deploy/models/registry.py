@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
 from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
-from dualtoken_deploy.models.published import State, join_token_norms
+from dualtoken_deploy.models.published import State
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
@@ -282,27 +281,6 @@ def weights_sha256(model: torch.nn.Module, view: Callable[[State], State] = dict
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def rebuild(manifest: Manifest) -> ImageModel:
-    """The eager model that a bundle was made from: from its weights file, or from the seed of random weights.
-
-    Raises WeightsError where the file is gone or the tensors are not those of the export (sha256).
-    """
-    weights = manifest.weights
-    options = dict(manifest.options)
-    if isinstance(get_variant(manifest.variant).config, LightViTConfig):
-        options.setdefault("form", "appendix")  # what there was when manifests did not say it
-    if weights["source"] == "random":
-        model = random_model(manifest.variant, weights["seed"], **options)
-    else:
-        model = create_model(manifest.variant, weights=weights["source"], **options)
-    if weights["sha256"] not in (weights_sha256(model), weights_sha256(model, join_token_norms)):
-        raise WeightsError(
-            f"the eager weights of {manifest.variant} from {weights['source']!r} are not those that the bundle was "
-            "made from (sha256 differs); export it again"
-        )
-    return model
 
 
 def describe_variants() -> list[dict[str, Any]]:
