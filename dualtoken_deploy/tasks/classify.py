@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dualtoken_deploy.data.folders import match_classes, open_pictures
+from dualtoken_deploy.data.folders import match_classes
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.numerics import Array, softmax, top_k_hits
 from dualtoken_deploy.spec import CROP

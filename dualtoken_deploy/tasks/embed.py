@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualtoken_deploy.data.folders import open_pictures
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import DatasetError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.spec import CROP
