@@ -83,6 +83,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         function.__name__: Rule(function.__name__, function)
         for function in (
             folding.fold_batch_norm,
+            reshaping.own_global_query,
             folding.fold_layer_scale,
             folding.fold_attention_scale,
             folding.fold_fusion,
