@@ -188,7 +188,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
             return converted, names
     except Exception as error:  # coremltools raises what its front end and its passes raise
         raise ConversionError(
-            f"coremltools cannot convert {_where(program, names, _inside(module, request), error)}"
+            f"coremltools cannot convert {_where(program, _inside(module, request), error)}"
         ) from error
 
 
@@ -198,7 +198,7 @@ def _inside(module: nn.Module, request: Request) -> str:
     return ".".join(part for part in ("model" if request.contract.kind == "image" else "", path) if part)
 
 
-def _where(program: torch.export.ExportedProgram, names: Mapping[str, str], inside: str, error: Exception) -> str:
+def _where(program: torch.export.ExportedProgram, inside: str, error: Exception) -> str:
     """Which operation of the model coremltools stopped at, by the name that its message or its stack has, and why."""
     text = first_line(error)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
@@ -211,15 +211,15 @@ def _where(program: torch.export.ExportedProgram, names: Mapping[str, str], insi
 
 
 def check_executed_here(program: Program, names: Mapping[str, str]) -> None:
-    """Raises ConversionError on operations that the reference does not execute: nothing of the file could be checked."""
+    """Raises ConversionError on operations that the reference does not execute: nothing could be checked."""
     unknown = [op for op in program.operations if op.kind not in {*OPERATIONS, "const"}]
     if unknown:
-        name = unknown[0].outputs[0][0]
-        own = max((n for n in names if name.startswith(n)), key=len, default=name)
+        made = [op.outputs[0][0] for op in unknown]
+        own = max((n for n in names if any(name.startswith(n) for name in made)), key=len, default=made[0])
         kinds = ", ".join(dict.fromkeys(op.kind for op in unknown))
         raise ConversionError(
-            f"the Core ML program has {kinds}, first in {names.get(own, own)}, which the reference of this package does "
-            "not execute, so nothing could be checked; write that part with other operations"
+            f"the Core ML program has {kinds} (in {names.get(own, own)}), which the reference here does not "
+            "execute, so nothing could be checked; write that part with other operations"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
-from dualtoken_deploy.targets.onnx.naming import name_after_modules
+from dualtoken_deploy.targets.onnx.naming import name_after_modules, name_joined
 from dualtoken_deploy.targets.request import Request, Tell, quiet
 from dualtoken_deploy.targets.tracing import own_path, why
 from dualtoken_deploy.tasks.table import get_task
@@ -40,6 +40,8 @@ SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_in
 # Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
 FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
 
+
+_OUTPUT = "dualtoken_output_"  # of a graph, until it has its own names
 
 _DIMS: Mapping[str, Any] = MappingProxyType(
     {
@@ -77,6 +79,7 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     name_after_modules(exported, inside=own_path(module))
     tell("simplifying")
     simplified = simplify(exported, request)
+    name_joined(simplified)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
     if request.precision == "fp16":
         tell("converting to float16")
@@ -116,7 +119,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         "dynamo": True,
         "opset_version": opset,
         "input_names": [spec.name],
-        "output_names": [o.name for o in request.outputs],
+        "output_names": [f"{_OUTPUT}{place}" for place in range(len(request.outputs))],
         "dynamic_shapes": dynamic,
         "verbose": False,
         "optimize": True,
@@ -133,7 +136,22 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
     if program is None:
         raise ConversionError("torch.onnx returned no program")
     proto: onnx.ModelProto = program.model_proto
+    name_outputs(proto, [o.name for o in request.outputs])
     return proto
+
+
+def name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Gives the graph's outputs their names, in place. torch.onnx does not see where a value inside has one already: an
+    `embedding` of indices beside an output of that name."""
+    new = {name: f"{name}_inside" for name in names}
+    new |= {output.name: name for output, name in zip(model.graph.output, names, strict=True)}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for place, value in enumerate(values):
+                values[place] = new.get(value, value)
+    for held in (model.graph.value_info, model.graph.initializer, model.graph.output):
+        for one in held:
+            one.name = new.get(one.name, one.name)
 
 
 def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ import onnx
 from dualtoken_deploy.targets.tracing import path_below
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_MADE = re.compile(r"_v_\d+$")  # onnxsim's own names
 _SHORT = {"scaled_dot_product_attention": "attention", "__to_copy": "cast", "_to_copy": "cast"}
 
 
@@ -49,6 +50,28 @@ def name_after_modules(model: onnx.ModelProto, inside: str) -> None:
             taken[name] += 1
             names[output] = name if taken[name] == 1 else f"{name}_{taken[name]}"
     _rename(model, {old: new for old, new in names.items() if old not in fixed})
+    _rename_weights(model)
+
+
+def name_joined(model: onnx.ModelProto) -> None:
+    """Names what a simplifier put together, `_v_175` from a node without a name: after what it reads and what it does.
+
+    Runtimes tell by nodes' names which layers they run as integers.
+    """
+    fixed = {v.name for v in (*model.graph.input, *model.graph.output)}
+    taken = {v for node in model.graph.node for v in node.output} | {t.name for t in model.graph.initializer} | fixed
+    names: dict[str, str] = {}
+    for node in model.graph.node:
+        for index, output in enumerate(node.output):
+            if not _MADE.match(output) or output in fixed:
+                continue
+            source = names.get(node.input[0], node.input[0]) if node.input else "constant"
+            name = f"{source}/{node.op_type}" + (f".{index}" if len(node.output) > 1 else "")
+            while name in taken:
+                name += "_2"
+            taken.add(name)
+            names[output] = name
+    _rename(model, names)
     _rename_weights(model)
 
 

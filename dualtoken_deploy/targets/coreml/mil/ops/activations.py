@@ -39,7 +39,8 @@ def scaled_tanh(x: Array, alpha: Array, beta: Array) -> Array:
 
 def sigmoid_hard(x: Array, alpha: Array, beta: Array) -> Array:
     """alpha x + beta between 0 and 1."""
-    return np.clip(alpha * x + beta, 0, 1)
+    out: Array = np.clip(alpha * x + beta, 0, 1)
+    return out
 
 
 def softplus(x: Array) -> Array:

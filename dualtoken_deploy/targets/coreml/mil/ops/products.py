@@ -93,8 +93,9 @@ def conv_transpose(
     inputs = x.reshape(x.shape[0], count, x.shape[1] // count, -1)  # (N, groups, C/groups, positions)
     kernels = weight.reshape(count, x.shape[1] // count, weight.shape[1], *kernel)
     out = np.zeros((x.shape[0], count * weight.shape[1], *room), x.dtype)
-    for element in product(*(range(k) for k in kernel)):
-        taps = kernels[(..., *element)].transpose(0, 2, 1)
+    flat = kernels.reshape(*kernels.shape[:3], -1)
+    for number, element in enumerate(product(*(range(k) for k in kernel))):
+        taps = flat[..., number].transpose(0, 2, 1)
         found = np.matmul(taps, inputs).reshape(x.shape[0], -1, *x.shape[2:])
         cuts = [
             slice(e * d, e * d + (n - 1) * s + 1, s)

@@ -200,7 +200,8 @@ def gather_nd(
     """x at the places that the last axis of `indices` names. Raises ValueError with batch_dims."""
     if int(batch_dims):
         raise ValueError("gather_nd with batch_dims is not executed here")
-    return x[tuple(np.moveaxis(indices.astype(np.int64), -1, 0))]
+    out: Array = x[tuple(np.moveaxis(indices.astype(np.int64), -1, 0))]
+    return out
 
 
 def reverse(x: Array, axes: Array | None = None) -> Array:
