@@ -96,10 +96,10 @@ class Decoders:
         self._waiting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def picture(self, data: bytes, contract: Mapping[str, Any], room: int) -> Array:
-        """A picture as a row of the contract, of `room` bytes. Raises BadRequest, Overloaded, Unavailable."""
-        job = {"kind": "picture", "max_pixels": self._max_pixels, "formats": self._formats, "contract": contract}
-        _, array = await self.run(job, data, room)
+    async def picture(self, data: bytes, content_type: str, contract: Mapping[str, Any], room: int) -> Array:
+        """A picture, or the one in a form, as a row of the contract, of `room` bytes. Raises as `run` does."""
+        job = {"kind": "picture", "max_pixels": self._max_pixels, "formats": self._formats}
+        _, array = await self.run({**job, "type": content_type, "contract": contract}, data, room)
         return array
 
     async def run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array]:
