@@ -20,10 +20,11 @@ check: install
 # Tests that time something, or look at what a process inherits, run alone; the others on two cores, one thread each.
 ALONE := tests/test_bench.py tests/test_bench_process.py
 
-# The clients' environment takes a minute to download: it is made while the first tests run, and waited for by those
-# that need it, which make it themselves where this failed.
+# The environments of the clients and of LiteRT's converter take minutes to download: they are made while the first
+# tests run, and waited for by those that need them, which make them themselves where this failed.
 test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
+	$(BIN)/python -m dualtoken_deploy.targets.litert.environment > /dev/null 2>&1 &
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
 
