@@ -38,6 +38,7 @@ def main() -> None:
     keep_freed_memory()
     limit_memory(task["bytes"])
     with socket.socket(fileno=task["socket"]) as link:
+        send(link, {"ready": True})
         while (job := receive(link)) is not None:
             send(link, answer(job, task["memory"]))
 
