@@ -17,6 +17,7 @@ from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
+from dualtoken_deploy.models.published import State
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
@@ -66,8 +67,8 @@ FAMILIES = (
     Family(
         LightViTConfig,
         LightViT,
-        sizes=("channels", "blocks", "heads", "ffn_ratio", "window"),
-        choices={"global_tokens": (2, 4, 8, 16, 24, 32)},  # Table 6, and 24 for B
+        sizes=("channels", "blocks", "heads", "ffn_ratio", "window", "neck"),
+        choices={"global_tokens": (2, 4, 8, 16, 24, 32), "form": lightvit.FORMS},  # Table 6, and 24 for B
     ),
     Family(
         DualFormerConfig,
@@ -239,6 +240,10 @@ def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False,
         ],
     }
     if any(problems.values()):
+        if any(k.endswith(".attention.q_global.weight") for k in problems["unexpected"]):
+            raise WeightsError(
+                f"{path} holds LightViT in the form of its paper's appendix; give the option form=appendix"
+            )
         if (other := _variant_of(given)) is not None and other != variant:
             raise WeightsError(f"{path} holds weights of variant {other}, not of {variant}; give --variant {other}")
         listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
@@ -266,10 +271,13 @@ def _only_head(problems: Mapping[str, list[str]]) -> bool:
     return bool(shaped) and not problems["missing"] and all(k.startswith("head.fc.") for k in shaped)
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Hash over the names, dtypes, shapes and bytes of a model's state, in the order of the names."""
+def weights_sha256(model: torch.nn.Module, view: Callable[[State], State] = dict) -> str:
+    """Hash over the names, dtypes, shapes and bytes of a model's state, in the order of the names.
+
+    `view`: what of the state is hashed; all of it unless given.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(view(model.state_dict()).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
