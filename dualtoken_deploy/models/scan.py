@@ -2,9 +2,9 @@
 
     h_t = exp(D_t A) h_{t-1} + D_t B_t x_t        y_t = C_t h_t        h_0 = 0
 
-A is diagonal and negative: (N, E), a decay for each of N states of each of E channels; the step D_t (E) and B_t, C_t (N)
-depend on the input. No runtime has an operator for it, so `chunked_scan` is sums and products of fixed shapes, without
-Loop or Scan: the sequence is cut into K chunks of Q; all chunks run their Q steps side by side from zero; the K states
+A is diagonal and negative: (N, E), a decay for each of N states of each of E channels; the step D_t (E) and B_t, C_t
+(N) depend on the input. No runtime has an operator for it, so `chunked_scan` is sums and products of fixed shapes,
+without Loop or Scan: the sequence is cut into K chunks of Q; all chunks run their Q steps side by side from zero; the K states
 at their ends follow one another, which gives the state that each chunk begins with; and all chunks run once more from
 there. Each factor is the exp of a sum of D A, which is at most 0: nothing grows, whatever the precision.
 """
@@ -60,7 +60,7 @@ def chunked_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chun
 
 
 def _from_zero(u: Tensor, delta: Tensor, a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """exp(D_t A) and B_t D_t x_t of each of the Q steps, (..., K, N, E), and the state that a chunk from zero ends in."""
+    """exp(D_t A) and B_t D_t x_t of each step, (..., K, N, E) Q times, and the state that a chunk from zero ends in."""
     decays, givens = [], []
     state: Tensor | None = None
     for u_t, delta_t, b_t in zip(*(t.split(1, dim=-2) for t in (u, delta, b)), strict=True):
