@@ -1,4 +1,4 @@
-"""ViM2 against the paper's counts, its scan against the definition, its averages against equations 19 and 20, bundles."""
+"""ViM2: the paper's counts, the scan against its definition, averages against equations 19 and 20, bundles."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dualtoken_deploy.models.count import count_params
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model, takes_any_size
 from dualtoken_deploy.models.scan import chunk_length, chunked_scan, stepwise_scan
 from dualtoken_deploy.models.vim2 import cross_merge, cross_scan
+from dualtoken_deploy.use.validate import validate
 from tests.conftest import PORTABLE
 from tests.numerics import assert_close
 
@@ -39,7 +40,7 @@ def test_t_counts_what_the_docs_say() -> None:
 # --- the scan ---
 
 
-def tensors(length: int, steps: float = 1.0, width: int = 6, states: int = 5) -> list[torch.Tensor]:
+def tensors(length: int, steps: float = 1.0, width: int = 6, states: int = 5) -> tuple[torch.Tensor, ...]:
     """x, delta, a, b, c of random numbers in float64; the decays go from none to all within a step."""
     generator = torch.Generator().manual_seed(length)
 
@@ -48,7 +49,7 @@ def tensors(length: int, steps: float = 1.0, width: int = 6, states: int = 5) ->
 
     delta = steps * F.softplus(3 * rand(2, 4, length, width))
     a = -torch.exp(2 * rand(4, 1, states, width))
-    return [rand(2, 4, length, width), delta, a, rand(2, 4, length, states), rand(2, 4, length, states)]
+    return rand(2, 4, length, width), delta, a, rand(2, 4, length, states), rand(2, 4, length, states)
 
 
 def test_stepwise_is_the_sum_over_all_earlier_tokens() -> None:
@@ -69,17 +70,18 @@ def test_stepwise_is_the_sum_over_all_earlier_tokens() -> None:
 @pytest.mark.parametrize("chunk", [None, 1, 3, 8, 1000])
 @pytest.mark.parametrize("length", [1, 2, 4, 49, 60, 196])
 def test_chunks_are_the_steps(length: int, chunk: int | None) -> None:
-    given = tensors(length)
+    x, delta, a, b, c = tensors(length)
     q = None if chunk is None else min(chunk, length)
-    assert_close(chunked_scan(*given, chunk=q), stepwise_scan(*given), relative=1e-10)  # measured 6e-16
+    wanted = stepwise_scan(x, delta, a, b, c)
+    assert_close(chunked_scan(x, delta, a, b, c, q), wanted, relative=1e-10)  # measured 6e-16
 
 
 @pytest.mark.parametrize(("dtype", "sqnr_db"), [(torch.float32, 120.0), (torch.float16, 50.0)], ids=str)
 @pytest.mark.parametrize("steps", [1e-3, 1.0, 50.0])
 def test_nothing_grows_in_low_precision(dtype: torch.dtype, sqnr_db: float, steps: float) -> None:
     """Steps so small that everything is kept, and so large that e^-D A is 0 in any precision."""
-    given = [t.to(dtype) for t in tensors(196, steps)]
-    actual = chunked_scan(*given)
+    x, delta, a, b, c = given = [t.to(dtype) for t in tensors(196, steps)]
+    actual = chunked_scan(x, delta, a, b, c)
     assert torch.isfinite(actual).all()
     assert_close(actual.double(), stepwise_scan(*(t.double() for t in given)), sqnr_db=sqnr_db)
 
@@ -104,9 +106,9 @@ def test_the_four_orders_of_a_map() -> None:
 
 def test_averages_are_equations_19_and_20() -> None:
     """Layers 1 and 2 of a stage: x_token from all earlier y, x_channel also from the layer's own y_token."""
-    stage: Any = random_model("tiny-vim2", image_size=64).double().get_submodule("stage1")
+    stage: Any = random_model("tiny-vim2", image_size=64).double().get_submodule("stage3")
     grid = (4, 4)
-    x = torch.randn(2, 16, 32, dtype=torch.float64)
+    x = torch.randn(2, 16, 48, dtype=torch.float64)
     w = {name: getattr(stage, name).weights for name, _ in stage.named_children() if "average" in name}
     with torch.no_grad():
         token1 = stage.token1(w["average1"][0] * x, grid)
@@ -114,7 +116,7 @@ def test_averages_are_equations_19_and_20() -> None:
         read1 = w["channel_average1"][0] * x + w["channel_average1"][1] * token1
         read2 = w["channel_average2"] @ torch.stack((x, token1, token2)).flatten(1)
         both = stage.channel1(torch.cat((read1, read2.reshape(x.shape)), dim=-1), grid)
-        every = torch.stack((x, token1, token2, both[..., :32], both[..., 32:]))
+        every = torch.stack((x, token1, token2, both[..., :48], both[..., 48:]))
         assert_close(stage(x, grid), (w["average"] @ every.flatten(1)).reshape(x.shape), relative=1e-12)
 
 
@@ -142,7 +144,7 @@ def test_the_deploy_form_keeps_what_the_model_computes(rules: list[str] | None) 
     model = random_model("tiny-vim2", num_classes=10).double()
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     form = deploy_form(model, rules, (64, 96))
-    assert form.rules["fold_norm_affine"] == 2 * (8 + 4) + 3 + 1  # mixers, merges, head
+    assert form.rules["fold_norm_affine"] == 2 * (4 + 2) + 3 + 1  # mixers, merges, head
     with torch.no_grad():
         assert_close(form.module(image), model(image), relative=1e-10)
 
@@ -150,7 +152,8 @@ def test_the_deploy_form_keeps_what_the_model_computes(rules: list[str] | None) 
 @pytest.mark.parametrize(("target", "precision"), [*((t, "fp32") for t in PORTABLE), ("onnxruntime", "fp16")])
 def test_bundles_compute_what_eager_computes(small_bundle: Callable[..., Path], target: str, precision: str) -> None:
     bundle = Bundle.open(small_bundle(target, precision, variant="tiny-vim2", image_size=64))
-    assert bundle.manifest.measured["sqnr_db"] >= SQNR_DB[precision]
+    (result,) = validate([bundle], "photographs", limit=4)
+    assert result.sqnr_db >= SQNR_DB[precision]
 
 
 def test_no_file_has_a_loop(small_bundle: Callable[..., Path]) -> None:

@@ -166,8 +166,8 @@ def make_config(variant: str, **options: Any) -> ModelConfig:
 
 
 def takes_any_size(config: ModelConfig) -> bool:
-    """Whether one graph can serve every image size: neither windows nor the steps of a scan can be cut out of a map whose
-    sides are symbols."""
+    """Whether one graph can serve every image size: neither windows nor a scan can be cut from a map whose sides
+    are symbols."""
     return not isinstance(config, LightViTConfig | ViM2Config) and getattr(config, "local_attention", "") != "window"
 
 

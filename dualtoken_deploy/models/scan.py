@@ -4,9 +4,9 @@
 
 A is diagonal and negative: (N, E), a decay for each of N states of each of E channels; the step D_t (E) and B_t, C_t
 (N) depend on the input. No runtime has an operator for it, so `chunked_scan` is sums and products of fixed shapes,
-without Loop or Scan: the sequence is cut into K chunks of Q; all chunks run their Q steps side by side from zero; the K states
-at their ends follow one another, which gives the state that each chunk begins with; and all chunks run once more from
-there. Each factor is the exp of a sum of D A, which is at most 0: nothing grows, whatever the precision.
+without Loop or Scan: the sequence is cut into K chunks of Q; all chunks run their Q steps side by side from zero; the K
+states at their ends follow one another, which gives the state that each chunk begins with; and all chunks run once more
+from there. Each factor is the exp of a sum of D A, which is at most 0: nothing grows, whatever the precision.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def chunked_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chun
     u = x * delta
     if fill:
         u, delta, b, c = (F.pad(t, (0, 0, 0, fill)) for t in (u, delta, b, c))
-    u, delta, b, c = (t.unflatten(-2, (-1, q)) for t in (u, delta, b, c))  # (..., K, Q, E or N)
+    u, delta, b, c = (t.reshape(*t.shape[:-2], -1, q, t.shape[-1]) for t in (u, delta, b, c))  # (..., K, Q, E or N)
     decays, givens, ends = _from_zero(u, delta, a, b)
     states = _over_chunks(ends, torch.exp(delta.sum(-2, keepdim=True) * a))
     out = []
-    for decay, given, c_t in zip(decays, givens, c.split(1, dim=-2), strict=True):
+    for decay, given, c_t in zip(decays, givens, torch.split(c, 1, dim=-2), strict=True):
         states = decay * states + given  # (..., K, N, E)
         out.append(c_t @ states)  # (..., K, 1, E)
     y = torch.cat(out, dim=-2).flatten(-3, -2)
@@ -63,7 +63,7 @@ def _from_zero(u: Tensor, delta: Tensor, a: Tensor, b: Tensor) -> tuple[list[Ten
     """exp(D_t A) and B_t D_t x_t of each step, (..., K, N, E) Q times, and the state that a chunk from zero ends in."""
     decays, givens = [], []
     state: Tensor | None = None
-    for u_t, delta_t, b_t in zip(*(t.split(1, dim=-2) for t in (u, delta, b)), strict=True):
+    for u_t, delta_t, b_t in zip(*(torch.split(t, 1, dim=-2) for t in (u, delta, b)), strict=True):
         decays.append(torch.exp(delta_t * a))
         givens.append(b_t.transpose(-1, -2) * u_t)
         state = givens[-1] if state is None else decays[-1] * state + givens[-1]
@@ -73,7 +73,7 @@ def _from_zero(u: Tensor, delta: Tensor, a: Tensor, b: Tensor) -> tuple[list[Ten
 
 def _over_chunks(ends: Tensor, decay: Tensor) -> Tensor:
     """The state in which each chunk begins, from those in which chunks from zero end. All (..., K, N, E)."""
-    parts, decays = ends.split(1, dim=-3), decay.split(1, dim=-3)
+    parts, decays = torch.split(ends, 1, dim=-3), torch.split(decay, 1, dim=-3)
     begins = [torch.zeros_like(parts[0])]
     for k in range(len(parts) - 1):
         begins.append(decays[k] * begins[-1] + parts[k] if k else parts[0])

@@ -52,7 +52,8 @@ def cross_merge(y: Tensor, grid: Grid) -> Tensor:
 
 def _turned(x: Tensor, grid: Grid) -> Tensor:
     """(B, H*W, c) row by row -> column by column."""
-    return x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    b, _, c = x.shape
+    return x.reshape(b, *grid, c).transpose(1, 2).flatten(1, 2)
 
 
 class S6(nn.Module):
@@ -82,9 +83,9 @@ class S6(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         e, r, n = x.shape[2], self.rank, self.states
-        selected = self.select(x).unflatten(2, (DIRECTIONS, r + 2 * n)).transpose(1, 2)  # (B, 4, L, R + 2N)
+        selected = self.select(x).reshape(*x.shape[:2], DIRECTIONS, r + 2 * n).transpose(1, 2)  # (B, 4, L, R + 2N)
         selected = cross_scan(selected, grid)
-        step, b, c = selected.split((r, n, n), dim=-1)
+        step, b, c = torch.split(selected, [r, n, n], dim=-1)
         delta = F.softplus(step @ self.delta + self.delta_bias.reshape(DIRECTIONS, 1, e))  # (B, 4, L, E)
         a = -torch.exp(self.a_log).unsqueeze(1)  # (4, 1, N, E)
         y = chunked_scan(cross_scan(x, grid), delta, a, b, c)
