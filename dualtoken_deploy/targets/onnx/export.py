@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from dualtoken_deploy.targets.onnx.naming import name_after_modules
 from dualtoken_deploy.targets.request import Request, Tell, quiet
+from dualtoken_deploy.targets.tracing import own_path, why
 from dualtoken_deploy.tasks.table import get_task
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
@@ -71,7 +74,7 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
-    name_after_modules(exported, wrapped=module is not form.module)
+    name_after_modules(exported, inside=own_path(module))
     tell("simplifying")
     simplified = simplify(exported, request)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
@@ -123,10 +126,10 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
 
         arguments["custom_translation_table"] = dict(TRANSLATIONS)
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it gave up on
             program = torch.onnx.export(module, (example,), **arguments)
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise ConversionError(f"torch.onnx cannot export the model: {first_line(error)}") from error
+    except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
+        raise ConversionError(f"torch.onnx cannot export {why(error, module)}") from error
     if program is None:
         raise ConversionError("torch.onnx returned no program")
     proto: onnx.ModelProto = program.model_proto
@@ -197,20 +200,28 @@ def _finish(model: onnx.ModelProto, request: Request) -> None:
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     model.graph.name = request.metadata.get("variant", "model")
+    check_whole(model, "the exported ONNX")
+
+
+def check_whole(model: onnx.ModelProto, what: str) -> None:
+    """Raises ConversionError where onnx's checker does not take the model."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ConversionError(f"the exported ONNX does not check: {first_line(error)}") from error
+        raise ConversionError(f"{what} does not check: {first_line(error)}") from error
 
 
 def run_all(model: onnx.ModelProto, feeds: Mapping[str, numerics.Array]) -> list[numerics.Array]:
-    """Every output of the graph in its order, by ONNX Runtime on the CPU."""
+    """Every output of the graph in its order, by ONNX Runtime on the CPU. Raises ConversionError where it cannot."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    outputs: list[numerics.Array] = session.run(None, dict(feeds))
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        outputs: list[numerics.Array] = session.run(None, dict(feeds))
+    except Exception as error:  # ONNX Runtime's exceptions share no base but this
+        raise ConversionError(f"ONNX Runtime cannot run the exported graph: {first_line(error)}") from error
     return outputs
 
 
