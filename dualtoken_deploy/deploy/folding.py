@@ -34,6 +34,7 @@ from dualtoken_deploy.models.layers import (
     TokenMerge,
 )
 from dualtoken_deploy.models.lightvit import BroadcastAttention
+from dualtoken_deploy.models.vim2 import ChannelMixer, Merge, TokenMixer
 
 
 def fold_batch_norm(model: ImageModel, size: Size | None) -> int:
@@ -114,6 +115,14 @@ def fold_norm_affine(model: ImageModel, size: Size | None) -> int:
         readers.append((token_merge, "norm", [(token_merge, "proj")]))
     for mlp in modules_of(model, Mlp):
         readers.append((mlp, "norm", [(mlp, "fc1")]))
+    for token_mixer in modules_of(model, TokenMixer):
+        readers.append((token_mixer, "norm", [(token_mixer, "expand")]))
+        readers.append((token_mixer, "norm_out", [(token_mixer, "project")]))
+    for channel_mixer in modules_of(model, ChannelMixer):
+        readers.append((channel_mixer, "norm", [(channel_mixer, "enter")]))
+        readers.append((channel_mixer, "norm_out", [(channel_mixer, "leave")]))
+    for swin_merge in modules_of(model, Merge):
+        readers.append((swin_merge, "norm", [(swin_merge, "reduce")]))
     for head in modules_of(model, ClassifierHead):
         readers.append((head, "norm", [(head, "neck")]))
     for pooled in modules_of(model, PooledHead):

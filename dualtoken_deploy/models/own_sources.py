@@ -88,7 +88,7 @@ def variant_source(
         weights=weights_origin(weights, seed),
         described={"variant": variant, "options": options_of(config)},
         any_size=takes_any_size(config),
-        why_one_size=f"{variant} with window attention",
+        why_one_size=f"{variant} with {'its scans' if variant.startswith('vim2') else 'window attention'}",
     )
 
 

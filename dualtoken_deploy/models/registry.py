@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from dualtoken_deploy.errors import UsageError, WeightsError
-from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, vim2
 from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
 from dualtoken_deploy.models.published import State
+from dualtoken_deploy.models.vim2 import ViM2, ViM2Config
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
@@ -76,6 +77,12 @@ FAMILIES = (
         sizes=("channels", "blocks", "ffn_ratio", "expansion", "reduction", "conv_kernel", "heads"),
         choices={"hyperplanes": (1, 2, 3, 4)},
     ),
+    Family(
+        ViM2Config,
+        ViM2,
+        sizes=("channels", "blocks", "channel_width", "expansion", "states"),
+        choices={},
+    ),
 )
 
 
@@ -98,6 +105,9 @@ VARIANTS = _table(
     Variant("dualformer-xs", "DualFormer-XS", dualformer.XS, 10.5, 2.3),
     Variant("dualformer-s", "DualFormer-S", dualformer.S, 22.6, 4.4),
     Variant("dualformer-b", "DualFormer-B", dualformer.B, 74.0, 15.8),
+    Variant("vim2-t", "ViM2-T", vim2.T, 20.0),
+    Variant("vim2-s", "ViM2-S", vim2.S, 43.0),
+    Variant("vim2-b", "ViM2-B", vim2.B, 74.0),
 )
 
 
@@ -156,8 +166,9 @@ def make_config(variant: str, **options: Any) -> ModelConfig:
 
 
 def takes_any_size(config: ModelConfig) -> bool:
-    """Whether one graph can serve every image size: windows cannot be cut out of a map whose sides are symbols."""
-    return not isinstance(config, LightViTConfig) and getattr(config, "local_attention", "") != "window"
+    """Whether one graph can serve every image size: neither windows nor a scan can be cut from a map whose sides
+    are symbols."""
+    return not isinstance(config, LightViTConfig | ViM2Config) and getattr(config, "local_attention", "") != "window"
 
 
 def build(config: ModelConfig) -> ImageModel:
