@@ -89,7 +89,9 @@ def types_of(model: onnx.ModelProto) -> dict[str, str]:
 def prepared_only() -> Iterator[None]:
     """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualtoken_deploy.pipeline.export.why_no_build", lambda: no_device or "the tests build by themselves")
+        patch.setattr(
+            "dualtoken_deploy.pipeline.export.why_no_build", lambda: no_device or "the tests build by themselves"
+        )
         yield
 
 

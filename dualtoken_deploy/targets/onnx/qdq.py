@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,14 @@ from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
-from dualtoken_deploy.targets.onnx.ranges import collect_ranges
+from dualtoken_deploy.targets.onnx.migrate import (
+    Channels,
+    Migration,
+    channel_axes,
+    migrate,
+    plan_migration,
+)
+from dualtoken_deploy.targets.onnx.ranges import Range, check_method, collect_extremes, collect_ranges
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.request import quiet
 
@@ -52,6 +59,16 @@ def onnxruntime_style(flags: Iterable[str] | None = None) -> Style:
     if known & {"avx512_vnni", "avx_vnni"}:
         return Style("U8/S8 (VNNI)", unsigned=True, reduce_range=False, conv_outputs=True)
     return Style("U8/S8, 7 bits (no VNNI)", unsigned=True, reduce_range=True, conv_outputs=True)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What is done so that a graph quantizes well; each can be left out, to see what it gains."""
+
+    migration: bool = True  # scales a channel for activations, moved into weights and pairs
+
+
+ALL_METHODS = Methods()
 
 
 def read_products(model: onnx.ModelProto) -> Products:
@@ -90,15 +107,27 @@ class QdqQuantizer:
         style: Style,
         method: str = "minmax",
         tell: Callable[[str], None] | None = None,
+        methods: Methods = ALL_METHODS,
     ) -> None:
         """`method`: one of ranges.METHODS. Raises UsageError on another."""
-        self.model, self.style = model, style
-        self.products = read_products(model)
-        weights = {t.name for t in model.graph.initializer}
-        nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
-        values = dict.fromkeys(v for n in nodes for v in (*n.input[:2], n.output[0]) if v not in weights)
-        self.ranges = collect_ranges(model, list(values), calibration.inputs, method, tell)
-        self._inferred = onnx.shape_inference.infer_shapes(model).SerializeToString()
+        check_method(method)
+        self.model, self.style = _named(model), style
+        self.products = read_products(self.model)
+        self._nodes = [n.name for n in self.model.graph.node if n.output[0] in self.products.eligible]
+        axes = channel_axes(self.model)
+        self.ranges, channels = collect_extremes(self.model, _activations(self.model), axes, calibration.inputs, tell)
+        empty = Migration({}, {})
+        self._plan = (
+            plan_migration(self.model, self._nodes, channels, style.conv_outputs) if methods.migration else empty
+        )
+        self.migrated = self._migrate(self._nodes)
+        self.ranges |= _scaled_ranges(self._plan, channels)
+        self.ranges = collect_ranges(
+            self.migrated, _activations(self.migrated), calibration.inputs, method, tell, self.ranges
+        ) | {k: v for k, v in self.ranges.items() if method == "minmax"}
+
+    def _migrate(self, chosen: Iterable[str]) -> onnx.ModelProto:
+        return onnx.shape_inference.infer_shapes(migrate(self.model, self._plan, chosen))
 
     def quantize(self, in_float: Iterable[str] = ()) -> onnx.ModelProto:
         """The graph with Q/DQ pairs on every eligible layer but those `in_float`."""
@@ -107,10 +136,9 @@ class QdqQuantizer:
         from onnxruntime.quantization.quant_utils import QuantType, add_infer_metadata
 
         kept = set(in_float)
-        chosen = [v for v in self.products.macs if v in self.products.eligible and layer_of(v) not in kept]
+        chosen = [name for name in self._nodes if layer_of(name) not in kept]
         if not chosen:
             return self.model
-        nodes = {n.output[0]: n.name for n in self.model.graph.node}
         options = {
             "ActivationSymmetric": not self.style.unsigned,
             "WeightSymmetric": True,
@@ -121,17 +149,17 @@ class QdqQuantizer:
         }
         try:
             with quiet(logging.ERROR):  # its advice, such as to pre-process first
-                inferred = onnx.load_from_string(self._inferred)
-                add_infer_metadata(inferred)
+                migrated = self._migrate(chosen)
+                add_infer_metadata(migrated)
                 float_ranges = {k: (np.float32(low), np.float32(high)) for k, (low, high) in self.ranges.items()}
                 quantizer = QDQQuantizer(
-                    inferred,
+                    migrated,
                     True,  # a scale for each output channel
                     self.style.reduce_range,
                     QuantType.QInt8,
                     QuantType.QUInt8 if self.style.unsigned else QuantType.QInt8,
                     TensorsData(CalibrationMethod.MinMax, float_ranges),
-                    [nodes[v] for v in chosen],
+                    chosen,
                     [],
                     list(PRODUCTS),
                     options,
@@ -160,6 +188,32 @@ class QdqQuantizer:
                 layer = layer_of(node.output[0])
                 out[layer] = max(out.get(layer, 0.0), sum(ratios))
         return out
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose products are called after the values that they make."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        if node.op_type in PRODUCTS:
+            node.name = node.output[0]
+    return out
+
+
+def _activations(model: onnx.ModelProto) -> list[str]:
+    """What the products read and make, without weights."""
+    weights = {t.name for t in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
+    return list(dict.fromkeys(v for n in nodes for v in (*n.input[:2], n.output[0]) if v not in weights))
+
+
+def _scaled_ranges(plan: Migration, channels: Mapping[str, Channels]) -> dict[str, Range]:
+    """Of the values that `migrate` puts in."""
+    return {
+        f"{value}/scaled": (float((channels[value][0] * factors).min()), float((channels[value][1] * factors).max()))
+        for factors_of in (plan.inputs, plan.outputs)
+        for value, factors in factors_of.items()
+    }
 
 
 def _keep_bias_apart(model: onnx.ModelProto) -> None:
