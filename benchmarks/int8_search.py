@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
+from dualtoken_deploy.targets.backends import open_backend
 
+from dualtoken_deploy.bundle.decode import plain
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.registry import create_model
@@ -53,15 +56,23 @@ def main(name: str = "digits", max_drop: str = "0.5", size: str = "100") -> None
 
     options = Int8Options(name, int(size), max_drop=float(max_drop), quantizer="qdq-symmetric")
     with tempfile.TemporaryDirectory() as folder:
-        found = quantize_within_budget("onnxruntime", graph, calibration, reference, options, run, Path(folder), _say)
+        backend = open_backend("onnxruntime", options.quantizer, graph, calibration, options.method, _say)
+        found = quantize_within_budget(
+            "onnxruntime", graph, backend, calibration, reference, options, run, Path(folder), _say
+        )
     RESULTS.mkdir(exist_ok=True)
     machine = {key: describe_machine()[key] for key in ("cpu", "isa", "cores", "python")}
-    data = {"weights": name, "eager_top1": _top1(reference.logits, held_out.labels), "machine": machine, **found}
-    del data["macs"]
+    data = {
+        "weights": name,
+        "eager_top1": _top1(reference.logits, held_out.labels),
+        "machine": machine,
+        **plain(replace(found, macs=None)),
+    }
     (RESULTS / f"int8-search-{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    plot_search(found, RESULTS / f"int8-search-{name}.png")
-    print(f"in float: {', '.join(found['in_float']) or 'nothing'}")
-    print(f"{found['drop']:.2f} points lost, {100 * found['planned_int8_mac_share']:.1f} % of the MACs in INT8")
+    assert found.search is not None  # noqa: S101
+    plot_search(found, found.search, RESULTS / f"int8-search-{name}.png")
+    print(f"in float: {', '.join(found.in_float) or 'nothing'}")
+    print(f"{found.drop:.2f} points lost, {100 * found.search.int8_share:.1f} % of the MACs in INT8")
 
 
 def _top1(logits: Array, labels: Array | None) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dualtoken_deploy.bundle.blocks import Figures
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.targets.runner import Array
 
@@ -20,6 +22,13 @@ def assert_close(actual: Any, expected: Any, sqnr_db: float | None = None, relat
     if relative is not None:
         error = float(np.linalg.norm(_wide(got) - _wide(want)) / np.linalg.norm(_wide(want)))
         assert error <= relative, f"relative error {error:.3g} > {relative:g}; {difference}"
+
+
+def shown(bundle: Bundle) -> Figures:
+    """What the export measured on photographs."""
+    figures = bundle.manifest.measured.photographs
+    assert figures is not None, f"{bundle.path} was not measured on photographs"
+    return figures
 
 
 def _wide(array: Array) -> Array:

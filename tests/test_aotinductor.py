@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dualtoken_deploy import Bundle, export, load_runner
+from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import BundleError, MissingError
-from dualtoken_deploy.targets.aotinductor.runner import obstacles, read_calls
+from dualtoken_deploy.targets.aotinductor.runner import NativeCode, isa_of, obstacles, read_calls
 from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
@@ -62,13 +63,15 @@ def test_every_product_runs_in_bfloat16(package: Bundle) -> None:
 def test_the_manifest_says_what_the_code_depends_on(package: Bundle) -> None:
     manifest = package.manifest
     assert manifest.build is not None
-    assert (manifest.state, manifest.build["device"], manifest.build["torch"]) == ("complete", "cpu", torch.__version__)
+    built = manifest.build.typed(NativeCode)
+    assert (manifest.state, built.device, built.torch) == ("complete", "cpu", torch.__version__)
     assert manifest.files.keys() == {"model.pt2", "golden.npz", "labels.txt"}
-    assert obstacles(manifest, None) == []
+    assert obstacles(built, isa_of(manifest), None) == []
 
 
 def changed(manifest: Manifest, build: dict[str, Any], **fields: Any) -> Manifest:
-    return replace(manifest, build={**(manifest.build or {}), **build}, **fields)
+    assert manifest.build is not None
+    return replace(manifest, build=Build(details={**manifest.build.details, **build}), **fields)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +92,10 @@ def test_another_machine_is_told_before_loading(
 
 
 def test_a_cpu_without_its_instructions_is_told(package: Bundle) -> None:
-    machine = {**package.manifest.machine, "isa": [*package.manifest.machine["isa"], "amx_fp16_of_tomorrow"]}
-    assert obstacles(replace(package.manifest, machine=machine), None) == ["this CPU lacks amx_fp16_of_tomorrow"]
+    assert package.manifest.build is not None
+    isa = isa_of(package.manifest) | {"amx_fp16_of_tomorrow"}
+    found = obstacles(package.manifest.build.typed(NativeCode), isa, None)
+    assert found == ["this CPU lacks amx_fp16_of_tomorrow"]
 
 
 def test_a_package_that_is_none(package: Bundle, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from dualtoken_deploy.bench import worker as bench_worker
 from dualtoken_deploy.bench.process import Job, Limits, Series, measure
 from dualtoken_deploy.bench.report import BenchReport, Ratio, latency, noise_notes, ratio_of
 from dualtoken_deploy.bench.run import Entrant, Setting, _doubts, bench, common_batch, contestant, enter, unique_names
+from dualtoken_deploy.bundle.blocks import Measured, Weights
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle, write_bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
@@ -66,14 +67,14 @@ def make_bundle(folder: Path, layers: int = 0, batch: Dim = "batch", **changes: 
     fields: dict[str, Any] = {
         "variant": "chain",
         "options": {},
-        "weights": {"source": "random", "seed": 0, "sha256": ""},
+        "weights": Weights(source="random", seed=0, sha256=""),
         "target": "onnxruntime",
         "precision": "fp32",
         "executed_precision": {},
         "input": InputContract(TensorSpec("image", "float32", "NHC", (batch, ROWS, WIDTH)), "tensor", (ROWS, WIDTH)),
         "outputs": (TensorSpec("logits", "float32", "NC", (batch, WIDTH)),),
         "tolerance": Tolerance(100.0),
-        "measured": {},
+        "measured": Measured(),
         "rules": (),
         "operators": {},
         "products": ((1, ROWS, WIDTH, WIDTH, layers),),
@@ -404,7 +405,7 @@ def test_eager_is_the_baseline_where_it_takes_part(tmp_path: Path) -> None:
         batch=1,
         variant="t",
         options={"image_size": [64, 64]},
-        weights={"source": "random", "seed": 0, "sha256": digest},
+        weights=Weights(source="random", seed=0, sha256=digest),
         input=InputContract(spec, "image", (64, 64)),
     )
     np.savez(folder / "golden.npz", input=np.zeros((1, 64, 64, 3), np.uint8), logits=np.zeros((1, 1000), np.float32))

@@ -19,7 +19,7 @@ from dualtoken_deploy.targets.coreai import export as coreai
 from dualtoken_deploy.targets.coreai.runner import ENGINE
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
-from tests.numerics import assert_close
+from tests.numerics import assert_close, shown
 
 # At 224, where G's grid is that of stage 3: its optimiser miscompiles the resizing of other sizes (see below).
 SMALL_224: dict[str, Any] = {"variant": "tiny-mix", "image_size": 224, "num_classes": 10, "input_kind": "tensor"}
@@ -37,8 +37,8 @@ def bundle(store: Path, tiny_variant: None) -> Bundle:
 
 
 def test_the_saved_asset_computes_what_eager_computes(bundle: Bundle) -> None:
-    assert bundle.manifest.measured["photographs"]["sqnr_db"] >= 100
-    assert bundle.manifest.measured["engine"] == ENGINE
+    assert shown(bundle).sqnr_db >= 100
+    assert bundle.manifest.measured.engine == ENGINE
     inspection = inspect_bundle(bundle)
     check_promise(inspection)
     assert inspection.executed_precision["conv2d"] == "float32 (interpreter)"
@@ -51,8 +51,8 @@ def test_float16_is_run_to_the_end(store: Path, tiny_variant: None) -> None:
     export(target="coreai", precision="fp16", output=folder, variant="tiny-mix", image_size=96, num_classes=10,
            global_tokens=3)  # fmt: skip
     half = Bundle.open(folder)
-    assert half.manifest.measured["photographs"]["sqnr_db"] >= 40
-    assert half.manifest.measured["engine"] == ENGINE
+    assert shown(half).sqnr_db >= 40
+    assert half.manifest.measured.engine == ENGINE
     assert half.manifest.executed_precision["conv2d"] == "float16 (interpreter)"
     with load_runner(half) as runner:
         logits = runner.run({"image": half.golden["input"]})["logits"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 
 from dualtoken_deploy import Bundle, load_runner
 from dualtoken_deploy.bench.run import bench
+from dualtoken_deploy.bundle.blocks import Calibration, HeldOutSet
 from dualtoken_deploy.bundle.store import sha256
 from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.data.images import load_batch
@@ -35,9 +37,10 @@ from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from dualtoken_deploy.use.predict import predict
-from dualtoken_deploy.use.validate import run_batches, validate
+from dualtoken_deploy.use.validate import validate
 from tests.conftest import SMALL
-from tests.numerics import assert_close
+from tests.contracts import run_batches
+from tests.numerics import assert_close, shown
 
 MakeBundle = Callable[..., Path]
 PACKAGE = "model.mlpackage"
@@ -122,8 +125,8 @@ def test_the_two_layouts_side_by_side(packages: Callable[..., Bundle]) -> None:
 def test_every_precision_on_the_saved_package(packages: Callable[..., Bundle], precision: str) -> None:
     bundle = packages(precision)
     manifest = bundle.manifest
-    assert manifest.measured["photographs"]["sqnr_db"] >= SQNR_DB[precision]
-    assert manifest.measured["engine"] == ENGINE
+    assert shown(bundle).sqnr_db >= SQNR_DB[precision]
+    assert manifest.measured.engine == ENGINE
     dtype = "float32" if precision == "fp32" else "float16"
     assert manifest.executed_precision["conv"] == f"{dtype} (reference)"
     with load_runner(bundle) as runner:
@@ -175,14 +178,14 @@ def test_the_manifest_says_what_activations_were_calibrated_on(packages: Callabl
     photographs = open_dataset("photographs")
     bundle = packages("int8-w8a8")
     stem = ["stem_conv1_conv", "stem_conv2_conv", "stem_conv3_conv", "stem_conv4_conv", "stem_proj"]
-    assert bundle.manifest.calibration == {
-        "name": "photographs",
-        "images": len(photographs),
-        "sha256": photographs.digest(contents=True),
-        "method": "minmax",
-        "quantizer": "coremltools linear_symmetric, int8",
-        "in_float": stem,
-    }
+    assert bundle.manifest.calibration == Calibration(
+        name="photographs",
+        images=len(photographs),
+        sha256=hashlib.sha256(load_batch(photographs.images, bundle.manifest.input).tobytes()).hexdigest(),
+        method="minmax",
+        quantizer="coremltools linear_symmetric, int8",
+        in_float=tuple(stem),
+    )
     check_promise(inspect_bundle(bundle))
     assert packages("int8").manifest.calibration is None
 
@@ -195,14 +198,14 @@ def test_own_calibration_pictures_and_the_loss_on_others(packages: Callable[...,
     assert said is not None
     photographs = open_dataset("photographs")
     chosen = photographs.limit(10)
-    assert (said["name"], said["images"]) == ("photographs", 10)
-    assert said["sha256"] == chosen.digest(contents=True)
-    assert said["held_out"] == {"name": "photographs", "images": len(photographs) - 10}
+    assert (said.name, said.images) == ("photographs", 10)
+    assert said.sha256 == hashlib.sha256(load_batch(chosen.images, bundle.manifest.input).tobytes()).hexdigest()
+    assert said.held_out == HeldOutSet("photographs", len(photographs) - 10)
 
     others = load_batch([path for path in photographs.images if path not in chosen.images], bundle.manifest.input)
     with load_runner(bundle) as own, eager.load(bundle, RunnerOptions()) as reference:
         best = [run_batches(runner, bundle.manifest.input, others).argmax(1) for runner in (own, reference)]
-    assert said["drop"] == pytest.approx(100 * float((best[0] != best[1]).mean()))
+    assert said.drop == pytest.approx(100 * float((best[0] != best[1]).mean()))
 
     largest: dict[str, float] = {}
 
@@ -229,7 +232,7 @@ def test_calibration_that_loses_too_much_leaves_no_bundle(tmp_path: Path, monkey
     arguments: dict[str, Any] = {**SMALL, "target": "coreml", "precision": "int8-w8a8", "output": tmp_path / "b"}
     with pytest.raises(UsageError, match="minmax"):
         export(int8=Int8Options("digits", method="entropy"), **arguments)
-    monkeypatch.setattr("dualtoken_deploy.quantize.gate.ENOUGH_DB", 200.0)
+    monkeypatch.setattr("dualtoken_deploy.quantize.judge.ENOUGH_DB", 200.0)
     with pytest.raises(ToleranceError, match=r"points of sqnr on photographs, the budget is 1: .*--precision int8"):
         export(int8=Int8Options("photographs", size=10, metric="sqnr", max_drop=1.0), **arguments)
     assert not (tmp_path / "b").exists()

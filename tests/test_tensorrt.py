@@ -24,13 +24,12 @@ from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.pipeline.build import BuildOptions, build_bundle, parse_batches, why_no_build
-from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions
-from dualtoken_deploy.targets.nvidia.engine import Host, doubts, obstacles
+from dualtoken_deploy.targets.nvidia.engine import EngineBuild, Host, doubts, obstacles
 from dualtoken_deploy.targets.nvidia.inspector import read_layers
 from dualtoken_deploy.targets.onnx.export import export_onnx
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
@@ -39,6 +38,7 @@ from dualtoken_deploy.targets.table import Target
 from dualtoken_deploy.targets.tensorrt.export import OPSET, RULES, type_onnx
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.conftest import SMALL
+from tests.contracts import make_contract
 from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
 from tests.tensorrt_api import VERSIONS
@@ -90,7 +90,7 @@ def prepared_only() -> Iterator[None]:
     """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "dualtoken_deploy.pipeline.export.why_no_build", lambda: no_device or "the tests build by themselves"
+            "dualtoken_deploy.pipeline.make.why_no_build", lambda: no_device or "the tests build by themselves"
         )
         yield
 
@@ -127,7 +127,7 @@ def test_the_prepared_file_computes_what_eager_computes(small_bundle: MakeBundle
     folder = small_bundle("tensorrt", precision)
     bundle = Bundle.open(folder)
     assert (bundle.manifest.state, bundle.manifest.build) == ("prepared", None)
-    assert bundle.manifest.measured["checked_by"] == "onnxruntime"
+    assert bundle.manifest.measured.checked_by == "onnxruntime"
     images = np.random.default_rng(5).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     with load_eager(bundle, RunnerOptions()) as eager:
@@ -273,7 +273,7 @@ def test_export_without_a_device_says_what_is_left_to_do(
         shutil.copy(made / "model.onnx", folder)  # spares the tracing; checking it and what follows are the real ones
         return Artifact((), {})
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.run_exporter", copy)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.make.run_exporter", copy)
     folder = tmp_path / "b"
     arguments = ["export", "--variant", SMALL["variant"], "--target", "tensorrt", "--precision", "fp16"]
     more = ["--image-size", "64", "--classes", "10", "--output", str(folder), "--json"]
@@ -320,8 +320,9 @@ def test_int8_is_prepared_within_its_budget_and_built(
     shutil.copytree(small_bundle("tensorrt", "int8", int8=INT8), tmp_path / "bundle")
     manifest = Bundle.open(tmp_path / "bundle").manifest
     assert manifest.calibration is not None
-    planned = manifest.calibration["planned_int8_mac_share"]
-    assert manifest.calibration["drop"] <= 15
+    planned = manifest.calibration.planned_int8_mac_share
+    assert (manifest.calibration.drop or 0.0) <= 15
+    assert planned is not None
     assert planned > 0.3
     model = graph_of(tmp_path / "bundle")
     dtypes = types_of(model)
@@ -409,11 +410,11 @@ def test_built_checked_run_and_asked(device: Device, prepared: Callable[..., Pat
     assert (folder / "model.engine").read_bytes().startswith(b"fake plan")  # raw: nothing in front of the plan
     assert (folder / "model.onnx").read_bytes() == before["model.onnx"]
     assert bundle.manifest.build is not None
-    assert bundle.manifest.build["host"]["compute_capability"] == "8.7"
+    assert bundle.manifest.build.typed(EngineBuild).host.compute_capability == "8.7"
     (checked,) = validate([bundle])
     assert checked.sqnr_db >= SQNR_DB["fp16"]
     check_promise(inspect_bundle(bundle))
-    assert len(predict(bundle, [open_dataset("photographs").images[0]], top=3)[0].guesses) == 3
+    assert len(predict(bundle, [open_dataset("photographs").images[0]], top=3)[0].answers) == 3
     assert device.cuda.memory == {}
     assert device.cuda.graphs == {}
     assert device.cuda.streams == set()
@@ -538,12 +539,12 @@ def test_built_already_and_other_targets(
 def test_export_builds_where_the_device_is_here(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dualtoken_deploy.pipeline.export import build_here
-    from dualtoken_deploy.pipeline.seal import ExportResult
+    from dualtoken_deploy.pipeline.check import ExportResult
+    from dualtoken_deploy.pipeline.make import build_here
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.why_no_build", why_no_build)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.make.why_no_build", why_no_build)
     folder = prepared()
-    exported = ExportResult(str(folder), "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
+    exported = ExportResult(str(folder), "classify", "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
     result = build_here(exported, folder, lambda _: None)
     assert (result.state, result.next_step, result.executed_precision) == ("complete", None, "float16")
     assert (folder / "model.engine").exists()
@@ -642,8 +643,7 @@ HERE = Host("11.4.0.106", "linux-x86_64", "H200", "9.0", 132, "13.0")
 )
 def test_preflight(changed: dict[str, Any], version_compatible: bool, level: str, reason: str | None) -> None:
     """Rules of NVIDIA's support matrix: 11.4's, engine portability."""
-    host = replace(HERE, **changed).to_json()
-    build = {"host": host, "version_compatible": version_compatible, "hardware_compatibility": level}
+    build = EngineBuild(replace(HERE, **changed), version_compatible, level)
     found = obstacles(build, HERE)
     assert (reason is None) == (found == [])
     assert reason is None or reason in found[0]
@@ -651,10 +651,10 @@ def test_preflight(changed: dict[str, Any], version_compatible: bool, level: str
 
 def test_preflight_on_an_old_gpu_and_its_doubts() -> None:
     old = replace(HERE, compute_capability="7.5", gpu="T4")
-    build = {"host": HERE.to_json(), "version_compatible": False, "hardware_compatibility": "ampere-plus"}
+    build = EngineBuild(HERE, False, "ampere-plus")
     assert "8.0 or later" in obstacles(build, old)[0]
     assert doubts(build, replace(HERE, gpu="H100")) == []
-    assert "tuned for H200" in doubts(build | {"hardware_compatibility": "none"}, replace(HERE, gpu="H100"))[0]
+    assert "tuned for H200" in doubts(replace(build, hardware_compatibility="none"), replace(HERE, gpu="H100"))[0]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_signatures_are_read() -> None:
 def test_cuda_calls_exist_and_take_what_we_give() -> None:
     """cuda-python's bindings are installed here, without a GPU: every call in our module against their signatures."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="the extra [tensorrt] is not installed")
-    tree = ast.parse((PACKAGE / "nvidia" / "cuda.py").read_text())
+    tree = ast.parse((PACKAGE / "targets" / "nvidia" / "cuda.py").read_text())
     calls = [
         n for n in ast.walk(tree)
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr.startswith("cuda")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from dualtoken_deploy.bundle.blocks import Build, Calibration, Measured, Origin, Weights
+from dualtoken_deploy.bundle.decode import decode, parse, plain
+from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 
 SCHEMA_VERSION = 1
@@ -17,54 +20,80 @@ CLASSIFY = "classify"
 class Manifest:
     """Everything that is known of a bundle. `files` (name -> sha256) is filled in when the bundle is written.
 
-    `weights` has "source" ("random" or the file's path), "seed" for random ones and "sha256" of the tensors.
     `products` lists the model's matrix products at batch 1 as [batch, m, k, n, count]; bench times them alone.
-    `task`: classify, detect or segment; of the last two `head` names the model and `dense` has its "form" (raw, labels,
-    detections), "classes" and "width".
+    `task`: a name of the tasks' table; of detect and segment `head` names the model and `dense` has its "form" (raw,
+    labels, detections), "classes" and "width". `origin`: what eager is rebuilt from; None in bundles of before it.
     `state` "prepared": a step on the device (`dualtoken build`) is still to come; `build` says how that one was done.
     """
 
     variant: str
     options: Mapping[str, Any]
-    weights: Mapping[str, Any]
+    weights: Weights
     target: str
     precision: str
-    executed_precision: Mapping[str, Any]
+    executed_precision: Mapping[str, str]
     input: InputContract
     outputs: tuple[TensorSpec, ...]
     tolerance: Tolerance
-    measured: Mapping[str, Any]
+    measured: Measured
     rules: tuple[str, ...]
     operators: Mapping[str, Mapping[str, int]]
     products: tuple[tuple[int, int, int, int, int], ...]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     command: str
-    calibration: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
     state: str = COMPLETE
-    build: Mapping[str, Any] | None = None
+    build: Build | None = None
     task: str = CLASSIFY
     head: str | None = None
     dense: Mapping[str, Any] | None = None
+    origin: Origin | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in the order of the fields, `schema_version` first."""
-        data = asdict(self) | {"input": self.input.to_json()}
+        data = asdict(self) | {
+            "input": self.input.to_json(),
+            "weights": plain(self.weights),
+            "measured": plain(self.measured),
+            "calibration": plain(self.calibration),
+            "build": None if self.build is None else self.build.to_json(),
+            "origin": plain(self.origin),
+        }
         return {"schema_version": data.pop("schema_version"), **data}
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Manifest:
-        """Raises KeyError, TypeError or IndexError on data that is no manifest of this schema version."""
-        known = {k: v for k, v in data.items() if k in Manifest.__dataclass_fields__}
-        return Manifest(
-            **known
-            | {
-                "input": InputContract.from_json(data["input"]),
-                "outputs": tuple(TensorSpec.from_json(o) for o in data["outputs"]),
-                "tolerance": Tolerance(**data["tolerance"]),
-                "rules": tuple(data["rules"]),
-                "products": tuple(tuple(p) for p in data["products"]),
-            }
-        )
+    def parse(text: bytes, what: str = "the manifest") -> Manifest:
+        """From the bytes of a manifest.json. Raises BundleError, which names `what`, whatever the bytes."""
+        return Manifest.from_json(parse(text, what), what)
+
+    @staticmethod
+    def from_json(data: object, what: str = "the manifest") -> Manifest:
+        """Fields that this version does not know are left out.
+
+        Raises BundleError on data that is no manifest, or one of a newer schema.
+        """
+        version = decode(data, _Version, what).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{what} has schema version {version}, this program reads up to {SCHEMA_VERSION}; "
+                "upgrade it: pip install -U dualtoken-deploy"
+            )
+        found = decode(data, Manifest, what)
+        if found.build is None:
+            return found
+        return replace(found, build=Build.from_json(decode(data, _Whole, what).build))
+
+
+@dataclass(frozen=True)
+class _Version:
+    schema_version: int
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The block whose fields are not all known here."""
+
+    build: Any

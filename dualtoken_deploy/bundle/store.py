@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.bundle.manifest import CLASSIFY, SCHEMA_VERSION, Manifest
+from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import BundleError, OutputError, UsageError
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
@@ -59,8 +59,8 @@ class Bundle:
     def size_bytes(self) -> int:
         """Size of the artifact itself: what an app ships besides manifest, golden and labels. Where a build came after
         the export, that is what `ships` of the build names."""
-        ships = (self.manifest.build or {}).get("ships")
-        names = ships or [name for name in self.manifest.files if name not in (GOLDEN, LABELS)]
+        build = self.manifest.build
+        names = (build and build.ships) or [name for name in self.manifest.files if name not in (GOLDEN, LABELS)]
         return sum(_size(self.path / name) for name in names)
 
     @cached_property
@@ -76,13 +76,6 @@ class Bundle:
                 return {name: data[name] for name in ("input", *(spec.name for spec in self.manifest.outputs))}
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise BundleError(f"{self.path / GOLDEN} cannot be read ({error}); export the bundle again") from error
-
-    def need_classifier(self, what: str, instead: str = "") -> None:
-        """Raises UsageError where this is a dense bundle: `what` is for classifiers."""
-        if self.manifest.task != CLASSIFY:
-            raise UsageError(
-                f"{self.path} is a bundle of {self.manifest.head}; {what} is for classifiers{instead and '; '}{instead}"
-            )
 
     def verify(self) -> None:
         """Raises BundleError on the first file that is missing or whose sha256 is not the manifest's."""
@@ -105,7 +98,7 @@ def write_bundle(
         np.savez_compressed(out, **golden)  # type: ignore[arg-type]  # numpy's stub mixes the arrays with allow_pickle
     (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
-    complete = Manifest(**{f: getattr(manifest, f) for f in manifest.__dataclass_fields__} | {"files": files})
+    complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return complete
@@ -212,16 +205,9 @@ def _size(path: Path) -> int:
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        version = data["schema_version"]
-        if version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; "
-                "upgrade it: pip install -U dualtoken-deploy"
-            )
-        return Manifest.from_json(data)
+        text = file.read_bytes()
     except FileNotFoundError as error:
         raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle; export one first") from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise BundleError(f"{file} cannot be read as a manifest ({reason}); export the bundle again") from error
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read ({error.strerror or error}); copy the bundle anew") from error
+    return Manifest.parse(text, str(file))

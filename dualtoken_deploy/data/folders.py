@@ -138,23 +138,30 @@ def open_parts(source: str | Path) -> tuple[ImageSet, ImageSet]:
     return train, val
 
 
-def match_labels(images: ImageSet, labels: Sequence[str]) -> tuple[int, ...]:
-    """For each image the index of its class in a model's `labels`: by name, else by order where the counts agree.
+def match_classes(classes: Sequence[str], labels: Sequence[str], name: str) -> tuple[int, ...]:
+    """For each class of a set called `name` its index in a model's `labels`: by name, else by order where the counts
+    agree. Raises DatasetError where neither fits."""
+    at = {label: i for i, label in enumerate(labels)}
+    if all(label in at for label in classes):
+        return tuple(at[label] for label in classes)
+    if len(classes) == len(labels):
+        return tuple(range(len(classes)))
+    strange = [label for label in classes if label not in at]
+    raise DatasetError(
+        f"{name} has {len(classes)} class folders, the model {len(labels)} classes, and none is called "
+        f"{strange[0]!r}; use the data that the model was trained for"
+    )
 
-    Raises DatasetError where neither fits.
+
+def match_labels(images: ImageSet, labels: Sequence[str]) -> tuple[int, ...]:
+    """For each image the index of its class in a model's `labels` (match_classes).
+
+    Raises DatasetError where there are no class folders, or they do not fit.
     """
     if images.labels is None or images.classes is None:
         raise DatasetError(f"{images.name} has no class folders; labelled images are needed")
-    at = {name: i for i, name in enumerate(labels)}
-    if all(name in at for name in images.classes):
-        return tuple(at[images.classes[label]] for label in images.labels)
-    if len(images.classes) == len(labels):
-        return images.labels
-    strange = [name for name in images.classes if name not in at]
-    raise DatasetError(
-        f"{images.name} has {len(images.classes)} class folders, the model {len(labels)} classes, and none is "
-        f"called {strange[0]!r}; use the data that the model was trained for"
-    )
+    known = match_classes(images.classes, labels, images.name)
+    return tuple(known[label] for label in images.labels)
 
 
 def _built_in(name: str) -> Callable[[str], ImageSet]:

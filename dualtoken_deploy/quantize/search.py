@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from dualtoken_deploy.bundle.blocks import SearchResult, Step
 from dualtoken_deploy.files import write_atomically
 
 Tell = Callable[[str], None]
@@ -48,35 +49,6 @@ class Scorer(Protocol):
     """Quantizes all but `in_float`, runs it and compares. `quick`: a few inputs, for the SQNR alone."""
 
     def __call__(self, in_float: frozenset[str], quick: bool) -> Score: ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """One assignment that was scored in full; `int8_share` is the share of all MACs that it leaves in INT8."""
-
-    action: str
-    in_float: tuple[str, ...]
-    drop: float
-    sqnr_db: float
-    int8_share: float
-
-
-@dataclass
-class SearchResult:
-    in_float: tuple[str, ...]
-    drop: float
-    sqnr_db: float
-    int8_share: float
-    met: bool
-    seconds: float = 0.0
-    scores: int = 0
-    noise: dict[str, float] = field(
-        default_factory=dict
-    )  # unit or block -> noise-to-signal ratio with it alone in INT8
-    trace: list[Step] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class ScoreCache:
@@ -217,7 +189,7 @@ class _Search:
         best = max(holding, key=lambda s: s.int8_share) if holding else min(self.trace, key=lambda s: s.drop)
         return SearchResult(
             best.in_float, best.drop, best.sqnr_db, best.int8_share, bool(holding),
-            round(time.monotonic() - self.began, 1), self.scorer.calls, self.noise, self.trace,
+            round(time.monotonic() - self.began, 1), self.scorer.calls, self.noise, tuple(self.trace),
         )  # fmt: skip
 
     def _late(self) -> bool:

@@ -164,7 +164,7 @@ def _tensor(spec: Any) -> dict[str, Any]:
 def _about(model: Model) -> Mapping[str, Any]:
     """Which bundle answered."""
     manifest = model.bundle.manifest
-    weights = PurePath(str(manifest.weights["source"])).name  # the folders above it are nobody's business
+    weights = PurePath(manifest.weights.source).name  # the folders above it are nobody's business
     return {
         "variant": manifest.variant,
         "target": manifest.target,

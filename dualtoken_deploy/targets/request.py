@@ -15,7 +15,12 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import Build, Calibration
 from dualtoken_deploy.bundle.manifest import CLASSIFY
+from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.quantize.backend import Backend
+from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.table import Target
 
@@ -28,7 +33,7 @@ class Samples:
     to say of them."""
 
     inputs: NDArray[Any]
-    said: Mapping[str, Any]
+    said: Calibration
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,38 @@ class Artifact:
 
     rules: tuple[str, ...]
     operators: Mapping[str, Mapping[str, int]]
-    build: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
+    build: Build | None = None
+    calibration: Calibration | None = None
 
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.name}.export")
+    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.export")
     artifact: Artifact = module.export(model, request, folder, tell)
     return artifact
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float program with ranges, for the search: `backend` writes the files of any choice of layers; `artifact`: what
+    was done to make it."""
+
+    backend: Backend
+    artifact: Artifact
+
+
+def run_quantizer(
+    target: Target, model: nn.Module, request: Request, calibration: CalibrationSet, options: Int8Options, tell: Tell
+) -> Prepared:
+    """The target's own quantizer over the model. Raises UsageError on one it does not have, ConversionError."""
+    name = options.quantizer or target.quantizers[0]
+    if name not in target.quantizers:
+        raise UsageError(
+            f"unknown quantizer {name!r} for {target.name}; valid quantizers: {', '.join(target.quantizers)}"
+        )
+    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.quantize")
+    prepared: Prepared = module.prepare(model, request, calibration, name, options.method, tell)
+    return prepared
 
 
 @contextlib.contextmanager

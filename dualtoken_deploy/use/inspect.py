@@ -11,18 +11,7 @@ from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.targets.load import Execution, engine_of, load_runner
-
-# Kinds that hold a model's matrix products, by the names that the runtimes give to what they execute.
-PRODUCT_KINDS = frozenset(
-    {
-        *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"),
-        *("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger"),
-        *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
-        *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
-        *("batch_matmul", "conv2d"),  # Core AI's
-        *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
-    }
-)
+from dualtoken_deploy.targets.table import product_kinds
 
 SHARE_SLACK = 0.005  # of the MACs: kernels differ a little between versions of a runtime
 
@@ -69,9 +58,9 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
 
 def int8_share(manifest: Manifest, execution: Execution) -> tuple[float, tuple[str, ...]]:
     """Share of an INT8 bundle's MACs that execute in integers, and the products that do not; 0 for other bundles."""
-    if manifest.precision != "int8" or manifest.calibration is None:
+    macs = None if manifest.calibration is None else manifest.calibration.macs
+    if manifest.precision != "int8" or not macs:
         return 0.0, ()
-    macs = manifest.calibration["macs"]
     integers = {name for name, dtype in execution.nodes.items() if dtype in ("int8", "uint8")}
     done = sum(count for name, count in macs.items() if name in integers)
     return done / sum(macs.values()), tuple(name for name in macs if name not in integers)
@@ -84,7 +73,7 @@ def kind_precision(execution: Execution) -> dict[str, str]:
 
 def product_precision(kinds: Mapping[str, str]) -> str:
     """The dtypes in which the matrix products run, joined with "+" where they are not all one."""
-    return "+".join(sorted({dtype for kind, dtype in kinds.items() if kind in PRODUCT_KINDS})) or "unknown"
+    return "+".join(sorted({dtype for kind, dtype in kinds.items() if kind in product_kinds()})) or "unknown"
 
 
 def _bare(dtype: str) -> str:
@@ -110,13 +99,13 @@ def check_promise(inspection: Inspection) -> None:
 
 
 def _check_float32(inspection: Inspection) -> None:
-    allowed = (inspection.manifest.build or {}).get("float32_share_allowed")
-    if allowed is not None:
-        check_share(inspection.manifest.precision, inspection.float32_share, allowed)
+    build = inspection.manifest.build
+    if build is not None and build.float32_share_allowed is not None:
+        check_share(inspection.manifest.precision, inspection.float32_share, build.float32_share_allowed)
 
 
 def _check_int8(inspection: Inspection) -> None:
-    promised = inspection.manifest.measured["int8_mac_share"]
+    promised = inspection.manifest.measured.int8_mac_share
     if inspection.int8_mac_share < promised - SHARE_SLACK:
         missing = ", ".join(inspection.float_products[:3])
         raise ToleranceError(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import UsageError, missing_extra
 from dualtoken_deploy.files import write_atomically
+
+if TYPE_CHECKING:
+    from dualtoken_deploy.bundle.blocks import Calibration, SearchResult
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -72,19 +75,19 @@ def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: Path,
     save_figure(path, (side, side), draw)
 
 
-def plot_search(said: Mapping[str, Any], path: Path) -> None:
-    """The search in an INT8 manifest: points lost against the share of the MACs in INT8, step by step."""
-    steps = said["search"]["trace"]
+def plot_search(calibration: Calibration, found: SearchResult, path: Path) -> None:
+    """The search behind an INT8 bundle: points lost against the share of the MACs in INT8, step by step."""
 
     def fill(figure: Any) -> None:
         axis = figure.subplots()
-        shares, drops = [100 * s["int8_share"] for s in steps], [s["drop"] for s in steps]
+        steps = found.trace
+        shares, drops = [100 * s.int8_share for s in steps], [s.drop for s in steps]
         axis.plot(shares, drops, marker="o", linewidth=0.8)
         for step, x, y in zip(steps, shares, drops, strict=True):
-            axis.annotate(step["action"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.axhline(said["max_drop"], color="red", linewidth=0.8, label=f"budget {said['max_drop']:g}")
+            axis.annotate(step.action, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.axhline(calibration.max_drop or 0.0, color="red", linewidth=0.8, label=f"budget {calibration.max_drop:g}")
         axis.set_xlabel("MACs in INT8 (%)")
-        axis.set_ylabel(f"points of {said['metric']} lost")
+        axis.set_ylabel(f"points of {calibration.metric} lost")
         axis.grid(alpha=0.3)
         axis.legend()
 

@@ -6,16 +6,19 @@ import os
 import platform
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualtoken_deploy.bundle.blocks import Build
+from dualtoken_deploy.bundle.decode import plain
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, MissingError, first_line
+from dualtoken_deploy.targets.aotinductor.runner import NativeCode
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 
 RULES = DEFAULT_RULES
@@ -100,15 +103,11 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
         raise ConversionError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
 
 
-def describe(device: str, compiler: str) -> dict[str, Any]:
+def describe(device: str, compiler: str) -> Build:
     """What the native code depends on."""
-    data: dict[str, Any] = {
-        "device": device,
-        "system": f"{platform.system().lower()}-{platform.machine().lower()}",
-        "torch": torch.__version__,
-        "compiler": Path(compiler).name,
-    }
+    system = f"{platform.system().lower()}-{platform.machine().lower()}"
+    said = NativeCode(device, system, str(torch.__version__), Path(compiler).name)
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        data |= {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
-    return data
+        said = replace(said, gpu=torch.cuda.get_device_name(), compute_capability=f"{major}.{minor}")
+    return Build(details=plain(said))

@@ -6,7 +6,8 @@ import platform
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +38,18 @@ _CONSTANT = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class NativeCode:
+    """What a package depends on. `device` cpu or cuda, `system` as linux-x86_64; `gpu` and its capability: cuda."""
+
+    device: str
+    system: str
+    torch: str
+    compiler: str = ""
+    gpu: str | None = None
+    compute_capability: str | None = None
+
+
 def load(bundle: Bundle, options: RunnerOptions) -> AotInductorRunner:
     """A runner for model.pt2 of the bundle.
 
@@ -46,43 +59,49 @@ def load(bundle: Bundle, options: RunnerOptions) -> AotInductorRunner:
     manifest = bundle.manifest
     if manifest.build is None:
         raise BundleError(f"{bundle.path} does not say what it was compiled for; export it again")
-    if reasons := obstacles(manifest, options.device):
+    built = manifest.build.typed(NativeCode)
+    if reasons := obstacles(built, isa_of(manifest), options.device):
         raise MissingError(f"{bundle.path} will not run here: {'; '.join(reasons)}; export it on this kind of machine")
     specs = (manifest.input.tensor,), manifest.outputs
-    return AotInductorRunner(bundle.path / "model.pt2", *specs, str(manifest.build["device"]), options)
+    return AotInductorRunner(bundle.path / "model.pt2", *specs, built.device, options)
 
 
-def obstacles(manifest: Manifest, device: str | None) -> list[str]:
-    """Why a package will not run here; empty where it will."""
+def isa_of(manifest: Manifest) -> frozenset[str]:
+    """The instruction sets of the machine that made a bundle."""
+    said = manifest.machine.get("isa")
+    return frozenset(map(str, said)) if isinstance(said, (list, tuple)) else frozenset()
+
+
+def obstacles(built: NativeCode, isa: Set[str], device: str | None) -> list[str]:
+    """Why a package will not run here; empty where it will. `isa`: of the machine that made it."""
     try:
         import torch
     except ImportError as error:
         raise missing_extra("export", "running an AOTInductor package") from error
-    built = manifest.build or {}
     here = f"{platform.system().lower()}-{platform.machine().lower()}"
     found = []
-    wanted = (device or built["device"]).lower()
-    if wanted != built["device"]:
-        found.append(f"it is compiled for {built['device']}, not for device {device!r}")
-    if built["system"] != here:
-        found.append(f"it was compiled on {built['system']}, this is {here}")
-    if built["torch"] != torch.__version__:
-        found.append(f"it was compiled by torch {built['torch']}, here is {torch.__version__}")
-    if built["device"] == "cpu" and (lacking := set(manifest.machine["isa"]) - set(describe_machine()["isa"])):
+    wanted = (device or built.device).lower()
+    if wanted != built.device:
+        found.append(f"it is compiled for {built.device}, not for device {device!r}")
+    if built.system != here:
+        found.append(f"it was compiled on {built.system}, this is {here}")
+    if built.torch != torch.__version__:
+        found.append(f"it was compiled by torch {built.torch}, here is {torch.__version__}")
+    if built.device == "cpu" and (lacking := isa - set(describe_machine()["isa"])):
         found.append(f"this CPU lacks {', '.join(sorted(lacking))}")
-    if built["device"] == "cuda":
+    if built.device == "cuda":
         found += _cuda_obstacles(built)
     return found
 
 
-def _cuda_obstacles(built: Mapping[str, Any]) -> list[str]:
+def _cuda_obstacles(built: NativeCode) -> list[str]:
     import torch
 
     if not torch.cuda.is_available():
         return [f"PyTorch {torch.__version__} finds no CUDA device"]
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    if capability != built["compute_capability"]:
-        return [f"it is for compute capability {built['compute_capability']}, this GPU has {capability}"]
+    if capability != built.compute_capability:
+        return [f"it is for compute capability {built.compute_capability}, this GPU has {capability}"]
     return []
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dualtoken_deploy.bundle.blocks import Calibration
 from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
@@ -48,12 +51,12 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
     program = convert(ct, module, request, deployment, tell)
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
     if request.precision == W8A8:
         samples = calibration_samples(request)
         tell(f"measuring activations on {len(samples)} pictures by reference execution")
         program, in_float = quantize_activations(program, samples)
-        calibration = {**(request.samples.said if request.samples else {}), "in_float": in_float}
+        calibration = _said(request, in_float)
     if request.precision in COMPRESSIONS:
         tell(f"compressing weights to {request.precision}")
         program = compress(program, request.precision, _since(deployment, ATTENTION_SINCE))
@@ -64,6 +67,10 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     saved = load_program(package)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
     return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
+
+
+def _said(request: Request, in_float: Sequence[str]) -> Calibration | None:
+    return None if request.samples is None else replace(request.samples.said, in_float=tuple(in_float))
 
 
 def default_layout(model: nn.Module) -> str:

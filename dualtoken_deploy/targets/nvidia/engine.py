@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +33,15 @@ class Host:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class EngineBuild:
+    """What decides whether an engine loads, of the `build` of a manifest."""
+
+    host: Host
+    version_compatible: bool
+    hardware_compatibility: str
+
+
 def this_host(device: str | None = None, lean: bool = False) -> Host:
     """This machine. Raises MissingError where TensorRT or a GPU is not here."""
     trt = load_tensorrt(lean)
@@ -42,27 +50,27 @@ def this_host(device: str | None = None, lean: bool = False) -> Host:
     return Host(trt.__version__, system, gpu.name, gpu.compute_capability, gpu.multiprocessors, gpu.driver)
 
 
-def obstacles(build: Mapping[str, Any], here: Host) -> list[str]:
-    """Why an engine that was built as `build` (of a manifest) says will not load here; empty where it will."""
-    built = build["host"]
+def obstacles(build: EngineBuild, here: Host) -> list[str]:
+    """Why an engine that was built as `build` says will not load here; empty where it will."""
+    built = build.host
     found = []
-    if built["system"] != here.system:
-        found.append(f"it was built on {built['system']}, this is {here.system}")
-    if not _version_fits(built["tensorrt"], here.tensorrt, build["version_compatible"]):
-        how = "version-compatible, and so needs a later one" if build["version_compatible"] else "for that one alone"
-        found.append(f"it was built by TensorRT {built['tensorrt']} {how}, here is {here.tensorrt}")
-    found += _hardware(built["compute_capability"], here, build["hardware_compatibility"])
+    if built.system != here.system:
+        found.append(f"it was built on {built.system}, this is {here.system}")
+    if not _version_fits(built.tensorrt, here.tensorrt, build.version_compatible):
+        how = "version-compatible, and so needs a later one" if build.version_compatible else "for that one alone"
+        found.append(f"it was built by TensorRT {built.tensorrt} {how}, here is {here.tensorrt}")
+    found += _hardware(built.compute_capability, here, build.hardware_compatibility)
     return found
 
 
-def doubts(build: Mapping[str, Any], here: Host) -> list[str]:
+def doubts(build: EngineBuild, here: Host) -> list[str]:
     """What will load but is not what the engine was tuned for."""
-    built = build["host"]
-    if build["hardware_compatibility"] == "none" and (built["gpu"], built["multiprocessors"]) != (
+    built = build.host
+    if build.hardware_compatibility == "none" and (built.gpu, built.multiprocessors) != (
         here.gpu,
         here.multiprocessors,
     ):
-        return [f"it was tuned for {built['gpu']}, this is {here.gpu}: it may be slow or fail; build it here"]
+        return [f"it was tuned for {built.gpu}, this is {here.gpu}: it may be slow or fail; build it here"]
     return []
 
 

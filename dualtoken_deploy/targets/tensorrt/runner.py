@@ -13,7 +13,7 @@ from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, 
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.nvidia.binding import complaint, load_tensorrt, make_logger
 from dualtoken_deploy.targets.nvidia.cuda import Buffer, Stream, find_gpu
-from dualtoken_deploy.targets.nvidia.engine import ENGINE, doubts, obstacles, this_host
+from dualtoken_deploy.targets.nvidia.engine import ENGINE, EngineBuild, doubts, obstacles, this_host
 from dualtoken_deploy.targets.nvidia.inspector import read_layers
 from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
 
@@ -30,15 +30,16 @@ def load(bundle: Bundle, options: RunnerOptions) -> TensorRtRunner:
     manifest = bundle.manifest
     if manifest.state != COMPLETE or manifest.build is None:
         raise MissingError(f"{bundle.path} is prepared, not built; on the device run: dualtoken build {bundle.path}")
-    lean = bool(manifest.build["version_compatible"])
+    built = manifest.build.typed(EngineBuild)
+    lean = built.version_compatible
     here = this_host(options.device, lean)
-    if reasons := obstacles(manifest.build, here):
+    if reasons := obstacles(built, here):
         raise MissingError(
             f"{bundle.path / ENGINE} will not load here: {'; '.join(reasons)}; build it here with: "
             f"dualtoken build {bundle.path} --rebuild"
         )
     specs = (manifest.input.tensor,), manifest.outputs
-    return TensorRtRunner(bundle.path / ENGINE, *specs, options, lean, tuple(doubts(manifest.build, here)))
+    return TensorRtRunner(bundle.path / ENGINE, *specs, options, lean, tuple(doubts(built, here)))
 
 
 class TensorRtRunner(Bordered):
