@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,9 +69,9 @@ def _searched(
     found = draft_manifest(plan, module, request, prepared.artifact)
     checked = replace(found, target=row.checked_by or row.name)
 
-    def run(place: Path, inputs: Array) -> Sequence[Outputs]:
+    def run(place: Path, inputs: Array) -> Iterator[Outputs]:
         with load_runner(Bundle(place, checked)) as runner:
-            return list(run_each(runner, request.contract, inputs))
+            yield from run_each(runner, request.contract, inputs)
 
     said = quantize_within_budget(row.name, prepared.backend, calibration, judge, options, run, folder, tell)
     return replace(found, calibration=said)

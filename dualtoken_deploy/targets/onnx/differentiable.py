@@ -1,6 +1,7 @@
 """An ONNX graph that torch computes, so that what its logits owe to any value inside has a gradient.
 
 Only what quantizing needs: graphs with known shapes, one input, the operators that torch.onnx leaves after onnxsim.
+What has no translation, such as the suppression of boxes, ends the graph: its inputs are outputs then.
 """
 # ruff: noqa: ARG001, ARG005 (all translations take a node's inputs and its attributes, whether they need both or not)
 
@@ -34,20 +35,22 @@ class TorchGraph:
             (node, {a.name: helper.get_attribute_value(a) for a in node.attribute}) for node in model.graph.node
         ]
 
-    @staticmethod
-    def unknown(model: onnx.ModelProto) -> list[str]:
-        """Operators of a graph that have no translation here."""
-        return sorted({node.op_type for node in model.graph.node} - OPERATORS.keys())
-
     def run(self, inputs: Array, watch: Callable[[onnx.NodeProto, Attributes, list[Any], Any], Any]) -> dict[str, Any]:
-        """All outputs of the graph for one input. `watch` sees every node with its inputs and what it gave, and returns
-        what goes on instead."""
+        """What the graph ends in, for one input: its outputs, and what goes into nodes that cannot be computed here.
+
+        `watch` sees every node with its inputs and what it gave, and returns what goes on instead.
+        """
         values: dict[str, Any] = {**self._constants, self.feed: torch.from_numpy(np.ascontiguousarray(inputs))}
+        ends = dict.fromkeys(self.outputs)
         for node, attributes in self.nodes:
-            given = [values[name] if name else None for name in node.input]
+            given = [values.get(name) if name else None for name in node.input]
+            missing = any(name and name not in values for name in node.input)
+            if missing or node.op_type not in OPERATORS:
+                ends.update((n, None) for n in node.input if n in values and n not in self._constants)
+                continue
             made = watch(node, attributes, given, OPERATORS[node.op_type](given, attributes))
             values.update(zip(node.output, made if isinstance(made, tuple) else (made,), strict=False))
-        return {name: values[name] for name in self.outputs}
+        return {name: values[name] for name in ends if name in values}
 
 
 def compute(node: onnx.NodeProto, attributes: Attributes, inputs: list[Any]) -> Any:
@@ -87,7 +90,7 @@ def _conv(i: list[Any], a: Attributes) -> Any:
     function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
     bias = i[2] if len(i) > 2 else None
     strides, dilations = a.get("strides") or [1] * rank, a.get("dilations") or [1] * rank
-    return function(_padded(i[0], a, rank), i[1], bias, strides, 0, dilations, a.get("group", 1))  # type: ignore[operator]
+    return function(_padded(i[0], a, rank), i[1], bias, strides, 0, dilations, a.get("group", 1))
 
 
 def _gemm(i: list[Any], a: Attributes) -> Any:
@@ -139,10 +142,10 @@ def _average_pool(i: list[Any], a: Attributes) -> Any:
     counted = bool(a.get("count_include_pad", 0))
     function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[rank]
     strides, ceil = a.get("strides") or [1] * rank, bool(a.get("ceil_mode", 0))
-    out = function(_padded(i[0], a, rank), a["kernel_shape"], strides, 0, ceil)  # type: ignore[operator]
+    out = function(_padded(i[0], a, rank), a["kernel_shape"], strides, 0, ceil)
     if counted or not any(a.get("pads") or [0]):
         return out
-    share = function(_padded(torch.ones_like(i[0]), a, rank), a["kernel_shape"], strides, 0, ceil)  # type: ignore[operator]
+    share = function(_padded(torch.ones_like(i[0]), a, rank), a["kernel_shape"], strides, 0, ceil)
     return out / share
 
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from torch import Tensor
 
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
-from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.migrate import (
     Channels,
     Migration,
@@ -29,8 +31,8 @@ from dualtoken_deploy.targets.onnx.migrate import (
     migrate,
     plan_migration,
 )
+from dualtoken_deploy.targets.onnx.noise import measure
 from dualtoken_deploy.targets.onnx.ranges import Range, check_method, collect_extremes, collect_ranges
-from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.request import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
@@ -112,7 +114,7 @@ class QdqQuantizer:
     ) -> None:
         """`method`: one of ranges.METHODS. Raises UsageError on another."""
         check_method(method)
-        self.model, self.style = _named(model), style
+        self.model, self.style, self._inputs = _named(model), style, calibration.inputs
         self.products = read_products(self.model)
         self._nodes = [n.name for n in self.model.graph.node if n.output[0] in self.products.eligible]
         axes = channel_axes(self.model)
@@ -172,23 +174,41 @@ class QdqQuantizer:
         _keep_bias_apart(out)
         return out
 
-    def noise(self, inputs: Array) -> dict[str, float]:
-        """First-order estimate of each layer's noise-to-signal ratio: that of its inputs and of its weights."""
-        weights = {t.name: t for t in self.model.graph.initializer}
-        wanted = {i for n in self.model.graph.node if n.op_type in PRODUCTS for i in n.input[:2] if i not in weights}
-        values = Prober(self.model, sorted(wanted)).run_each(inputs)
-        out: dict[str, float] = {}
-        for node in self.model.graph.node:
-            if node.op_type in PRODUCTS and node.output[0] in self.products.eligible:
-                ratios = [
-                    _weight_noise(numpy_helper.to_array(weights[i]), node.op_type)
-                    if i in weights
-                    else _activation_noise(values[i], self.ranges[i], self.style)
-                    for i in node.input[:2]
-                ]
-                layer = layer_of(node.output[0])
-                out[layer] = max(out.get(layer, 0.0), sum(ratios))
-        return out
+    def sensitivity(self, products: Products | None = None) -> Sensitivity:
+        """What each unit's rounding does to the outputs; of other `products` than all that may be INT8, if given."""
+        weights = {t.name for t in self.migrated.graph.initializer}
+
+        def rounded(name: str, value: Tensor, kind: str) -> Tensor:
+            return (
+                round_weight(value, kind, self.style)
+                if name in weights
+                else round_value(value, self.ranges[name], self.style)
+            )
+
+        return measure(
+            self.migrated, products or self.products, self._inputs, rounded,
+            lambda kind: kind == "Conv" and self.style.conv_outputs,
+        )  # fmt: skip
+
+
+def round_weight(weight: Tensor, kind: str, style: Style) -> Tensor:
+    """In int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
+    axis = 0 if kind == "Conv" else weight.ndim - 1
+    others = [i for i in range(weight.ndim) if i != axis]
+    scale = weight.abs().amax(others, keepdim=True).clamp_min(1e-12) / (127 >> int(style.reduce_range))
+    return torch.round(weight / scale) * scale
+
+
+def round_value(value: Tensor, bounds: Range, style: Style) -> Tensor:
+    """An activation in a style's integers, over a range."""
+    low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
+    levels = 255 >> int(style.reduce_range)
+    if style.unsigned:
+        scale = max(high - low, 1e-12) / levels
+        zero = round(-low / scale)
+        return (torch.clamp(torch.round(value / scale) + zero, 0, levels) - zero) * scale
+    scale = max(-low, high, 1e-12) / 127
+    return torch.clamp(torch.round(value / scale), -127, 127) * scale
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -246,27 +266,3 @@ def without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
             if zero is not None and not numpy_helper.to_array(zero).any():
                 del node.input[2]
     return out
-
-
-def _weight_noise(weight: Array, kind: str) -> float:
-    """Of int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
-    axis = 0 if kind == "Conv" else weight.ndim - 1
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = np.maximum(np.abs(weight).max(others, keepdims=True), 1e-12) / 127
-    return _ratio(weight, np.rint(weight / scale) * scale)
-
-
-def _activation_noise(value: Array, bounds: tuple[float, float], style: Style) -> float:
-    low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
-    levels = 255 >> int(style.reduce_range)
-    if style.unsigned:
-        scale = max(high - low, 1e-12) / levels
-        zero = np.rint(-low / scale)
-        return _ratio(value, (np.clip(np.rint(value / scale) + zero, 0, levels) - zero) * scale)
-    scale = max(-low, high, 1e-12) / 127
-    return _ratio(value, np.clip(np.rint(value / scale), -127, 127) * scale)
-
-
-def _ratio(exact: Array, rounded: Array) -> float:
-    signal = float((exact.astype(np.float64) ** 2).sum())
-    return float(((rounded - exact).astype(np.float64) ** 2).sum()) / signal if signal else 0.0

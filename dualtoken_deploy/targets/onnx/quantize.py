@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, OnnxExport, export_onnx
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
@@ -44,8 +44,8 @@ class OnnxBackend:
         self.described = f"Q/DQ {style.name}, {method}"
         self.source = graph_sha256(model)
 
-    def noise(self, inputs: Array) -> dict[str, float]:
-        return self._quantizer.noise(inputs)
+    def sensitivity(self) -> Sensitivity:
+        return self._quantizer.sensitivity()
 
     def write(self, in_float: Iterable[str], folder: Path) -> None:
         onnx.save(self._quantizer.quantize(in_float), folder / "model.onnx")
