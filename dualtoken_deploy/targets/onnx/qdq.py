@@ -7,6 +7,7 @@ float. Products with a small side (SMALLEST) stay float too: no engine gains the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -23,6 +24,7 @@ from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.memory import Latest
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.migrate import (
     Channels,
@@ -118,7 +120,12 @@ class QdqQuantizer:
         self.products = read_products(self.model)
         self._nodes = [n.name for n in self.model.graph.node if n.output[0] in self.products.eligible]
         axes = channel_axes(self.model)
-        self.ranges, channels = collect_extremes(self.model, _activations(self.model), axes, calibration.inputs, tell)
+        graph = hashlib.sha256(self.model.SerializeToString(deterministic=True)).hexdigest()
+        found, channels = _EXTREMES.get(
+            f"{graph} {calibration.sha256} {len(calibration.inputs)}",
+            lambda: collect_extremes(self.model, _activations(self.model), axes, calibration.inputs, tell),
+        )
+        self.ranges = dict(found)
         empty = Migration({}, {})
         self._plan = (
             plan_migration(self.model, self._nodes, channels, style.conv_outputs) if methods.migration else empty
@@ -189,6 +196,10 @@ class QdqQuantizer:
             self.migrated, products or self.products, self._inputs, rounded,
             lambda kind: kind == "Conv" and self.style.conv_outputs,
         )  # fmt: skip
+
+
+# Two targets that take one graph are calibrated once.
+_EXTREMES: Latest[tuple[dict[str, Range], dict[str, Channels]]] = Latest()
 
 
 def round_weight(weight: Tensor, kind: str, style: Style) -> Tensor:

@@ -11,6 +11,7 @@ import onnx
 from torch import nn
 
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.memory import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, OnnxExport, export_onnx
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style
@@ -22,7 +23,14 @@ Open = Callable[[onnx.ModelProto, CalibrationSet, str, Tell], "OnnxBackend"]
 
 def float_graph(module: nn.Module, request: Request, rules: Iterable[str], tell: Tell) -> OnnxExport:
     """The graph that is quantized: float32, by the rules of its target, below the opset with whole attentions."""
-    return export_onnx(module, replace(request, precision="fp32"), rules, request.opset or DECOMPOSED_OPSET, tell)
+    source, chosen = replace(request, precision="fp32"), tuple(rules)
+    opset = request.opset or DECOMPOSED_OPSET
+    said = sorted(source.metadata.items())
+    key = fingerprint(module, source.contract, source.outputs, source.task, said, chosen, opset)
+    return _GRAPH.get(key, lambda: export_onnx(module, source, chosen, opset, tell))
+
+
+_GRAPH: Latest[OnnxExport] = Latest()
 
 
 def artifact_of(exported: OnnxExport) -> Artifact:

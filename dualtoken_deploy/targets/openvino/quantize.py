@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx
 from torch import nn
 
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style, onnxruntime_style, without_zero_points
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend, artifact_of, float_graph, graph_sha256
-from dualtoken_deploy.targets.openvino.export import RULES
 from dualtoken_deploy.targets.openvino.ir import save_ir
 from dualtoken_deploy.targets.request import Prepared, Request, Tell
 
@@ -53,7 +53,7 @@ def prepare(
     module: nn.Module, request: Request, calibration: CalibrationSet, quantizer: str, method: str, tell: Tell
 ) -> Prepared:
     """`quantizer` qdq: pairs in this CPU's scheme; nncf: NNCF's own calibration and placement."""
-    exported = float_graph(module, request, RULES, tell)
+    exported = float_graph(module, request, DEFAULT_RULES, tell)  # pooling by convolution gains nothing in INT8
     backend: Backend
     if quantizer == "nncf":
         backend = NncfBackend(exported.model, calibration, tell)
