@@ -237,7 +237,7 @@ def test_out_of_tolerance_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.M
     from dualtoken_deploy import export
 
     strict = replace(TARGETS["onnxruntime"], tolerances={"fp32": Tolerance(sqnr_db=299.0)})
-    monkeypatch.setattr("dualtoken_deploy.pipeline.get_target", lambda _: strict)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.export.get_target", lambda _: strict)
     with pytest.raises(ToleranceError, match=r"out of tolerance on golden: SQNR 1\d\d\.\d dB \(needs 299\)"):
         export(target="onnxruntime", output=tmp_path / "b", **SMALL)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

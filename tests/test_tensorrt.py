@@ -89,7 +89,7 @@ def types_of(model: onnx.ModelProto) -> dict[str, str]:
 def prepared_only() -> Iterator[None]:
     """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualtoken_deploy.pipeline.why_no_build", lambda: no_device or "the tests build by themselves")
+        patch.setattr("dualtoken_deploy.pipeline.export.why_no_build", lambda: no_device or "the tests build by themselves")
         yield
 
 
@@ -271,7 +271,7 @@ def test_export_without_a_device_says_what_is_left_to_do(
         shutil.copy(made / "model.onnx", folder)  # spares the tracing; checking it and what follows are the real ones
         return Artifact((), {})
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.run_exporter", copy)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.export.run_exporter", copy)
     folder = tmp_path / "b"
     arguments = ["export", "--variant", SMALL["variant"], "--target", "tensorrt", "--precision", "fp16"]
     more = ["--image-size", "64", "--classes", "10", "--output", str(folder), "--json"]
@@ -540,7 +540,7 @@ def test_export_builds_where_the_device_is_here(
     from dualtoken_deploy.pipeline.export import build_here
     from dualtoken_deploy.pipeline.seal import ExportResult
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.why_no_build", why_no_build)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.export.why_no_build", why_no_build)
     folder = prepared()
     exported = ExportResult(str(folder), "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
     result = build_here(exported, folder, lambda _: None)
