@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+from dualtoken_deploy.targets.backends import open_backend
 
 from dualtoken_deploy.bundle.decode import plain
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
@@ -26,7 +27,6 @@ from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.quantize.calibration import Array, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, make_reference, quantize_within_budget
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.backends import open_backend
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx

@@ -16,13 +16,10 @@ if TYPE_CHECKING:
     from dualtoken_deploy.models.heads.table import create_dense_model
     from dualtoken_deploy.models.registry import create_model
     from dualtoken_deploy.pipeline.export import export
-    from dualtoken_deploy.pipeline.export_dense import export_dense
     from dualtoken_deploy.targets.load import load_runner
     from dualtoken_deploy.use.inspect import inspect_bundle
     from dualtoken_deploy.use.predict import predict
-    from dualtoken_deploy.use.predict_dense import predict_dense
     from dualtoken_deploy.use.validate import validate
-    from dualtoken_deploy.use.validate_dense import validate_dense
 
 __version__ = "0.1.0"
 
@@ -31,13 +28,10 @@ _HOMES = {
     "create_dense_model": "models.heads.table",
     "create_model": "models.registry",
     "export": "pipeline.export",
-    "export_dense": "pipeline.export_dense",
     "inspect_bundle": "use.inspect",
     "load_runner": "targets.load",
     "predict": "use.predict",
-    "predict_dense": "use.predict_dense",
     "validate": "use.validate",
-    "validate_dense": "use.validate_dense",
 }
 
 __all__ = [
@@ -46,13 +40,10 @@ __all__ = [
     "create_dense_model",
     "create_model",
     "export",
-    "export_dense",
     "inspect_bundle",
     "load_runner",
     "predict",
-    "predict_dense",
     "validate",
-    "validate_dense",
 ]
 
 

@@ -30,26 +30,66 @@ class Difference:
         )
 
 
+class Running:
+    """A Difference over arrays that come one after another; their values are not kept."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = self._errors = self._dot = self._power = 0.0
+        self._count, self._seen, self._worst = 0, 0, -1.0
+        self._at: tuple[int, ...] = ()
+        self._finite = True
+
+    def add(self, expected: Array, actual: Array) -> None:
+        """Raises ValueError on unequal shapes or an empty array."""
+        if expected.shape != actual.shape or expected.size == 0:
+            raise ValueError(f"cannot compare shapes {expected.shape} and {actual.shape}")
+        rows, self._seen = self._seen, self._seen + (expected.shape[0] if expected.ndim else 1)
+        if not self._finite:
+            return
+        want, got = expected.astype(np.float64), actual.astype(np.float64)
+        if not np.isfinite(got).all():
+            self._finite, self._at = False, _place(int(np.argmin(np.isfinite(got))), got.shape, rows)
+            return
+        error = np.abs(got - want)
+        self._noise += float((error**2).sum())
+        self._signal += float((want**2).sum())
+        self._power += float((got**2).sum())
+        self._dot += float((want * got).sum())
+        self._errors += float(error.sum())
+        self._count += error.size
+        if float(error.max()) > self._worst:
+            self._worst, self._at = float(error.max()), _place(int(error.argmax()), error.shape, rows)
+
+    def difference(self) -> Difference:
+        """Of all that was added, joined along the first axis. Raises ValueError where nothing was."""
+        if not self._seen:
+            raise ValueError("nothing was compared")
+        if not self._finite:
+            return Difference(-SQNR_LIMIT_DB, np.inf, np.inf, 0.0, self._at)
+        ratio = np.inf if self._noise == 0 else self._signal / self._noise
+        sqnr = np.clip(10 * np.log10(max(ratio, 1e-30)), -SQNR_LIMIT_DB, SQNR_LIMIT_DB)
+        norm = float(np.sqrt(self._signal) * np.sqrt(self._power))
+        cosine = self._dot / norm if norm else float(self._noise == 0)
+        return Difference(float(sqnr), self._worst, self._errors / self._count, cosine, self._at)
+
+
+def _place(flat: int, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Where a flat index lies in an array that came behind `rows` rows of others."""
+    place = [int(i) for i in np.unravel_index(flat, shape)]
+    if place:
+        place[0] += rows
+    return tuple(place)
+
+
 def compare(expected: Array, actual: Array) -> Difference:
     """Difference of two arrays of one shape. Equal arrays give SQNR_LIMIT_DB, a non-finite actual -SQNR_LIMIT_DB.
 
     SQNR = 10 log10(sum expected^2 / sum (actual - expected)^2).
     Raises ValueError on unequal shapes or an empty array.
     """
-    if expected.shape != actual.shape or expected.size == 0:
-        raise ValueError(f"cannot compare shapes {expected.shape} and {actual.shape}")
-    want, got = expected.astype(np.float64), actual.astype(np.float64)
-    if not np.isfinite(got).all():
-        worst = np.unravel_index(int(np.argmin(np.isfinite(got))), got.shape)
-        return Difference(-SQNR_LIMIT_DB, np.inf, np.inf, 0.0, tuple(int(i) for i in worst))
-    error = np.abs(got - want)
-    noise, signal = float((error**2).sum()), float((want**2).sum())
-    ratio = np.inf if noise == 0 else signal / noise
-    sqnr = np.clip(10 * np.log10(max(ratio, 1e-30)), -SQNR_LIMIT_DB, SQNR_LIMIT_DB)
-    norm = float(np.linalg.norm(want) * np.linalg.norm(got))
-    cosine = float((want * got).sum() / norm) if norm else float(noise == 0)
-    worst = np.unravel_index(int(error.argmax()), error.shape)
-    return Difference(float(sqnr), float(error.max()), float(error.mean()), cosine, tuple(int(i) for i in worst))
+    running = Running()
+    running.add(expected, actual)
+    return running.difference()
 
 
 def top_k_hits(logits: Array, labels: Array, k: int) -> int:

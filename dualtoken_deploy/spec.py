@@ -9,6 +9,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1, over ImageNet-1k's trai
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875  # 224 of 256: the evaluation crop of the paper's code base
 
+CROP = "bicubic"  # how a picture is resized: to cover `size / crop_ratio`, whose centre is cut out; antialiased
 STRETCH = "stretch"  # how a dense model's picture is resized: to `size`, whatever its sides; bilinear, antialiased
 
 Dim = int | str  # a size, or the name of a dynamic one
@@ -47,7 +48,7 @@ class InputContract:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     crop_ratio: float = CROP_RATIO
-    resize: str = "bicubic"
+    resize: str = CROP
     color: str = "RGB"
 
     @property

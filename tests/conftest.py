@@ -77,7 +77,7 @@ def small_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def dense_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
     """dense_bundle(head, target, precision, **options) -> a small dense bundle that knows the scenes' classes."""
-    from dualtoken_deploy import export_dense
+    from dualtoken_deploy import export
     from dualtoken_deploy.data.scenes import CLASSES, CLUTTER
 
     made: dict[str, Path] = {}
@@ -90,7 +90,7 @@ def dense_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
             labels.write_text("\n".join([*clutter, *CLASSES]) + "\n")
             given = {"variant": TINY.name, "image_size": (64, 96), "width": 16, "labels": labels} | options
             made[name] = bundle_store / name
-            export_dense(head, target, precision, output=made[name], **given)  # type: ignore[arg-type]
+            export(None, target, precision, output=made[name], head=head, **given)  # type: ignore[arg-type]
         return made[name]
 
     return make

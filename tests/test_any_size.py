@@ -52,7 +52,7 @@ def test_one_bundle_takes_five_sizes(small_bundle: Callable[..., Path], variant:
 
 def test_a_target_without_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fixed = replace(TARGETS["openvino"], any_size=False)
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.get_target", lambda _: fixed)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.plan.get_target", lambda _: fixed)
     with pytest.raises(UsageError, match="targets that do: onnxruntime"):
         export("t-mix", "openvino", image_size="dynamic", output=tmp_path / "b")
     assert not list(tmp_path.iterdir())

@@ -36,8 +36,9 @@ from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from dualtoken_deploy.use.predict import predict
-from dualtoken_deploy.use.validate import run_batches, validate
+from dualtoken_deploy.use.validate import validate
 from tests.conftest import SMALL
+from tests.contracts import run_batches
 from tests.numerics import assert_close, shown
 
 MakeBundle = Callable[..., Path]

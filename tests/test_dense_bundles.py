@@ -14,25 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_deploy import Bundle, export_dense, load_runner
+from dualtoken_deploy import Bundle, export, load_runner, predict, validate
 from dualtoken_deploy.bundle.blocks import HeldOutSet
 from dualtoken_deploy.data.scenes import CLASSES, CLUTTER, make_scene
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError, WeightsError
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, STRIDES, MaskRCNN, roi_align
 from dualtoken_deploy.models.heads.output_forms import MaskDetector, rpn_anchors
-from dualtoken_deploy.models.heads.rebuild import random_dense_model, rebuild_dense
-from dualtoken_deploy.pipeline import dense_int8 as pipeline_dense_int8
-from dualtoken_deploy.pipeline import export_dense as pipeline
+from dualtoken_deploy.models.heads.rebuild import random_dense_model
+from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.targets.request import Artifact
 from dualtoken_deploy.tasks.anchors import detect
 from dualtoken_deploy.tasks.boxes import decode, suppress, suppress_by_class
-from dualtoken_deploy.tasks.dense_outputs import compare
+from dualtoken_deploy.tasks.draw import colour
+from dualtoken_deploy.tasks.table import TASKS, get_task
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
-from dualtoken_deploy.use.predict_dense import predict_dense
-from dualtoken_deploy.use.validate_dense import gate_dense, validate_dense
+from dualtoken_deploy.use.predict import draw
+from dualtoken_deploy.use.validate import gate
 from tests.commands import fails, prints
 from tests.numerics import assert_close, shown
 
@@ -81,7 +81,8 @@ def test_saved_files_compute_what_eager_computes(
         assert (actual[spec.name].shape, actual[spec.name].dtype) == (spec.shape, np.dtype(spec.dtype))
         if spec.name in ("logits", "deltas"):
             assert_close(actual[spec.name], expected[spec.name], sqnr_db=100)
-    found = compare(expected, actual)
+    found = get_task(manifest.task).compare(expected, actual)
+    assert found.agreement is not None
     assert found.agreement >= 0.98
     assert found.sqnr_db >= 60
 
@@ -149,14 +150,15 @@ def by_the_definitions(model: MaskRCNN, image: torch.Tensor) -> dict[str, Array]
 
 def test_mask_rcnn_finds_what_the_definitions_find(dense_bundle: MakeBundle) -> None:
     bundle = Bundle.open(dense_bundle(MASKS[0]))
-    form = rebuild_dense(bundle.manifest)
+    form = rebuild(bundle.manifest)
     assert isinstance(form, MaskDetector)
     with load_eager(bundle, RunnerOptions()) as eager, load_runner(bundle, threads=1) as runner, torch.no_grad():
         image = bundle.golden["input"]
         wanted = by_the_definitions(form.model, torch.from_numpy(eager.normalised(image)))
         assert wanted["boxes"].shape[1] >= 20
         for found in (eager.run({"image": image}), runner.run({"image": image})):
-            likeness = compare(wanted, found)
+            likeness = TASKS["detect"].compare(wanted, found)
+            assert likeness.agreement is not None
             assert likeness.agreement >= 0.97
             assert likeness.sqnr_db >= 60
 
@@ -171,10 +173,10 @@ def test_a_bundle_out_of_tolerance_is_not_left(
         shutil.copyfile(made / "model.onnx", folder / "model.onnx")
         return Artifact((), {})
 
-    monkeypatch.setattr(pipeline, "run_exporter", wrong)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.make.run_exporter", wrong)
     with pytest.raises(ToleranceError, match=r"retinanet on tiny-mix as onnxruntime fp32 is out of tolerance"):
-        export_dense(
-            "retinanet", variant="tiny-mix", classes=4, width=16, image_size=SIZE, seed=1, output=tmp_path / "b"
+        export(
+            head="retinanet", variant="tiny-mix", classes=4, width=16, image_size=SIZE, seed=1, output=tmp_path / "b"
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +192,7 @@ def test_a_bundle_out_of_tolerance_is_not_left(
         ("retinanet", {"target": "aotinductor"}, "takes no retinanet"),
         ("pspnet", {"target": "aotinductor", "argmax": True}, "no labels of pspnet in the graph; leave --argmax out"),
         ("pspnet", {"precision": "bf16", "target": "aotinductor"}, "fp32 or fp16 or int8, not in bf16"),
-        ("retinanet", {"image_size": "dynamic"}, "one size; give --image-size HxW"),
+        ("retinanet", {"image_size": "dynamic"}, "one size, takes no dynamic image size; give --image-size HxW"),
         ("retinanet", {"image_size": 32}, "too small"),
         ("retinanet", {"classes": 0}, "at least 1"),
         ("pspnet", {"classes": 300}, "at most 255 classes"),
@@ -205,26 +207,27 @@ def test_a_bundle_out_of_tolerance_is_not_left(
 )
 def test_what_cannot_be_exported_is_said_first(tmp_path: Path, head: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        export_dense(head, output=tmp_path / "b", **{"image_size": SIZE, "variant": "tiny-mix", **options})
+        export(head=head, output=tmp_path / "b", **{"image_size": SIZE, "variant": "tiny-mix", **options})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_changed_weights_are_noticed(dense_bundle: MakeBundle) -> None:
     manifest = Bundle.open(dense_bundle("retinanet")).manifest
-    rebuilt = rebuild_dense(manifest)
+    rebuilt = rebuild(manifest)
     assert sum(p.numel() for p in rebuilt.parameters()) == manifest.measured.params
     other = replace(manifest, weights=replace(manifest.weights, seed=5))
     with pytest.raises(WeightsError, match="export it again"):
-        rebuild_dense(other)
+        rebuild(other)
 
 
 def test_int8_is_gated_by_mean_iou(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a budget that everything holds, every layer that may is in INT8, and really runs so."""
-    monkeypatch.setattr(pipeline_dense_int8, "HELD_OUT", 6)
+    few = {**TASKS, "segment": replace(TASKS["segment"], held_out=6)}
+    monkeypatch.setattr("dualtoken_deploy.tasks.table.TASKS", few)
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join((CLUTTER, *CLASSES)))
-    result = export_dense(
-        "pspnet", "onnxruntime", "int8", "tiny-mix", image_size=64, width=16, labels=labels, output=tmp_path / "b",
+    result = export(
+        "tiny-mix", "onnxruntime", "int8", head="pspnet", image_size=64, width=16, labels=labels, output=tmp_path / "b",
         int8=Int8Options("scenes", 10, max_drop=100.0),
     )  # fmt: skip
     bundle = Bundle.open(tmp_path / "b")
@@ -236,7 +239,7 @@ def test_int8_is_gated_by_mean_iou(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.int8_mac_share > 0.8
     assert 3 < result.sqnr_db < 60
     check_promise(inspect_bundle(bundle))
-    (found,) = validate_dense([bundle], "scenes", limit=6)
+    (found,) = validate([bundle], "scenes", limit=6)
     assert found.scores is not None
     assert found.eager_scores is not None
     lost = 100 * (found.eager_scores["miou"] - found.scores["miou"])
@@ -251,7 +254,7 @@ def test_validate_scores_the_bundle_and_eager(
     dense_bundle: MakeBundle, head: str, target: str, options: dict[str, Any]
 ) -> None:
     bundle = dense_bundle(head, target, **options)
-    (found,) = validate_dense([bundle], "scenes", limit=3)
+    (found,) = validate([bundle], "scenes", limit=3)
     names = {"miou"} if head in ("pspnet", "deeplabv3") else {"ap", "ap50", "ap75"}
     if head == "mask-rcnn":
         names |= {"mask_ap", "mask_ap50", "mask_ap75"}
@@ -261,8 +264,9 @@ def test_validate_scores_the_bundle_and_eager(
     for name, value in found.scores.items():
         assert value == pytest.approx(found.eager_scores[name], abs=1e-3)  # 0.1 points
     assert (found.images, found.reference) == (3, "eager")
+    assert found.agreement is not None
     assert found.agreement >= 0.98
-    (golden,) = validate_dense([bundle])
+    (golden,) = validate([bundle])
     assert golden.reference == "golden"
     assert golden.sqnr_db >= 60
 
@@ -275,13 +279,13 @@ def test_gates(dense_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> 
     assert "below 0.99" in text
     for arguments, hint in (
         (("--min-miou", "0.1"), "give --data"),
-        (("--data", "scenes", "--limit", "1", "--min-ap", "0.1"), "other task"),
-        (("--min-top1", "0.1"), "--min-ap or --min-miou"),
+        (("--data", "scenes", "--limit", "1", "--min-ap", "0.1"), "a measure of the task detect"),
+        (("--min-top1", "0.1"), "a measure of the task classify"),
     ):
         code, text = fails(capsys, "validate", bundle, *arguments)
         assert code == 2
         assert hint in text
-    gate_dense(validate_dense([bundle]), min_sqnr=60)
+    gate(validate([bundle]), sqnr_db=60)
 
 
 def test_data_of_other_classes_is_refused(tmp_path: Path, dense_bundle: MakeBundle) -> None:
@@ -291,7 +295,7 @@ def test_data_of_other_classes_is_refused(tmp_path: Path, dense_bundle: MakeBund
     Image.fromarray(np.zeros((64, 96), np.uint8)).save(tmp_path / "val/masks/a.png")
     (tmp_path / "labels.txt").write_text("sky\nsea\n")
     with pytest.raises(DatasetError, match="sky"):
-        validate_dense([dense_bundle("pspnet", "openvino", input_kind="tensor")], tmp_path)
+        validate([dense_bundle("pspnet", "openvino", input_kind="tensor")], tmp_path)
 
 
 @pytest.fixture
@@ -327,25 +331,23 @@ def test_objects_are_drawn_over_their_picture(
             edge = changed[y1 : y2 + 1, x1 : x2 + 1]
             assert edge[0].mean() > 0.5  # the upper edge of its frame
     if head == "mask-rcnn":
-        (result,) = predict_dense(dense_bundle(head), [picture], min_score=0.6)
+        (result,) = predict(dense_bundle(head), [picture], min_score=0.6)
         assert result.found.masks is not None
         for item, mask in zip(found["objects"], result.found.masks.shapes, strict=True):
             assert item["mask_pixels"] == mask.sum()
 
 
 def test_areas_are_painted(dense_bundle: MakeBundle, picture: Path, tmp_path: Path) -> None:
-    from dualtoken_deploy.use import drawing
-
-    (found,) = predict_dense(dense_bundle("pspnet", "openvino", input_kind="tensor"), [picture])
-    assert sum(area.share for area in found.areas) == pytest.approx(1)
-    drawing.draw(found, tmp_path / "areas.png")
+    (found,) = predict(dense_bundle("pspnet", "openvino", input_kind="tensor"), [picture])
+    assert sum(area.share for area in found.answers) == pytest.approx(1)
+    draw(found, tmp_path / "areas.png")
     before, after = (np.array(Image.open(p).convert("RGB")).astype(float) for p in (picture, tmp_path / "areas.png"))
     labels = found.found.label_map
     assert labels is not None
-    for area in found.areas:
+    for area in found.answers:
         mine = labels == area.index
         assert mine.mean() == pytest.approx(area.share)
-        np.testing.assert_allclose(after[mine], (before[mine] + np.array(drawing.colour(area.index))) / 2, atol=0.51)
+        np.testing.assert_allclose(after[mine], (before[mine] + np.array(colour(area.index))) / 2, atol=0.51)
 
 
 def test_drawings_that_cannot_be_made(
@@ -370,13 +372,9 @@ def test_drawings_that_cannot_be_made(
 @pytest.mark.parametrize(
     ("command", "hint"),
     [
-        (("evaluate", "BUNDLE", "--data", "digits"), "dualtoken validate"),
-        (("compare", "BUNDLE", "--data", "digits"), "dualtoken validate"),
-        (("diagnose", "BUNDLE"), "for classifiers"),
         (("visualize", "BUNDLE", "PICTURE", "--output", "a.png"), "predict --output"),
-        (("serve", "BUNDLE"), "predict_dense"),
-        (("validate", "BUNDLE", "CLASSIFIER"), "of one kind"),
-        (("validate", "CLASSIFIER", "--min-ap", "0.5"), "these are classifiers"),
+        (("validate", "CLASSIFIER", "--min-ap", "0.5"), "a measure of the task detect"),
+        (("evaluate", "BUNDLE", "--data", "scenes", "--limit", "1", "--confusion", "a.png"), "no confusion matrix"),
     ],
 )
 def test_commands_for_classifiers_say_so(
@@ -420,7 +418,7 @@ def test_golden_shows_a_damaged_bundle(dense_bundle: MakeBundle, tmp_path: Path)
     np.savez_compressed(copy / "golden.npz", **kept)
     del data["files"]["golden.npz"]
     (copy / "manifest.json").write_text(json.dumps(data))
-    (found,) = validate_dense([copy])
+    (found,) = validate([copy])
     assert found.sqnr_db < 25
     with pytest.raises(ToleranceError, match="sqnr_db"):
-        gate_dense([found], min_sqnr=60)
+        gate([found], sqnr_db=60)

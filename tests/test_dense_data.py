@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualtoken_deploy.data.annotated import open_dense, read_or_none
 from dualtoken_deploy.data.coco import decode_mask, fill_polygon, unpack_runs
 from dualtoken_deploy.data.objects import IGNORE
+from dualtoken_deploy.data.samples import SampleSet, read_or_none
 from dualtoken_deploy.errors import DatasetError, UsageError
+from dualtoken_deploy.tasks.table import get_task
 
 SIZE = (40, 60)  # (H, W)
 SQUARE = [[10, 5, 20, 5, 20, 15, 10, 15]]  # x 10..20, y 5..15
+
+
+def open_dense(source: str | Path, task: str, part: str = "val") -> SampleSet:
+    return get_task(task).open(source, part)
 
 
 def blob(seed: int) -> np.ndarray[Any, Any]:
@@ -247,8 +252,8 @@ def test_what_is_no_set(tmp_path: Path) -> None:
             open_dense(source, "detect")
     with pytest.raises(DatasetError, match="label maps only"):
         open_dense(maps(tmp_path), "detect")
-    with pytest.raises(UsageError, match="no task 'guess'"):
-        open_dense("scenes", "guess")
+    with pytest.raises(UsageError, match="no part 'guess'"):
+        open_dense("scenes", "detect", "guess")
 
 
 def test_a_picture_that_cannot_be_decoded_is_none(tmp_path: Path) -> None:

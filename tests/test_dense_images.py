@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualtoken_deploy.data.stretch import boxes_to_model, boxes_to_picture, prepare, resize_map
+from dualtoken_deploy.data.stretch import boxes_to_model, boxes_to_picture, resize_map, stretch
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 128), (300, 200)])
@@ -14,7 +14,7 @@ def test_an_objects_box_is_where_the_object_is(size: tuple[int, int]) -> None:
     """A bright rectangle is stretched with its picture: its box, scaled, surrounds what is bright now."""
     image = np.zeros((120, 240, 3), np.uint8)
     image[30:60, 80:200] = 255
-    prepared, scale = prepare(image, size)
+    prepared, scale = stretch(image, size)
     assert prepared.shape == (*size, 3)
     assert prepared.dtype == np.uint8
     x1, y1, x2, y2 = boxes_to_model(np.array([[80, 30, 200, 60]]), scale)[0]
@@ -25,7 +25,7 @@ def test_an_objects_box_is_where_the_object_is(size: tuple[int, int]) -> None:
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    prepared, scale = prepare(image, (64, 96))
+    prepared, scale = stretch(image, (64, 96))
     assert (prepared == image).all()
     assert scale == (1.0, 1.0)
 

@@ -9,9 +9,10 @@ import pytest
 
 from dualtoken_deploy.data.scenes import CLASSES, make_scene
 from dualtoken_deploy.tasks.anchors import anchors
+from dualtoken_deploy.tasks.base import GOLDEN_VALUES
 from dualtoken_deploy.tasks.boxes import encode
-from dualtoken_deploy.tasks.dense_evaluation import score
-from dualtoken_deploy.tasks.dense_outputs import GOLDEN_VALUES, compare, interpret, thin
+from dualtoken_deploy.tasks.detect import DETECT
+from dualtoken_deploy.tasks.segment import SEGMENT
 from tests.numerics import assert_close
 
 MODEL = (64, 128)  # (H, W); pictures of 96 x 96 are stretched by other factors in each direction
@@ -20,10 +21,10 @@ STRETCH = np.tile((MODEL[1] / PICTURE[1], MODEL[0] / PICTURE[0]), 2)  # of a box
 
 
 def truth() -> Any:
-    from dualtoken_deploy.data.annotated import DenseSample
+    from dualtoken_deploy.data.samples import Sample
 
     scenes = [make_scene(seed, most=2) for seed in range(6)]  # of more, some of one class overlap and suppress
-    return [DenseSample(s.image, s.boxes, s.masks) for s in scenes]
+    return [Sample(s.image, boxes=s.boxes, masks=s.masks) for s in scenes]
 
 
 def raw_of(boxes: np.ndarray[Any, Any], classes: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -39,8 +40,8 @@ def raw_of(boxes: np.ndarray[Any, Any], classes: np.ndarray[Any, Any]) -> dict[s
 
 
 def test_raw_outputs_that_mean_the_truth_score_one() -> None:
-    pairs = [(s, interpret(raw_of(s.boxes.shapes, s.boxes.classes), "detect", MODEL, PICTURE)) for s in truth()]
-    assert score(pairs, "detect", len(CLASSES))["ap"] == pytest.approx(1.0)
+    pairs = [(s, DETECT.interpret(raw_of(s.boxes.shapes, s.boxes.classes), MODEL, PICTURE)) for s in truth()]
+    assert DETECT.score(pairs, len(CLASSES))["ap"] == pytest.approx(1.0)
 
 
 def test_masks_are_pasted_into_the_pictures_own_pixels() -> None:
@@ -61,8 +62,8 @@ def test_masks_are_pasted_into_the_pictures_own_pixels() -> None:
             rows = (y1 + (np.arange(28) + 0.5) * (y2 - y1) / 28).astype(int)
             columns = (x1 + (np.arange(28) + 0.5) * (x2 - x1) / 28).astype(int)
             outputs["masks"][0, i] = sample.masks.shapes[i][rows[:, None], columns[None]]
-        pairs.append((sample, interpret(outputs, "detect", MODEL, PICTURE)))
-    scores = score(pairs, "detect", len(CLASSES))
+        pairs.append((sample, DETECT.interpret(outputs, MODEL, PICTURE)))
+    scores = DETECT.score(pairs, len(CLASSES))
     assert scores["ap"] == pytest.approx(1.0)
     assert scores["mask_ap75"] == pytest.approx(1.0)
 
@@ -74,7 +75,7 @@ def test_label_maps_come_back_to_the_pictures_size(form: str) -> None:
     outputs = {"labels": labels} if form == "labels" else {"logits": np.eye(5)[labels].transpose(0, 3, 1, 2)}
     wanted = np.zeros((48, 256), np.uint8)
     wanted[12:24, 128:192] = 3
-    found = interpret(outputs, "segment", MODEL, (48, 256)).label_map
+    found = SEGMENT.interpret(outputs, MODEL, (48, 256)).label_map
     assert found is not None
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, wanted)
@@ -91,31 +92,33 @@ def detections(*rows: tuple[float, float, float, float, float, int]) -> dict[str
 
 def test_detections_are_compared_in_pairs_whatever_their_order() -> None:
     one, two, other = (10, 10, 30, 40, 0.9, 1), (50, 20, 60, 30, 0.8, 2), (50, 20, 60, 30, 0.8, 3)
-    same = compare(detections(one, two), detections(two, one))
+    same = DETECT.compare(detections(one, two), detections(two, one))
     assert (same.agreement, same.max_abs_error, same.sqnr_db) == (1.0, 0.0, 300.0)
-    assert compare(detections(one, two), detections(one, other)).agreement == 0.5  # another class
-    assert compare(detections(one, two), detections(one)).agreement == 0.5  # one is not found
-    assert compare(detections(one), detections(one, two)).agreement == 0.5  # one too many
-    assert compare(detections(one), detections((10, 10, 30, 45, 0.9, 1))).agreement == 0.0  # an edge 5 pixels off
-    near = compare(detections(one), detections((10, 10, 30, 40.5, 0.9, 1)))
+    assert DETECT.compare(detections(one, two), detections(one, other)).agreement == 0.5  # another class
+    assert DETECT.compare(detections(one, two), detections(one)).agreement == 0.5  # one is not found
+    assert DETECT.compare(detections(one), detections(one, two)).agreement == 0.5  # one too many
+    assert (
+        DETECT.compare(detections(one), detections((10, 10, 30, 45, 0.9, 1))).agreement == 0.0
+    )  # an edge 5 pixels off
+    near = DETECT.compare(detections(one), detections((10, 10, 30, 40.5, 0.9, 1)))
     assert near.agreement == 1.0
     assert near.max_abs_error == pytest.approx(0.5)
-    assert compare(detections(), detections()).agreement == 1.0
-    assert compare(detections(), detections(one)).agreement == 0.0
+    assert DETECT.compare(detections(), detections()).agreement == 1.0
+    assert DETECT.compare(detections(), detections(one)).agreement == 0.0
 
 
 def test_raw_outputs_take_the_worst_of_their_outputs() -> None:
     rng = np.random.default_rng(0)
     want = {"logits": rng.normal(size=(1, 50, 4)), "deltas": rng.normal(size=(1, 50, 4))}
     got = want | {"deltas": want["deltas"] + 1e-3 * rng.normal(size=(1, 50, 4))}
-    assert 55 < compare(want, got).sqnr_db < 65
-    assert compare(want, got).agreement == 1.0
+    assert 55 < DETECT.compare(want, got).sqnr_db < 65
+    assert DETECT.compare(want, got).agreement == 1.0
 
 
 def test_golden_keeps_small_outputs_whole_and_thins_large_ones() -> None:
     large = np.arange(5 * GOLDEN_VALUES, dtype=np.float32).reshape(1, 5, -1)
-    kept = thin({"small": np.ones((1, 3)), "logits": large})
+    kept = DETECT.thin({"small": np.ones((1, 3)), "logits": large})
     assert_close(kept["small"], np.ones((1, 3)), relative=0)
     assert kept["logits"].shape == (GOLDEN_VALUES,)
     np.testing.assert_array_equal(np.diff(kept["logits"]), 5)
-    assert compare({"logits": kept["logits"]}, thin({"logits": large + 1.0})).max_abs_error == 1.0
+    assert DETECT.compare({"logits": kept["logits"]}, DETECT.thin({"logits": large + 1.0})).max_abs_error == 1.0

@@ -18,9 +18,10 @@ from dualtoken_deploy.bench.run import bench
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.targets.inner import open_look
 from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.use.compare import compare, verdict
-from dualtoken_deploy.use.diagnose import LOOKS, Diagnosis, diagnose, draw
+from dualtoken_deploy.use.diagnose import Diagnosis, diagnose, draw
 from tests.test_quantize import INT8
 
 
@@ -57,9 +58,10 @@ def layer(name: str | None) -> str:
     return name.removesuffix("/MatMul")
 
 
-@pytest.mark.parametrize("target", LOOKS)
+@pytest.mark.parametrize("target", [name for name, row in TARGETS.items() if row.looks])
 def test_every_precision_has_a_threshold(target: str) -> None:
-    assert set(LOOKS[target].thresholds) >= set(TARGETS[target].precisions)
+    assert set(TARGETS[target].looks) >= set(TARGETS[target].precisions)
+    assert callable(open_look(TARGETS[target]).actual)
 
 
 @pytest.mark.parametrize(("precision", "target"), [
@@ -150,7 +152,7 @@ def test_compare_counts_what_evaluate_counts(
     found = json.loads(capsys.readouterr().out)
     assert (tmp_path / "p.png").stat().st_size > 1000
     for folder, row in zip(folders, found["rows"], strict=True):
-        assert row["top1"] == pytest.approx(evaluate(folder, "digits", limit=30).top1)
+        assert row["top1"] == pytest.approx(evaluate(folder, "digits", limit=30).scores["top1"])
         assert row["drop"] == pytest.approx(100 * (found["eager_top1"] - row["top1"]))
     assert found["rows"][1]["size_ratio"] < 0.5
     assert found["rows"][1]["against_fp32"]["median"] > 0

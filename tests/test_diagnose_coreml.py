@@ -128,7 +128,7 @@ def test_every_command_says_that_it_is_no_core_ml_and_times_nothing(
     assert evaluation.images_per_s is None
     assert evaluation.to_json()["engine"] == ENGINE
     (row,) = compare([folder], "digits", limit=20).rows
-    assert row.top1 == evaluation.top1
+    assert row.score == evaluation.scores["top1"]
     assert (row.p50_ms, row.against_eager, row.against_fp32, row.engine) == (None, None, None, ENGINE)
 
 

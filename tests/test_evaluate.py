@@ -16,18 +16,18 @@ from PIL import Image
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.data import built_in, shapes
-from dualtoken_deploy.data.annotated import open_dense
 from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset, open_parts
 from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import DatasetError, OutputError, UsageError, WeightsError
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
-from dualtoken_deploy.models.heads.weights import describe_dense
+from dualtoken_deploy.models.heads.table import describe_head
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.targets.load import load_runner
-from dualtoken_deploy.use.evaluate import evaluate, evaluate_dense
-from dualtoken_deploy.use.validate import run_batches
+from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.use.evaluate import evaluate
 from dualtoken_deploy.use.visualize import broadcast_attention, strongest, visualize
+from tests.contracts import run_batches
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_bundles_accuracy_is_that_of_its_logits(small_bundle: Callable[..., Pa
     assert digits.labels is not None
     right = [int(row.argmax()) == label for row, label in zip(logits, digits.labels, strict=True)]
     five = [label in np.argsort(-row)[:5] for row, label in zip(logits, digits.labels, strict=True)]
-    assert (found.images, found.top1, found.top5) == (40, sum(right) / 40, sum(five) / 40)
+    assert (found.images, found.scores) == (40, {"top1": sum(right) / 40, "top5": sum(five) / 40})
     assert np.array(found.confusion).sum() == 40
     assert np.trace(np.array(found.confusion)) == sum(right)
     for i, name in enumerate(found.labels):
@@ -79,11 +79,11 @@ def test_every_shipped_weights_are_tested_and_small() -> None:
 
 @pytest.mark.parametrize("name", sorted(DENSE))
 def test_shipped_dense_weights_say_what_they_are(name: str) -> None:
-    said = describe_dense(name)
+    said = describe_head(name)
     assert (said.task, said.head, said.variant, said.data) == (name.split("-")[1], DENSE[name], "t-mix", "scenes")
     beside = json.loads(BUILT_IN_WEIGHTS[name].with_suffix(".json").read_text())
     assert tuple(beside["labels"]) == said.labels
-    train, val = (open_dense("scenes", said.task, part) for part in ("train", "val"))
+    train, val = (get_task(said.task).open("scenes", part) for part in ("train", "val"))
     assert train.labels == said.labels
     assert beside["data_sha256"] == train.digest + val.digest
 
@@ -91,7 +91,7 @@ def test_shipped_dense_weights_say_what_they_are(name: str) -> None:
 @pytest.mark.parametrize(("name", "metric"), [("scenes-detect", "ap50"), ("scenes-segment", "miou")])
 def test_shipped_dense_weights_are_as_good_as_they_say(name: str, metric: str) -> None:
     """On 40 scenes of the held-out part; the whole part's figure is in the JSON beside the weights."""
-    assert evaluate_dense(name, "scenes", limit=40).scores[metric] >= 0.55
+    assert evaluate(name, "scenes", limit=40).scores[metric] >= 0.55
 
 
 @pytest.mark.parametrize("name", sorted(CLASSIFIERS))
@@ -109,7 +109,7 @@ def test_shipped_weights_say_what_they_are(name: str) -> None:
 @pytest.mark.parametrize(("name", "share"), [("digits", 0.95), ("shapes", 0.75)])
 def test_shipped_weights_are_as_good_as_they_say(name: str, share: float) -> None:
     """On 60 pictures of the held-out part; the whole part's figure is in the JSON beside the weights."""
-    assert evaluate(name, name, limit=60).top1 >= share
+    assert evaluate(name, name, limit=60).scores["top1"] >= share
 
 
 def test_weights_of_another_variant_are_refused() -> None:
@@ -232,4 +232,4 @@ def test_export_finds_shipped_weights_by_their_name(tmp_path: Path, capsys: pyte
     assert bundle.labels == tuple(sorted(shapes.CLASSES))
     assert bundle.manifest.weights.source == "shapes"
     assert bundle.manifest.input.size == (64, 64)
-    assert evaluate(bundle, "shapes", limit=60).top1 == evaluate("shapes", "shapes", limit=60).top1
+    assert evaluate(bundle, "shapes", limit=60).scores["top1"] == evaluate("shapes", "shapes", limit=60).scores["top1"]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from dualtoken_deploy import Bundle, load_runner
-from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.targets.coreml.classifier import LABEL_PROBABILITIES
+from tests.contracts import make_contract
 
 FOLDER = Path(__file__).parent.parent / "examples" / "ios"
 SWIFT_TYPES = {"Int": int, "Double": float, "String": str, "[Float]": list}

@@ -66,7 +66,7 @@ def test_it_says_what_predict_says(program: Path, bundle: Path, photograph: Path
     done = run(program, bundle, tmp_path / "image.rgb")
     assert done.returncode == 0
     (prediction,) = predict(bundle, [photograph])
-    assert done.stdout.splitlines() == [f"{g.probability:.4f}  {g.label}" for g in prediction.guesses]
+    assert done.stdout.splitlines() == [f"{g.probability:.4f}  {g.label}" for g in prediction.answers]
 
 
 def test_it_fails_where_golden_is_not_reached_or_files_do_not_fit(program: Path, bundle: Path, raw: Path) -> None:

@@ -21,7 +21,7 @@ from dualtoken_deploy import Bundle, export, load_runner
 from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.data.images import load_image, preprocess
 from dualtoken_deploy.errors import ConversionError, MissingError, ToleranceError, UsageError
-from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.targets.eager import load as load_eager
@@ -236,8 +236,9 @@ def test_same_inputs_give_the_same_bytes(small_bundle: MakeBundle, tmp_path: Pat
 def test_out_of_tolerance_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dualtoken_deploy import export
 
-    strict = replace(TARGETS["onnxruntime"], tolerances={"fp32": Tolerance(sqnr_db=299.0)})
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.get_target", lambda _: strict)
+    row = TARGETS["onnxruntime"]
+    fp32 = replace(row.precisions["fp32"], tolerance=Tolerance(sqnr_db=299.0))
+    monkeypatch.setattr("dualtoken_deploy.pipeline.plan.get_target", lambda _: replace(row, precisions={"fp32": fp32}))
     with pytest.raises(ToleranceError, match=r"out of tolerance on golden: SQNR 1\d\d\.\d dB \(needs 299\)"):
         export(target="onnxruntime", output=tmp_path / "b", **SMALL)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
@@ -331,17 +332,18 @@ def test_labelled_folders_give_top1_and_top5(small_bundle: MakeBundle, tmp_path:
         right1 = top1 * 6 + sum(c == ranked[0, 0] for c in empty)
         right5 = top5 * 6 + sum(c in ranked[0, :5] for c in empty)
         assert result.images == 6 + fillers
-        assert result.top1 == pytest.approx(right1 / result.images)
-        assert result.top5 == pytest.approx(right5 / result.images)
+        assert result.scores is not None
+        assert result.scores["top1"] == pytest.approx(right1 / result.images)
+        assert result.scores["top5"] == pytest.approx(right5 / result.images)
 
 
 def test_gates(small_bundle: MakeBundle) -> None:
     results = validate([small_bundle()])
-    gate(results, min_agreement=1.0, min_sqnr=100)
+    gate(results, agreement=1.0, sqnr_db=100)
     with pytest.raises(ToleranceError, match="sqnr_db"):
-        gate(results, min_sqnr=500)
+        gate(results, sqnr_db=500)
     with pytest.raises(UsageError, match="labelled"):
-        gate(results, min_top1=0.5)
+        gate(results, top1=0.5)
 
 
 def test_public_names_are_functions_whatever_was_imported_before() -> None:

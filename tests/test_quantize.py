@@ -18,11 +18,10 @@ from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
-from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.quantize.backend import layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibration
-from dualtoken_deploy.quantize.gate import Int8Options, make_reference
-from dualtoken_deploy.targets.backends import open_backend
+from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.quantize.judge import make_judge
 from dualtoken_deploy.targets.load import load_runner
 from dualtoken_deploy.targets.onnx import qdq as onnx_qdq
 from dualtoken_deploy.targets.onnx.inner import float_graph
@@ -34,11 +33,14 @@ from dualtoken_deploy.targets.onnx.qdq import (
     read_products,
     without_zero_points,
 )
+from dualtoken_deploy.targets.onnx.quantize import OnnxBackend
 from dualtoken_deploy.targets.onnx.ranges import PERCENTILE, collect_ranges, entropy_range, percentile_range
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.openvino.ir import save_ir, squeeze
 from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer
+from dualtoken_deploy.tasks.classify import CLASSIFY
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, int8_share
+from tests.contracts import make_contract
 
 LABELS = tuple("0123456789")
 CONTRACT = make_contract("image", (64, 64), 1)
@@ -55,7 +57,7 @@ def graph(small_bundle: Callable[..., Path]) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def calibration() -> CalibrationSet:
-    return open_calibration("digits", CONTRACT, 16, LABELS)[0]
+    return open_calibration(CLASSIFY, "digits", CONTRACT, 16, LABELS)[0]
 
 
 @pytest.fixture(scope="module", params=STYLES, ids=lambda s: s.name)
@@ -404,7 +406,7 @@ def test_a_bias_of_rank_1_would_run_in_float(
             monkeypatch.setattr(onnx_qdq, "_keep_bias_apart", lambda _: None)
         folder = tmp_path / str(keep_apart)
         folder.mkdir()
-        open_backend("onnxruntime", None, graph, calibration, "minmax", lambda _: None).write((), folder)
+        OnnxBackend(graph, calibration, "minmax", onnxruntime_style(), lambda _: None).write((), folder)
         with load_runner(Bundle(folder, dataclasses.replace(manifest))) as runner:
             shares.append(int8_share(manifest, runner.execution())[0])
     assert shares[0] > 0.9
@@ -412,11 +414,12 @@ def test_a_bias_of_rank_1_would_run_in_float(
 
 
 def test_top1_needs_labels(tmp_path: Path) -> None:
-    held = open_calibration("photographs", CONTRACT, 10, LABELS)[1]
-    assert held.labels is None
+    held = open_calibration(CLASSIFY, "photographs", CONTRACT, 10, LABELS)[1]
+    assert not held.known
+    expected = [{"logits": np.eye(1, 10)}] * len(held.inputs)
     with pytest.raises(UsageError, match="has no labels, so top1 cannot be measured"):
-        make_reference(held, np.zeros((len(held.inputs), 10)), "top1")
-    assert make_reference(held, np.zeros((len(held.inputs), 10)), None).metric == "agreement"
+        make_judge(CLASSIFY, held, expected, "top1", (64, 64), 10)
+    assert make_judge(CLASSIFY, held, expected, None, (64, 64), 10).metric == "agreement"
 
 
 # Calibration
@@ -424,7 +427,7 @@ def test_top1_needs_labels(tmp_path: Path) -> None:
 
 def test_calibration_and_held_out_share_nothing() -> None:
     for source in ("digits", "photographs"):
-        calibration, held = open_calibration(source, CONTRACT, 40, LABELS)
+        calibration, held = open_calibration(CLASSIFY, source, CONTRACT, 40, LABELS)
         seen = {image.tobytes() for image in calibration.inputs}
         assert len(calibration.inputs) == (40 if source == "digits" else 10)
         assert not seen & {image.tobytes() for image in held.inputs}
@@ -433,10 +436,10 @@ def test_calibration_and_held_out_share_nothing() -> None:
 def test_the_hash_is_that_of_the_pictures(tmp_path: Path) -> None:
     for i in range(20):
         Image.fromarray(np.full((70, 70, 3), i, np.uint8)).save(tmp_path / f"{i:02}.png")
-    first = open_calibration(tmp_path, CONTRACT, 12, LABELS)[0]
-    assert first.sha256 == open_calibration(tmp_path, CONTRACT, 12, LABELS)[0].sha256
+    first = open_calibration(CLASSIFY, tmp_path, CONTRACT, 12, LABELS)[0]
+    assert first.sha256 == open_calibration(CLASSIFY, tmp_path, CONTRACT, 12, LABELS)[0].sha256
     Image.fromarray(np.full((70, 70, 3), 99, np.uint8)).save(tmp_path / "00.png")
-    assert open_calibration(tmp_path, CONTRACT, 12, LABELS)[0].sha256 != first.sha256
+    assert open_calibration(CLASSIFY, tmp_path, CONTRACT, 12, LABELS)[0].sha256 != first.sha256
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
@@ -444,7 +447,7 @@ def test_a_set_that_is_too_small(tmp_path: Path, count: int) -> None:
     for i in range(count):
         Image.new("RGB", (70, 70)).save(tmp_path / f"{i}.png")
     with pytest.raises(DatasetError, match=r"holds no images|at least 10 are needed"):
-        open_calibration(tmp_path, CONTRACT, 300, LABELS)
+        open_calibration(CLASSIFY, tmp_path, CONTRACT, 300, LABELS)
 
 
 def test_arrays_are_checked() -> None:
@@ -481,7 +484,7 @@ def test_bad_calls_are_one_line(
 
 
 def test_random_calibration_is_only_had_by_its_name() -> None:
-    calibration, held = open_calibration("random", CONTRACT, 12, LABELS)
+    calibration, held = open_calibration(CLASSIFY, "random", CONTRACT, 12, LABELS)
     assert calibration.name == "random"
     assert held.name == "photographs"
     assert len(open_dataset("photographs")) == len(held.inputs)

@@ -155,9 +155,9 @@ def test_a_photo_is_classified_by_keyboard_and_by_drop(
     browser.send("DOM.setFileInputFiles", files=[str(photograph)], backendNodeId=chooser["backendNodeId"])
     browser.until("document.querySelectorAll('#classes li').length === 5 && !document.getElementById('result').hidden")
     (want,) = predict(small_bundle(), [photograph], top=5)
-    assert labels(browser) == [guess.label for guess in want.guesses]
+    assert labels(browser) == [guess.label for guess in want.answers]
     shares = browser.js("[...document.querySelectorAll('#classes progress')].map(e => e.value)")
-    np.testing.assert_allclose(shares, [guess.probability for guess in want.guesses], atol=1e-5)
+    np.testing.assert_allclose(shares, [guess.probability for guess in want.answers], atol=1e-5)
     facts = browser.js("document.getElementById('facts').innerText")
     assert "small:1" in facts
     assert "tiny-mix, onnxruntime, fp32" in facts

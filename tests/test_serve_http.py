@@ -133,8 +133,8 @@ def test_classify_agrees_with_predict(
     reply = server.ask("POST", f"{SMALL}/classify?top=4", body, headers)
     assert reply.code == 200, reply.body
     got = reply.json["predictions"]
-    assert [(p["index"], p["label"]) for p in got] == [(g.index, g.label) for g in want.guesses]
-    np.testing.assert_allclose([p["probability"] for p in got], [g.probability for g in want.guesses], atol=1e-5)
+    assert [(p["index"], p["label"]) for p in got] == [(g.index, g.label) for g in want.answers]
+    np.testing.assert_allclose([p["probability"] for p in got], [g.probability for g in want.answers], atol=1e-5)
     assert set(reply.json["timing_ms"]) == {"decode", "queue", "inference", "total"}
     assert reply.json["bundle"] == {
         "variant": "tiny-mix",
@@ -162,7 +162,7 @@ def test_a_fixed_batch_is_filled_for_one_picture(
     (want,) = predict(small_bundle(batch=2, image_size="70x101"), [tmp_path / "a.png"], top=2)
     reply = server.ask("POST", "/v2/models/pair/classify?top=2", png(200, 90))
     got = [(p["index"], round(p["probability"], 4)) for p in reply.json["predictions"]]
-    assert got == [(g.index, round(g.probability, 4)) for g in want.guesses]
+    assert got == [(g.index, round(g.probability, 4)) for g in want.answers]
 
 
 def test_pages_are_whole_and_load_nothing_from_elsewhere(server: Server) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import dualtoken_deploy
 from dualtoken_deploy.errors import MissingError, UsageError
-from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, check_precision, get_target
+from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
 SHARED = {"apple", "nvidia", "onnx"}  # what two targets share
@@ -37,7 +37,7 @@ def test_unknown_names_list_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="onnxruntime, openvino"):
         get_target("tflite")
     with pytest.raises(UsageError, match="fp32, fp16"):
-        check_precision(get_target("openvino"), "int4")
+        get_target("openvino").precision("int4")
 
 
 def test_the_table_of_targets_shows_the_extra_to_install() -> None:
@@ -61,7 +61,7 @@ def test_what_exporting_needs() -> None:
 
 
 def test_all_is_every_portable_target_with_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualtoken_deploy.pipeline.export import exportable_targets
+    from dualtoken_deploy.pipeline.plan import exportable_targets
 
     here = {name for name, row in TARGETS.items() if row.portable and not row.missing(row.export_modules)}
     for precision in {p for row in TARGETS.values() if row.portable for p in row.precisions}:
@@ -74,6 +74,6 @@ def test_all_is_every_portable_target_with_the_precision(monkeypatch: pytest.Mon
         exportable_targets("fp32", "yolo")
     with pytest.raises(UsageError, match="unknown precision 'palettized4'"):
         exportable_targets("palettized4", "mask-rcnn")
-    monkeypatch.setattr("dualtoken_deploy.targets.Target.missing", lambda *_: ["it"])
+    monkeypatch.setattr("dualtoken_deploy.targets.table.Target.missing", lambda *_: ["it"])
     with pytest.raises(MissingError, match="palettized4 needs the extra"):
         exportable_targets("palettized4")

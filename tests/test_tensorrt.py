@@ -24,7 +24,6 @@ from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.pipeline.build import BuildOptions, build_bundle, parse_batches, why_no_build
-from dualtoken_deploy.pipeline.export import make_contract
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
@@ -39,6 +38,7 @@ from dualtoken_deploy.targets.table import Target
 from dualtoken_deploy.targets.tensorrt.export import OPSET, RULES, type_onnx
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.conftest import SMALL
+from tests.contracts import make_contract
 from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
 from tests.tensorrt_api import VERSIONS
@@ -89,7 +89,9 @@ def types_of(model: onnx.ModelProto) -> dict[str, str]:
 def prepared_only() -> Iterator[None]:
     """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualtoken_deploy.pipeline.export.why_no_build", lambda: no_device or "the tests build by themselves")
+        patch.setattr(
+            "dualtoken_deploy.pipeline.make.why_no_build", lambda: no_device or "the tests build by themselves"
+        )
         yield
 
 
@@ -271,7 +273,7 @@ def test_export_without_a_device_says_what_is_left_to_do(
         shutil.copy(made / "model.onnx", folder)  # spares the tracing; checking it and what follows are the real ones
         return Artifact((), {})
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.run_exporter", copy)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.make.run_exporter", copy)
     folder = tmp_path / "b"
     arguments = ["export", "--variant", SMALL["variant"], "--target", "tensorrt", "--precision", "fp16"]
     more = ["--image-size", "64", "--classes", "10", "--output", str(folder), "--json"]
@@ -412,7 +414,7 @@ def test_built_checked_run_and_asked(device: Device, prepared: Callable[..., Pat
     (checked,) = validate([bundle])
     assert checked.sqnr_db >= SQNR_DB["fp16"]
     check_promise(inspect_bundle(bundle))
-    assert len(predict(bundle, [open_dataset("photographs").images[0]], top=3)[0].guesses) == 3
+    assert len(predict(bundle, [open_dataset("photographs").images[0]], top=3)[0].answers) == 3
     assert device.cuda.memory == {}
     assert device.cuda.graphs == {}
     assert device.cuda.streams == set()
@@ -537,12 +539,12 @@ def test_built_already_and_other_targets(
 def test_export_builds_where_the_device_is_here(
     device_11: Device, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dualtoken_deploy.pipeline.export import build_here
-    from dualtoken_deploy.pipeline.seal import ExportResult
+    from dualtoken_deploy.pipeline.check import ExportResult
+    from dualtoken_deploy.pipeline.make import build_here
 
-    monkeypatch.setattr("dualtoken_deploy.pipeline.export.why_no_build", why_no_build)
+    monkeypatch.setattr("dualtoken_deploy.pipeline.make.why_no_build", why_no_build)
     folder = prepared()
-    exported = ExportResult(str(folder), "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
+    exported = ExportResult(str(folder), "classify", "tensorrt", "fp16", "not run", 60.0, 1.0, 1.0, 1.0, (), "prepared")
     result = build_here(exported, folder, lambda _: None)
     assert (result.state, result.next_step, result.executed_precision) == ("complete", None, "float16")
     assert (folder / "model.engine").exists()

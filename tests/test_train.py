@@ -96,7 +96,7 @@ def test_tensorboard_reads_the_numbers_of_the_table(finished: Path) -> None:
 
 def test_the_best_weights_give_the_accuracy_that_the_run_reports(finished: Path, colours: Path) -> None:
     found = evaluate(finished / "best.safetensors", colours)
-    assert (found.images, found.top1) == (12, 1.0)
+    assert (found.images, found.scores["top1"]) == (12, 1.0)
     assert found.per_class == dict.fromkeys(COLOURS, 1.0)
     described = describe_weights(finished / "best.safetensors")
     assert described is not None

@@ -12,23 +12,22 @@ import torch
 from PIL import Image
 
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.data.annotated import DenseSample, DenseSet, open_dense
 from dualtoken_deploy.data.objects import IGNORE, Objects
+from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError, WeightsError
-from dualtoken_deploy.models.heads.table import create_dense_model
-from dualtoken_deploy.models.heads.weights import describe_dense
+from dualtoken_deploy.models.heads.table import create_dense_model, describe_head
 from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.tasks.anchors import anchors
+from dualtoken_deploy.tasks.base import Found
 from dualtoken_deploy.tasks.boxes import decode, iou_matrix
-from dualtoken_deploy.tasks.dense_evaluation import judge
-from dualtoken_deploy.tasks.dense_outputs import Found
+from dualtoken_deploy.tasks.table import TASKS
 from dualtoken_deploy.train import checkpoint, make_config, resume, train
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.dense import DenseImages, begin_from, flipped
 from dualtoken_deploy.train.losses import detection_losses, focal_loss, segmentation_loss
 from dualtoken_deploy.train.matching import NOTHING, UNDECIDED, match
-from dualtoken_deploy.use.evaluate import evaluate_dense, holds_dense_model
+from dualtoken_deploy.use.evaluate import evaluate
 from tests.conftest import TINY
 from tests.numerics import assert_close
 
@@ -207,8 +206,8 @@ def test_boxes_and_label_maps_are_flipped_with_their_picture() -> None:
         truth: dict[str, Any] = {"label_map": mask.astype(np.uint8)}
         if task == "detect":
             truth = {"boxes": Objects(box, np.array([1]))}
-        sample = DenseSample(image, **truth)
-        data = DenseSet("one", ("a", "b"), lambda _, sample=sample: sample, tuple(range(20)), "")  # type: ignore[arg-type]
+        sample = Sample(image, **truth)
+        data = SampleSet("one", ("a", "b"), lambda _, sample=sample: sample, tuple(range(20)), "")  # type: ignore[arg-type]
         images = DenseImages(data, make_config(task=task, data="one", **SETTINGS))
         turned = 0
         for i in range(20):
@@ -227,7 +226,7 @@ def test_boxes_and_label_maps_are_flipped_with_their_picture() -> None:
 
 
 def test_boxes_are_stretched_with_their_picture(squares: Path) -> None:
-    data = open_dense(squares, "detect")
+    data = TASKS["detect"].open(squares, "val")
     config = make_config(task="detect", data="", **SETTINGS | {"image_size": (64, 128), "flip": 0.0})
     images = DenseImages(data, config)
     _, classes, deltas, _, _ = images[1]
@@ -247,33 +246,28 @@ def sure(objects: Objects | None) -> Objects:
     return Objects(objects.shapes, objects.classes, np.ones(len(objects.classes)))
 
 
-def test_the_judge_asks_for_stretched_pictures_and_takes_their_own_pixels() -> None:
-    data = open_dense("scenes", "detect").limit(3)
-    truth = [data[i] for i in range(3)]
-    asked: list[Any] = []
-
-    def predict(batch: Any, sizes: Any) -> list[Found]:
-        asked.append((batch.shape, batch.dtype, list(sizes)))
-        return [Found(sure(sample.boxes), sure(sample.masks)) for sample in truth]
-
-    found = judge("perfect", data, "detect", predict, (64, 80), data.labels)
-    assert asked == [((3, 64, 80, 3), np.uint8, [(96, 96)] * 3)]
-    assert found.scores == dict.fromkeys(("ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"), 1.0)
-    assert set(found.per_class.values()) == {1.0}
-    assert found.to_json()["ap50"] == 1.0
+def test_the_truth_as_an_answer_scores_one() -> None:
+    task = TASKS["detect"]
+    data = task.open("scenes", "val").limit(3)
+    samples = [data[i] for i in range(3)]
+    pairs = [(sample, Found(boxes=sure(sample.boxes), masks=sure(sample.masks))) for sample in samples]
+    names = ("ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75")
+    assert task.score(pairs, 4) == dict.fromkeys(names, 1.0)
+    assert set(task.score_classes(pairs, data.labels or ()).values()) == {1.0}
     with pytest.raises(DatasetError, match=r"has the classes disc, .* the model cat, dog"):
-        judge("", data, "detect", predict, (64, 80), ("cat", "dog"))
+        task.match(data, ("cat", "dog"))
 
 
-def test_the_judge_splits_mean_iou_by_class() -> None:
-    data = open_dense("scenes", "segment").limit(4)
-    nothing = [Found(label_map=np.zeros((96, 96), np.uint8)) for _ in range(4)]
-    found = judge("blind", data, "segment", lambda *_: nothing, (64, 64), data.labels)
-    maps = [data[i].label_map for i in range(4)]
-    clutter = float(np.mean([m == 0 for m in maps if m is not None]))
-    assert found.per_class["clutter"] == pytest.approx(clutter)
-    assert all(value == 0 for name, value in found.per_class.items() if name != "clutter")
-    assert found.scores["miou"] == pytest.approx(clutter / len(found.per_class))
+def test_mean_iou_is_split_by_class() -> None:
+    task = TASKS["segment"]
+    data = task.open("scenes", "val").limit(4)
+    samples = [data[i] for i in range(4)]
+    pairs = [(sample, Found(label_map=np.zeros((96, 96), np.uint8))) for sample in samples]
+    clutter = float(np.mean([sample.label_map == 0 for sample in samples if sample.label_map is not None]))
+    found = task.score_classes(pairs, data.labels or ())
+    assert found["clutter"] == pytest.approx(clutter)
+    assert all(value == 0 for name, value in found.items() if name != "clutter")
+    assert task.score(pairs, len(data.labels or ()))["miou"] == pytest.approx(clutter / len(found))
 
 
 # Runs
@@ -282,10 +276,9 @@ def test_the_judge_splits_mean_iou_by_class() -> None:
 def test_a_detector_run_leaves_its_files_and_says_what_it_is(detector: Path, squares: Path) -> None:
     names = {path.name for path in detector.iterdir() if path.is_file()}
     assert names == {"config.json", "last.safetensors", "best.safetensors", "best.json", "metrics.csv", "curve.svg"}
-    said = describe_dense(detector)
+    said = describe_head(detector)
     assert (said.task, said.head, said.variant, said.width) == ("detect", "retinanet", TINY.name, 8)
     assert (said.labels, said.image_size, said.data) == (("blue", "yellow"), SIZE, str(squares))
-    assert holds_dense_model(detector)
     header, *rows = (detector / "metrics.csv").read_text().splitlines()
     assert {"train_loss", "ap", "ap50", "ap75"} < set(header.split(","))
     first, second = (float(dict(zip(header.split(","), row.split(","), strict=True))["train_loss"]) for row in rows)
@@ -296,7 +289,7 @@ def test_a_detector_run_leaves_its_files_and_says_what_it_is(detector: Path, squ
 
 
 def test_the_best_weights_have_the_ap_that_the_run_reports(detector: Path, squares: Path) -> None:
-    found = evaluate_dense(detector, squares)
+    found = evaluate(detector, squares)
     metrics = json.loads((detector / "best.json").read_text())["metrics"]
     assert found.images == 4
     assert {name: found.scores[name] for name in ("ap", "ap50", "ap75")} == pytest.approx(
@@ -332,9 +325,9 @@ def test_a_segmenter_run(head: str, squares: Path, tmp_path: Path) -> None:
     assert (result.metric, result.epochs) == ("miou", 1)
     assert result.to_json()["best_miou"] == result.best
     assert any(text.startswith("epoch 1/1: ") and "miou" in text for text in said)
-    found = evaluate_dense(tmp_path / "run/best.safetensors", data)
+    found = evaluate(tmp_path / "run/best.safetensors", data)
     assert found.scores["miou"] == pytest.approx(result.best, abs=1e-6)
-    assert describe_dense(tmp_path / "run").labels == ("grey", "blue", "yellow")
+    assert describe_head(tmp_path / "run").labels == ("grey", "blue", "yellow")
 
 
 def test_an_unreadable_picture_is_named_and_counted(tmp_path: Path) -> None:
@@ -386,12 +379,12 @@ def test_a_dense_model_begins_from_another_dense_one(detector: Path) -> None:
 
 
 def test_weights_of_the_wrong_kind_are_refused(detector: Path, squares: Path) -> None:
-    with pytest.raises(WeightsError, match="a model for the task detect and no classifier"):
-        describe_weights(detector / "best.safetensors")
+    with pytest.raises(WeightsError, match="a model for the task detect, not classify"):
+        describe_weights(detector / "best.safetensors", "classify")
     with pytest.raises(WeightsError, match="does not say that it holds a detector or segmenter"):
-        describe_dense("digits")
+        describe_head("digits")
     with pytest.raises(WeightsError, match="no weights at"):
-        describe_dense(squares)
+        describe_head(squares)
     for given, message in (
         ({"head": "pspnet"}, "head retinanet"),
         ({"head": "retinanet", "width": 9}, "width 8, not 9"),
@@ -399,7 +392,7 @@ def test_weights_of_the_wrong_kind_are_refused(detector: Path, squares: Path) ->
         with pytest.raises(WeightsError, match=f"are weights with {message}"):
             create_dense_model(**given, weights=detector)
     with pytest.raises(DatasetError, match="has the classes disc"):
-        evaluate_dense(detector, "scenes")
+        evaluate(detector, "scenes")
 
 
 # Recipes
@@ -466,7 +459,6 @@ def test_a_segmenter_is_trained_and_judged_from_the_command_line(
         (["train", "--task", "detect", "--set", "mixup=0.1"], 2, "mixup is for classification only"),
         (["train", "--task", "detect", "--data", "nowhere"], 4, "no folder at nowhere"),
         (["train", "--resume", "run", "--task", "detect"], 2, "--resume takes task, variant"),
-        (["evaluate", "WEIGHTS", "--data", "scenes", "--confusion", "c.png"], 2, "are for classifiers"),
         (["evaluate", "WEIGHTS", "--data", "scenes"], 4, "use data with the same classes"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 
 from dualtoken_deploy import Bundle
 from dualtoken_deploy.errors import OutputError, UsageError
-from dualtoken_deploy.serve.triton import BACKENDS, TYPES, config, lay_out
+from dualtoken_deploy.serve.triton import TYPES, config, lay_out
 from dualtoken_deploy.targets.table import TARGETS
 from tests.clients import make_venv
 
@@ -94,4 +94,4 @@ def test_what_cannot_be_laid_out(own_bundle: Path, tmp_path: Path) -> None:
 
 def test_every_dtype_of_a_bundle_has_a_type() -> None:
     assert {"uint8", "float32", "float16"} <= TYPES.keys()
-    assert {name for name in TARGETS if name in ("onnxruntime", "openvino", "tensorrt")} <= BACKENDS.keys()
+    assert {name for name, row in TARGETS.items() if row.triton} == {"onnxruntime", "openvino", "tensorrt"}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.bundle.manifest import CLASSIFY, Manifest
+from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import BundleError, OutputError, UsageError
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
@@ -76,13 +76,6 @@ class Bundle:
                 return {name: data[name] for name in ("input", *(spec.name for spec in self.manifest.outputs))}
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise BundleError(f"{self.path / GOLDEN} cannot be read ({error}); export the bundle again") from error
-
-    def need_classifier(self, what: str, instead: str = "") -> None:
-        """Raises UsageError where this is a dense bundle: `what` is for classifiers."""
-        if self.manifest.task != CLASSIFY:
-            raise UsageError(
-                f"{self.path} is a bundle of {self.manifest.head}; {what} is for classifiers{instead and '; '}{instead}"
-            )
 
     def verify(self) -> None:
         """Raises BundleError on the first file that is missing or whose sha256 is not the manifest's."""

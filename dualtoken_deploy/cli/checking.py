@@ -32,12 +32,14 @@ def validate(
     bundles: Bundles = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Image folder, or `photographs`; for dense bundles `scenes` or a dense folder; else golden."),
+        typer.Option(
+            help="Image folder, or `photographs`; of detectors and segmenters `scenes` or a folder; else golden."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
     reference: Annotated[str | None, typer.Option(help="eager or golden; eager where torch is installed.")] = None,
-    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal top-1, in 0..1.")] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Least top-1 accuracy, in 0..1.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal answers, in 0..1.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Classifiers: least top-1 accuracy, in 0..1.")] = None,
     min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB.")] = None,
     min_ap: Annotated[float | None, typer.Option(help="Detectors: least AP of the boxes, in 0..1.")] = None,
     min_miou: Annotated[float | None, typer.Option(help="Segmenters: least mean IoU, in 0..1.")] = None,
@@ -46,26 +48,13 @@ def validate(
     json_output: Json = False,
 ) -> None:
     """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
-    from dualtoken_deploy.bundle.store import Bundle
     from dualtoken_deploy.use.validate import gate
     from dualtoken_deploy.use.validate import validate as run
-    from dualtoken_deploy.use.validate_dense import all_dense, gate_dense, validate_dense
 
-    opened = [Bundle.open(path) for path in find_bundles(bundles)]
-    if all_dense(opened):
-        if min_top1 is not None:
-            raise UsageError("--min-top1 is for classifiers; give --min-ap or --min-miou")
-        with progress() as tell:
-            found = validate_dense(opened, data, limit, reference, device, threads, progress=tell)
-        show(json_output, {"results": [f.to_json() for f in found]}, lambda r: r.dense_validation_table(found))
-        gate_dense(found, min_ap, min_miou, min_sqnr, min_agreement)
-        return
-    if min_ap is not None or min_miou is not None:
-        raise UsageError("--min-ap and --min-miou are for dense bundles; these are classifiers: give --min-top1")
     with progress() as tell:
-        results = run(opened, data, limit, reference, device, threads, progress=tell)
+        results = run(find_bundles(bundles), data, limit, reference, device, threads, progress=tell)
     show(json_output, {"results": [r.to_json() for r in results]}, lambda r: r.validation_table(results))
-    gate(results, min_agreement, min_top1, min_sqnr)
+    gate(results, agreement=min_agreement, top1=min_top1, sqnr_db=min_sqnr, ap=min_ap, miou=min_miou)
 
 
 def evaluate(
@@ -85,25 +74,20 @@ def evaluate(
 ) -> None:
     """Accuracy, overall and per class, of a bundle or of weights in eager PyTorch: top-1, AP of boxes, or mean IoU."""
     from dualtoken_deploy.use.evaluate import evaluate as run
-    from dualtoken_deploy.use.evaluate import evaluate_dense, holds_dense_model
 
-    if holds_dense_model(source):
-        if variant is not None or confusion is not None:
-            raise UsageError("--variant and --confusion are for classifiers; leave them out for dense weights")
-        with progress() as tell:
-            judged = evaluate_dense(source, data, limit, device, threads, progress=tell)
-        show(json_output, judged.to_json(), lambda r: r.dense_evaluation_table(judged))
-        return
     with progress() as tell:
         result = run(source, data, limit, variant, device, threads, progress=tell)
     show(json_output, result.to_json(), lambda r: r.evaluation_table(result))
-    if confusion is not None:
-        import numpy as np
+    if confusion is None:
+        return
+    if result.confusion is None:
+        raise UsageError(f"the task {result.task} has no confusion matrix; leave --confusion out")
+    import numpy as np
 
-        from dualtoken_deploy.use.plots import plot_confusion
+    from dualtoken_deploy.use.plots import plot_confusion
 
-        title = f"{result.source} on {result.data}: top-1 {100 * result.top1:.2f} %"
-        plot_confusion(np.array(result.confusion), result.labels, confusion, title)
+    title = f"{result.source} on {result.data}: top-1 {100 * result.scores['top1']:.2f} %"
+    plot_confusion(np.array(result.confusion), result.labels, confusion, title)
 
 
 def inspect(

@@ -89,6 +89,28 @@ def model_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def json_arguments(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs whose values are JSON; a text that is none stands for itself."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name.isidentifier():
+            raise UsageError(f"model argument {pair!r} is not NAME=VALUE, e.g. depth=12 or 'sizes=[1, 2]'")
+        try:
+            arguments[name] = json.loads(text)
+        except ValueError:
+            arguments[name] = text
+    return arguments
+
+
+def split_names(text: str | None) -> tuple[str, ...]:
+    """Names with commas between them. Raises UsageError on an empty one."""
+    names = () if text is None else tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise UsageError(f"names {text!r} have an empty one; give them as first,second")
+    return names
+
+
 def recipe_settings(pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs of the training recipe; "a,b" is a pair of numbers."""
     settings: dict[str, Any] = {}

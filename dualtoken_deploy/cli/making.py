@@ -13,11 +13,13 @@ from dualtoken_deploy.cli.common import (
     OneBundle,
     command_line,
     importing,
+    json_arguments,
     model_options,
     progress,
     recipe_settings,
     say,
     show,
+    split_names,
     with_torch,
 )
 from dualtoken_deploy.errors import MissingError, UsageError
@@ -124,11 +126,30 @@ def export(
     head: Annotated[
         str | None, typer.Option(help="Dense model on the variant: retinanet, mask-rcnn, deeplabv3 or pspnet.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model of yours: PACKAGE.MODULE:CALLABLE or FILE.py:CALLABLE (runs that code), FILE.onnx."),
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="--model: argument of the callable, NAME=VALUE, the value in JSON.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="--model: classify (unless given), detect, segment, embed or tensors.")
+    ] = None,
+    output_names: Annotated[
+        str | None, typer.Option(help="--model: names of its outputs, comma between them; those to take, or one each.")
+    ] = None,
+    preprocess: Annotated[str | None, typer.Option(help="--model: imagenet (unless given), clip or unit.")] = None,
+    mean: Annotated[str | None, typer.Option(help="--model: R,G,B that is taken off pixels in 0..1.")] = None,
+    std: Annotated[str | None, typer.Option(help="--model: R,G,B that they are divided by then.")] = None,
+    crop_ratio: Annotated[float | None, typer.Option(help="--model: share of the short side that is cut out.")] = None,
+    resize: Annotated[str | None, typer.Option(help="--model: bicubic (cover and crop) or stretch.")] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, int8 or one of the target's own (`dualtoken targets`).")
     ] = "fp32",
     weights: Annotated[
-        str | None, typer.Option(help="Safetensors or torch checkpoint, or digits, or shapes; random unless given.")
+        str | None,
+        typer.Option(help="Safetensors or torch checkpoint, or digits, or shapes; random, or the model's own, if not."),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     image_size: Annotated[
@@ -152,98 +173,68 @@ def export(
     calibration_size: Annotated[int, typer.Option(min=1, help="int8: images that ranges are taken from.")] = 300,
     calibrator: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
     max_drop: Annotated[float, typer.Option(help="int8: points of the metric that may be lost.")] = 0.5,
-    metric: Annotated[str | None, typer.Option(help="int8: top1, agreement or sqnr.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="int8: top1, agreement or sqnr; detectors ap, segmenters miou instead of top1.")
+    ] = None,
     quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
     search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
-    output: Annotated[Path | None, typer.Option(help="The bundle's own folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The bundle's own folder; of several targets the folder of the bundles.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Several targets: stop at the first that fails.")
+    ] = False,
     triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Exports a variant and checks the saved files against eager; out of tolerance leaves no bundle."""
+    """Exports a model and checks the saved files against eager; out of tolerance leaves no bundle.
+
+    --model runs the code that it names, as python would: give it models that you trust.
+    """
     from dualtoken_deploy.targets.table import get_target
 
-    options = model_options(option or [])
-    pipeline = with_torch("exporting", importing("pipeline.export"))
+    exporting = with_torch("exporting", importing("pipeline.several"))
     if "all" in target:
-        names = pipeline.exportable_targets(precision, head)
+        names = exporting.exportable_targets(precision, head)
     else:
         names = [get_target(name).name for name in dict.fromkeys(target)]
-    if output is not None and len(names) > 1:
-        raise UsageError("--output names one bundle's folder; give one --target with it")
+    if variant is not None and model is not None:
+        raise UsageError("--variant and --model both name the model; give one of them")
     int8 = None
     if calibration is not None:
-        settings = (calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds)
-        int8 = pipeline.Int8Options(*settings)
-    if head is None and (width is not None or suppress or argmax):
-        raise UsageError("--width, --suppress and --argmax belong to dense models; give --head as well")
-    if head is not None:
-        if batch != "1" or device is not None or triton_repository is not None:
-            raise UsageError(
-                "a dense bundle takes one image at a time and is not laid out for Triton; leave --batch, --device and "
-                "--triton-repository out"
-            )
-        dense = with_torch("exporting", importing("pipeline.export_dense"))
-        with progress() as tell:
-            results = [
-                dense.export_dense(
-                    head, name, precision, variant, weights, output, labels, image_size, classes, width, input_kind,
-                    suppress, argmax, opset, seed, force, int8, deployment_target, layout, command_line(),
-                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
-                )
-                for name in names
-            ]  # fmt: skip
-        _show_exports(results, json_output)
-        return
-    if variant is None:
-        raise UsageError("give --variant (`dualtoken models` lists them), or --head for a dense model")
-    if classes is not None:
-        options["num_classes"] = classes
-    if triton_repository is not None:
-        _check_triton(names)
-    results = []
+        int8 = exporting.Int8Options(
+            calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds
+        )
+    said = exporting.Model(
+        variant or model, weights, labels, image_size, seed, head, classes, width, suppress, argmax, task,
+        json_arguments(model_arg or []), split_names(output_names),
+        exporting.own_preprocessing(task, preprocess, mean, std, crop_ratio, resize), model_options(option or []),
+    )  # fmt: skip
     with progress() as tell:
-        for name in names:
-            results.append(
-                pipeline.export(
-                    variant, name, precision, weights=weights, output=output, labels=labels, image_size=image_size,
-                    batch=batch, input_kind=input_kind, opset=opset, seed=seed, device=device, force=force,
-                    int8=int8 if len(names) == 1 or name in pipeline.BACKENDS else None,
-                    deployment_target=deployment_target, layout=layout, command=command_line(),
-                    progress=lambda text, name=name: tell(f"{name}: {text}"), **options,
-                )
-            )  # fmt: skip
-            if triton_repository is not None:
-                _lay_out(results[-1].bundle, triton_repository, force)
+        results = exporting.export_several(
+            said, names, precision, output, batch, input_kind, opset, device, force, int8,
+            {"deployment_target": deployment_target, "layout": layout}, triton_repository, fail_fast, command_line(),
+            tell, say,
+        )  # fmt: skip
     _show_exports(results, json_output)
 
 
 def _show_exports(results: Sequence[Any], json_output: bool) -> None:
-    """Prints what was exported. Raises MissingError where a step on the device is left."""
-    for warning in dict.fromkeys(w for r in results for w in r.warnings):
+    """Prints what was exported, and what was not; raises the worst of the errors, and MissingError where a step on the
+    device is left."""
+    made = [r for r in results if r.error is None]
+    for warning in dict.fromkeys(w for r in made for w in r.warnings):
         say(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
     show(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
-    if left := [r for r in results if r.next_step]:
+    if failed := [r for r in results if r.error is not None]:
+        raise max((r.error for r in failed), key=lambda error: error.exit_code)
+    if left := [r for r in made if r.next_step]:
         raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
-
-
-def _check_triton(targets: Sequence[str]) -> None:
-    """Said before the export, not after it."""
-    from dualtoken_deploy.serve.triton import check_target
-
-    for target in targets:
-        check_target(target)
-
-
-def _lay_out(bundle: str, repository: Path, force: bool) -> None:
-    from dualtoken_deploy.bundle.store import Bundle
-    from dualtoken_deploy.serve.triton import lay_out
-
-    say(f"for Triton: {lay_out(Bundle.open(bundle), repository, force=force)}")
 
 
 def build(

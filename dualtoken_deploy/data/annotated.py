@@ -1,4 +1,4 @@
-"""Sets for dense tasks: generated scenes, folders in COCO's format, folders of pictures and label maps. No torch.
+"""Annotated pictures: generated scenes, folders in COCO's format, folders of pictures and label maps. No torch.
 
 COCO's format:    DIR/annotations/instances_<part>*.json (or DIR/annotations/<part>.json), pictures in DIR/<part>* or
                   DIR/images; polygons and run lengths
@@ -9,11 +9,10 @@ label maps:       DIR/<part>/images/ and DIR/<part>/masks/ with one indexed PNG 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,129 +22,80 @@ from dualtoken_deploy.data import scenes
 from dualtoken_deploy.data.coco import BACKGROUND, CocoSet, open_coco
 from dualtoken_deploy.data.folders import IMAGE_SUFFIXES, PARTS
 from dualtoken_deploy.data.images import load_image
-from dualtoken_deploy.data.objects import IGNORE, Objects
-from dualtoken_deploy.errors import DatasetError, ImageError, UsageError
+from dualtoken_deploy.data.objects import IGNORE
+from dualtoken_deploy.data.samples import Sample, SampleSet
+from dualtoken_deploy.errors import DatasetError, UsageError
 
-TASKS = ("detect", "segment")
+OBJECTS, MAPS = "objects", "label maps"  # what a sample's truth is
 
 SCENES = MappingProxyType({"train": (0, 1500), "val": (1_000_000, 200)})  # first seed, scenes
 
 
-@dataclass(frozen=True)
-class DenseSample:
-    """`image` uint8 (H, W, 3). For detection `boxes` and, where the set has them, `masks`: the same objects; for
-    segmentation `label_map` uint8 (H, W) of indices into the set's labels, IGNORE where there is none."""
+def open_annotated(source: str | Path, truth: str, part: str = "val") -> SampleSet:
+    """The set with OBJECTS or MAPS that a folder names, or `scenes` (a folder of that name is ./scenes).
 
-    image: NDArray[np.uint8]
-    boxes: Objects | None = None
-    masks: Objects | None = None
-    label_map: NDArray[np.uint8] | None = None
-
-
-class Reader(Protocol):
-    """Makes the samples of a set; `paths` are their pictures, empty where they are generated."""
-
-    @property
-    def paths(self) -> Sequence[Path]: ...
-    def __call__(self, index: int) -> DenseSample: ...
-
-
-@dataclass(frozen=True)
-class DenseSet:
-    """Samples for one task. `read(i)` makes sample i; `digest` says whether two sets are the same; `notes` what was
-    left out and why."""
-
-    name: str
-    labels: tuple[str, ...]
-    read: Reader
-    indices: tuple[int, ...]
-    digest: str
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> DenseSample:
-        return self.read(self.indices[index])
-
-    def where(self, index: int) -> str:
-        """What sample `index` is called: its picture's path, or the set and its number."""
-        paths = self.read.paths
-        return str(paths[self.indices[index]]) if paths else f"{self.name} {self.indices[index]}"
-
-    def limit(self, count: int) -> DenseSet:
-        """At most `count` samples, spread evenly over the set. Raises UsageError on a count below 1."""
-        if count < 1:
-            raise UsageError(f"a limit of {count} images leaves none; give at least 1")
-        total = len(self)
-        if count >= total:
-            return self
-        return replace(self, indices=tuple(self.indices[i * total // count] for i in range(count)))
-
-
-def open_dense(source: str | Path, task: str, part: str = "val") -> DenseSet:
-    """The set for a task (detect or segment) that a folder names, or `scenes` (a folder of that name is ./scenes).
-
-    Raises UsageError on another task or part, DatasetError that names the file and what to mend.
+    Raises UsageError on another part, DatasetError that names the file and what to mend.
     """
-    if task not in TASKS or part not in PARTS:
-        raise UsageError(f"no task {task!r} with a part {part!r}; tasks: {', '.join(TASKS)}; parts: {', '.join(PARTS)}")
+    if part not in PARTS:
+        raise UsageError(f"no part {part!r}; valid parts: {', '.join(PARTS)}")
     if isinstance(source, str) and source in WORDS:
-        return WORDS[source](task, part)
+        return WORDS[source](truth, part)
     folder = Path(source)
     if not folder.is_dir():
         what = f"{folder} is a file" if folder.exists() else f"no folder at {folder}"
         raise DatasetError(f"{what}; give a folder in COCO's format or of images and masks, or: {', '.join(WORDS)}")
     try:
         if (folder / "annotations").is_dir():
-            return _coco(folder, task, part)
+            return _coco(folder, truth, part)
         if (folder / part / "masks").is_dir():
-            return _label_maps(folder, task, part)
+            return _label_maps(folder, truth, part)
     except OSError as error:
         raise DatasetError(f"{error.filename or folder} cannot be read ({error.strerror}); check it") from error
     raise DatasetError(f"{folder} has neither annotations/ (COCO's format) nor {part}/masks/ (label maps)")
 
 
-def _scenes(task: str, part: str) -> DenseSet:
+def _scenes(truth: str, part: str) -> SampleSet:
     first, count = SCENES[part]
-    labels = scenes.CLASSES if task == "detect" else (scenes.CLUTTER, *scenes.CLASSES)
+    labels = scenes.CLASSES if truth == OBJECTS else (scenes.CLUTTER, *scenes.CLASSES)
     digest = hashlib.sha256(f"scenes {scenes.VERSION} {first} {count}".encode()).hexdigest()
-    return DenseSet(f"scenes ({part})", labels, _SceneReader(task, first), tuple(range(count)), digest)
+    return SampleSet(f"scenes ({part})", labels, _SceneReader(truth, first), tuple(range(count)), digest)
 
 
 @dataclass(frozen=True)
 class _SceneReader:
-    task: str
+    truth: str
     first: int
     paths: tuple[Path, ...] = ()
 
-    def __call__(self, index: int) -> DenseSample:
+    def __call__(self, index: int) -> Sample:
         scene = scenes.make_scene(self.first + index)
-        if self.task == "segment":
-            return DenseSample(scene.image, label_map=scene.labels)
-        return DenseSample(scene.image, scene.boxes, scene.masks)
+        if self.truth == MAPS:
+            return Sample(scene.image, label_map=scene.labels)
+        return Sample(scene.image, boxes=scene.boxes, masks=scene.masks)
 
 
-WORDS: Mapping[str, Callable[[str, str], DenseSet]] = MappingProxyType({"scenes": _scenes})
+WORDS: Mapping[str, Callable[[str, str], SampleSet]] = MappingProxyType({"scenes": _scenes})
 
 
-def _coco(folder: Path, task: str, part: str) -> DenseSet:
+def _coco(folder: Path, truth: str, part: str) -> SampleSet:
     found = open_coco(folder, part)
-    labels = found.labels if task == "detect" else (BACKGROUND, *found.labels)
+    labels = found.labels if truth == OBJECTS else (BACKGROUND, *found.labels)
     name = f"{folder} ({part})"
-    return DenseSet(name, labels, _CocoReader(task, found), tuple(range(len(found.images))), found.digest, found.notes)
+    return SampleSet(
+        name, labels, _CocoReader(truth, found), tuple(range(len(found.images))), found.digest, found.notes
+    )
 
 
 @dataclass(frozen=True)
 class _CocoReader:
-    task: str
+    truth: str
     found: CocoSet
 
     @property
     def paths(self) -> tuple[Path, ...]:
         return tuple(image.path for image in self.found.images)
 
-    def __call__(self, index: int) -> DenseSample:
+    def __call__(self, index: int) -> Sample:
         entry = self.found.images[index]
         image = load_image(entry.path)
         if image.shape[:2] != entry.size:
@@ -153,13 +103,13 @@ class _CocoReader:
                 f"{entry.path} has {image.shape[0]} x {image.shape[1]} pixels (H x W), its entry in "
                 f"{self.found.path} {entry.size[0]} x {entry.size[1]}; mend one of them"
             )
-        if self.task == "segment":
-            return DenseSample(image, label_map=entry.label_map())
-        return DenseSample(image, entry.boxes(), entry.masks())
+        if self.truth == MAPS:
+            return Sample(image, label_map=entry.label_map())
+        return Sample(image, boxes=entry.boxes(), masks=entry.masks())
 
 
-def _label_maps(folder: Path, task: str, part: str) -> DenseSet:
-    if task != "segment":
+def _label_maps(folder: Path, truth: str, part: str) -> SampleSet:
+    if truth != MAPS:
         raise DatasetError(f"{folder} has label maps only, no objects; it is for --task segment")
     labels = _read_labels(folder / "labels.txt")
     pictures, masks = folder / part / "images", folder / part / "masks"
@@ -175,7 +125,7 @@ def _label_maps(folder: Path, task: str, part: str) -> DenseSet:
     for pair in pairs:
         digest.update("\0".join(f"{p.name} {p.stat().st_size}" for p in pair).encode())
     reader = _LabelMapReader(pairs, len(labels))
-    return DenseSet(f"{folder} ({part})", labels, reader, tuple(range(len(pairs))), digest.hexdigest())
+    return SampleSet(f"{folder} ({part})", labels, reader, tuple(range(len(pairs))), digest.hexdigest())
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
@@ -201,7 +151,7 @@ class _LabelMapReader:
     def paths(self) -> tuple[Path, ...]:
         return tuple(picture for picture, _ in self.pairs)
 
-    def __call__(self, index: int) -> DenseSample:
+    def __call__(self, index: int) -> Sample:
         picture, mask = self.pairs[index]
         image, label_map = load_image(picture), read_label_map(mask)
         if image.shape[:2] != label_map.shape:
@@ -213,7 +163,7 @@ class _LabelMapReader:
                 f"{mask} holds the index {strange.max()}, but labels.txt names {self.classes} classes (0 to "
                 f"{self.classes - 1}; {IGNORE} is no class); mend one of them"
             )
-        return DenseSample(image, label_map=label_map)
+        return Sample(image, label_map=label_map)
 
 
 def read_label_map(path: Path) -> NDArray[np.uint8]:
@@ -225,11 +175,3 @@ def read_label_map(path: Path) -> NDArray[np.uint8]:
             return np.array(picture, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as a PNG ({error}); save it again") from error
-
-
-def read_or_none(data: DenseSet, index: int) -> DenseSample | None:
-    """Sample `index`, or None where its picture cannot be decoded; what is wrong with its truth still raises."""
-    try:
-        return data[index]
-    except ImageError:
-        return None

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dualtoken_deploy.data.built_in import BUILT_IN, built_in_folder
+from dualtoken_deploy.data.images import load_image
+from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError, UsageError, missing_extra
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -117,6 +119,25 @@ def _images(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in found if not path.name.startswith(".") and path.is_file()))
 
 
+@dataclass(frozen=True)
+class _PictureReader:
+    images: ImageSet
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return self.images.images
+
+    def __call__(self, index: int) -> Sample:
+        labels = self.images.labels
+        return Sample(load_image(self.images.images[index]), None if labels is None else labels[index])
+
+
+def open_pictures(source: str | Path, part: str = "val") -> SampleSet:
+    """What open_dataset names, as samples: pictures with their class where there are class folders."""
+    images = open_dataset(source, part)
+    return SampleSet(images.name, images.classes, _PictureReader(images), tuple(range(len(images))), images.digest())
+
+
 def open_parts(source: str | Path) -> tuple[ImageSet, ImageSet]:
     """The labelled `train` and `val` parts of a set, with the same two or more classes.
 
@@ -138,23 +159,30 @@ def open_parts(source: str | Path) -> tuple[ImageSet, ImageSet]:
     return train, val
 
 
-def match_labels(images: ImageSet, labels: Sequence[str]) -> tuple[int, ...]:
-    """For each image the index of its class in a model's `labels`: by name, else by order where the counts agree.
+def match_classes(classes: Sequence[str], labels: Sequence[str], name: str) -> tuple[int, ...]:
+    """For each class of a set called `name` its index in a model's `labels`: by name, else by order where the counts
+    agree. Raises DatasetError where neither fits."""
+    at = {label: i for i, label in enumerate(labels)}
+    if all(label in at for label in classes):
+        return tuple(at[label] for label in classes)
+    if len(classes) == len(labels):
+        return tuple(range(len(classes)))
+    strange = [label for label in classes if label not in at]
+    raise DatasetError(
+        f"{name} has {len(classes)} class folders, the model {len(labels)} classes, and none is called "
+        f"{strange[0]!r}; use the data that the model was trained for"
+    )
 
-    Raises DatasetError where neither fits.
+
+def match_labels(images: ImageSet, labels: Sequence[str]) -> tuple[int, ...]:
+    """For each image the index of its class in a model's `labels` (match_classes).
+
+    Raises DatasetError where there are no class folders, or they do not fit.
     """
     if images.labels is None or images.classes is None:
         raise DatasetError(f"{images.name} has no class folders; labelled images are needed")
-    at = {name: i for i, name in enumerate(labels)}
-    if all(name in at for name in images.classes):
-        return tuple(at[images.classes[label]] for label in images.labels)
-    if len(images.classes) == len(labels):
-        return images.labels
-    strange = [name for name in images.classes if name not in at]
-    raise DatasetError(
-        f"{images.name} has {len(images.classes)} class folders, the model {len(labels)} classes, and none is "
-        f"called {strange[0]!r}; use the data that the model was trained for"
-    )
+    known = match_classes(images.classes, labels, images.name)
+    return tuple(known[label] for label in images.labels)
 
 
 def _built_in(name: str) -> Callable[[str], ImageSet]:

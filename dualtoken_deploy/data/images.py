@@ -6,7 +6,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +23,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from dualtoken_deploy.data.stretch import stretch
 from dualtoken_deploy.errors import ImageError, UsageError
-from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.spec import CROP, STRETCH, InputContract
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself refuses only above 178 million
 
@@ -108,19 +109,32 @@ def resize_and_crop(image: Pixels, size: tuple[int, int], crop_ratio: float) -> 
 def preprocess(image: Pixels, contract: InputContract) -> NDArray[Any]:
     """One uint8 (h, w, 3) picture as the contract wants it, without the batch axis.
 
-    Kind "image": uint8 (H, W, 3). Kind "tensor": float32 (3, H, W), (x / 255 - mean) / std.
+    It is resized as `contract.resize` says, one of RESIZES. Kind "image": uint8 (H, W, 3). Kind "tensor": float32
+    (3, H, W), (x / 255 - mean) / std.
     Raises UsageError on a contract that asks for another kind, resize or colour.
     """
-    asked = (contract.kind, contract.resize, contract.color)
-    if asked not in (("image", "bicubic", "RGB"), ("tensor", "bicubic", "RGB")):
-        raise UsageError(f"the input contract asks for {asked}; this version prepares image or tensor, bicubic, RGB")
-    cropped = resize_and_crop(image, contract.size, contract.crop_ratio)
+    if contract.kind not in KINDS or contract.resize not in RESIZES or contract.color != "RGB":
+        asked = (contract.kind, contract.resize, contract.color)
+        raise UsageError(
+            f"the input contract asks for {asked}; this version prepares {' or '.join(KINDS)}, "
+            f"{' or '.join(RESIZES)}, RGB"
+        )
+    cropped = RESIZES[contract.resize](image, contract)
     if contract.kind == "image":
         return cropped
     out = np.empty((3, *contract.size), np.float32)  # HWC -> CHW
     for channel, values in enumerate(_normalised(tuple(contract.mean), tuple(contract.std))):
         np.take(values, cropped[:, :, channel], out=out[channel], mode="clip")  # "raise" would copy; a byte always fits
     return out
+
+
+KINDS = ("image", "tensor")
+RESIZES: Mapping[str, Callable[[Pixels, InputContract], Pixels]] = MappingProxyType(
+    {
+        CROP: lambda image, contract: resize_and_crop(image, contract.size, contract.crop_ratio),
+        STRETCH: lambda image, contract: stretch(image, contract.size)[0],
+    }
+)
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
-"""Pictures for dense models, and what is found in them back in the picture's own pixels. No torch.
+"""Pictures stretched to a model's size, and what is found in them back in the picture's own pixels. No torch.
 
 A picture is stretched to the model's fixed size, its two sides each by a factor of its own: nothing is cropped and
-nothing padded, so every object stays in sight. Training's evaluation, `predict` and `validate` share this file.
+nothing padded, so every object stays in sight.
 """
 
 from __future__ import annotations
@@ -11,28 +11,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.spec import InputContract
 
 Size = tuple[int, int]  # (H, W)
 Scale = tuple[float, float]  # the model's size over the picture's: (vertical, horizontal)
 
 
-def prepare(image: NDArray[np.uint8], size: Size) -> tuple[NDArray[np.uint8], Scale]:
+def stretch(image: NDArray[np.uint8], size: Size) -> tuple[NDArray[np.uint8], Scale]:
     """A picture uint8 (h, w, 3) stretched to uint8 (H, W, 3), bilinear and antialiased, and the factors (H/h, W/w)."""
     height, width = image.shape[:2]
     scale = size[0] / height, size[1] / width
     if (height, width) == size:
         return image, scale
     return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)), scale
-
-
-def prepare_input(image: NDArray[np.uint8], contract: InputContract) -> Array:
-    """A picture uint8 (h, w, 3) as a dense bundle's contract wants it: uint8 (1, H, W, 3) or float32 (1, 3, H, W)."""
-    prepared, _ = prepare(image, contract.size)
-    if contract.kind == "image":
-        return prepared[None]
-    normalised = (prepared / 255.0 - np.array(contract.mean)) / np.array(contract.std)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None], dtype=np.float32)  # HWC -> 1CHW
 
 
 def boxes_to_model(boxes: Array, scale: Scale) -> NDArray[np.float64]:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from dualtoken_deploy.bundle.blocks import RANDOM
-from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import UsageError, WeightsError
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
 from dualtoken_deploy.models.base import ImageModel, ModelConfig
@@ -275,24 +273,6 @@ def weights_sha256(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def rebuild(manifest: Manifest) -> ImageModel:
-    """The eager model that a bundle was made from: from its weights file, or from the seed of random weights.
-
-    Raises WeightsError where the file is gone or the tensors are not those of the export (sha256).
-    """
-    weights = manifest.weights
-    if weights.source == RANDOM:
-        model = random_model(manifest.variant, weights.random_seed, **manifest.options)
-    else:
-        model = create_model(manifest.variant, weights=weights.source, **manifest.options)
-    if weights_sha256(model) != weights.sha256:
-        raise WeightsError(
-            f"the eager weights of {manifest.variant} from {weights.source!r} are not those that the bundle was "
-            "made from (sha256 differs); export it again"
-        )
-    return model
 
 
 def describe_variants() -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.errors import WeightsError
 
 HEADER = "dualtoken"  # key of our JSON in a safetensors header
@@ -28,20 +29,30 @@ BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
 )
 
 
+BEST = "best.safetensors"  # of a run's folder
+
+
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a weights file of a training run says of itself."""
+    """What a weights file of a training run says of itself: `labels` name the classes (of a segmenter the first is what
+    lies behind everything), `options` are the variant's. Of a head also its name and the `width` of its channels."""
 
+    path: Path
+    task: str
     variant: str
     options: Mapping[str, Any]
     image_size: tuple[int, int]
     labels: tuple[str, ...]
     data: str
+    head: str | None = None
+    width: int | None = None
 
 
 def weights_path(weights: str | Path) -> Path:
-    """The file of a word of BUILT_IN_WEIGHTS (a file of that name is reached by ./word), or the path itself."""
-    return BUILT_IN_WEIGHTS.get(str(weights), Path(weights)) if isinstance(weights, str) else weights
+    """The file of a word of BUILT_IN_WEIGHTS (a file of that name is reached by ./word), the best weights of a run's
+    folder, or the path itself."""
+    path = BUILT_IN_WEIGHTS.get(str(weights), Path(weights)) if isinstance(weights, str) else weights
+    return path / BEST if path.is_dir() else path
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -67,24 +78,33 @@ def damaged(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again")
 
 
-def describe_weights(weights: str | Path) -> WeightsInfo | None:
+def describe_weights(weights: str | Path, task: str | None = None) -> WeightsInfo | None:
     """What the header of a safetensors file says; None where it says nothing (other programs' files).
 
-    Raises WeightsError where the file is missing or damaged, or holds a dense model.
+    Raises WeightsError where the file is missing or damaged, or is for another task than the one given.
     """
     path = weights_path(weights)
     data = read_header(path)
     if data is None:
         return None
-    if "task" in data:
-        raise WeightsError(
-            f"{weights} holds a model for the task {data['task']} and no classifier; give weights of a classifier"
-        )
     try:
-        size = tuple(data["image_size"])
-        return WeightsInfo(data["variant"], data["options"], (size[0], size[1]), tuple(data["labels"]), data["data"])
-    except (KeyError, TypeError, IndexError) as error:
+        height, width = data["image_size"]
+        info = WeightsInfo(
+            path=path,
+            task=str(data.get("task", CLASSIFY)),
+            variant=str(data["variant"]),
+            options=dict(data["options"]),
+            image_size=(int(height), int(width)),
+            labels=tuple(data["labels"]),
+            data=str(data["data"]),
+            head=None if "head" not in data else str(data["head"]),
+            width=None if "width" not in data else int(data["width"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
+    if task not in (None, info.task):
+        raise WeightsError(f"{weights} holds a model for the task {info.task}, not {task}; give weights for {task}")
+    return info
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

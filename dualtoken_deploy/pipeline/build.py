@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.bundle.blocks import Build, Calibration, Figures
-from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPLETE, Manifest
+from dualtoken_deploy.bundle.manifest import COMPLETE, Manifest
 from dualtoken_deploy.bundle.store import GOLDEN, LABELS, MANIFEST, Bundle, new_folder, write_bundle
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
 from dualtoken_deploy.machine import describe_machine, library_versions
@@ -20,9 +20,10 @@ from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.targets.load import Execution, load_runner
 from dualtoken_deploy.targets.nvidia.builder import BuildOptions, build_engine
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, INSPECTION, Host, this_host
+from dualtoken_deploy.tasks.base import Likeness
+from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.inspect import check_share, int8_share, kind_precision, product_precision
-from dualtoken_deploy.use.validate import measure, run_batches
-from dualtoken_deploy.use.validate_dense import compare_golden
+from dualtoken_deploy.use.validate import compare_golden
 
 __all__ = ["BuildOptions", "BuildResult", "build_bundle", "build_command", "parse_batches", "why_no_build"]
 
@@ -150,17 +151,13 @@ def _built(manifest: Manifest, options: BuildOptions, host: Host) -> Manifest:
 
 def _checked(source: Bundle, folder: Path, manifest: Manifest) -> tuple[Manifest, Figures]:
     """The manifest with what the engine does, measured on the saved file, and that. Raises ToleranceError."""
-    contract, tolerance = manifest.input, manifest.tolerance
     with load_runner(Bundle(folder, manifest)) as runner:
-        if manifest.task == CLASSIFY:
-            numbers = measure(source.golden["logits"], run_batches(runner, contract, source.golden["input"]))
-        else:
-            found = compare_golden(source, runner)
-            numbers = {**asdict(found), "top1_agreement": found.agreement}
+        found = compare_golden(source, runner)
         execution = runner.execution()
-    _check_golden(manifest, numbers, tolerance)
+    _check_golden(manifest, found, manifest.tolerance)
     if (allowed := FLOAT32_SHARE.get(manifest.precision)) is not None:
         check_share(manifest.precision, execution.float32_share, allowed)
+    numbers: dict[str, Any] = get_task(manifest.task).numbers(found)
     figures = Figures(**numbers)
     measured = replace(manifest.measured, engine=figures)
     if manifest.calibration is not None:
@@ -180,10 +177,11 @@ def _check_int8(manifest: Manifest, calibration: Calibration, execution: Executi
     return share
 
 
-def _check_golden(manifest: Manifest, numbers: dict[str, Any], tolerance: Tolerance) -> None:
-    if numbers["sqnr_db"] < tolerance.sqnr_db or numbers["top1_agreement"] < tolerance.top1_agreement:
+def _check_golden(manifest: Manifest, found: Likeness, wanted: Tolerance) -> None:
+    agreement = 1.0 if found.agreement is None else found.agreement
+    if found.sqnr_db < wanted.sqnr_db or agreement < wanted.top1_agreement:
         raise ToleranceError(
-            f"the {manifest.precision} engine is out of tolerance on golden: SQNR {numbers['sqnr_db']:.1f} dB (needs "
-            f"{tolerance.sqnr_db:g}), equal top-1 {numbers['top1_agreement']:.4g} (needs "
-            f"{tolerance.top1_agreement:g}); the bundle was left as it was"
+            f"the {manifest.precision} engine is out of tolerance on golden: SQNR {found.sqnr_db:.1f} dB (needs "
+            f"{wanted.sqnr_db:g}), equal {get_task(manifest.task).alike} {agreement:.4g} (needs "
+            f"{wanted.top1_agreement:g}); the bundle was left as it was"
         )

@@ -47,6 +47,11 @@ class Backend(Protocol):
     @property
     def described(self) -> str: ...
 
+    @property
+    def source(self) -> str:
+        """Which float graph it is, as a hash: a search of the same one is gone on with."""
+        ...
+
     def noise(self, inputs: Array) -> dict[str, float]:
         """An estimate of each layer's noise-to-signal ratio; empty where the backend has none."""
         ...

@@ -6,20 +6,20 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dualtoken_deploy.bundle.blocks import Calibration
-from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset
-from dualtoken_deploy.data.images import load_batch
+from dualtoken_deploy.data.folders import open_pictures
+from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError, UsageError
+from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.tasks.base import Task
 
 MIN_IMAGES = 10  # ranges of fewer pictures say little
 RANDOM = "random"
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -58,51 +58,64 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Inputs that calibration did not see; `labels` (class indices of the model) where the data has them."""
+    """Inputs (N, ...) that calibration did not see; for each the truth, without pixels, and its picture's (h, w).
+
+    `known`: whether the truth says what the task's own measure needs.
+    """
 
     name: str
     inputs: Array
-    labels: Array | None
+    truth: tuple[tuple[Sample, tuple[int, int]], ...]
+    known: bool
 
 
 def open_calibration(
-    source: str | Path, contract: InputContract, size: int, labels: Sequence[str]
+    task: Task, source: str | Path, contract: InputContract, size: int, labels: Sequence[str]
 ) -> tuple[CalibrationSet, HeldOut]:
     """A calibration set of up to `size` pictures and the pictures that the loss is measured on.
 
-    `source`: a folder or a word that open_dataset takes. Where it has a train and a val part, calibration takes
-    pictures of the first, spread over its classes, and the loss is measured on the whole of the second; else two
-    thirds at most calibrate and the others measure. "random": noise, which calibrates nothing; measured on photographs.
+    `source`: a folder or a word that the task opens. Where it has a train and a val part, calibration takes pictures of
+    the first, spread over it, and the loss is measured on the second; else two thirds at most calibrate and the others
+    measure. "random": noise, which calibrates nothing; measured on photographs.
     Raises DatasetError, ImageError, UsageError.
     """
     if size < 1:
         raise UsageError(f"a calibration size of {size} leaves no images; give at least {MIN_IMAGES}")
     if source == RANDOM:
-        return _random(contract, size), _held_out(open_dataset("photographs"), contract, labels)
-    train, val = open_dataset(source, "train"), open_dataset(source, "val")
-    if train.images == val.images:
-        train, val = _divide(train, size)
-    chosen = train.limit(size)
+        return _random(contract, size), _held_out(task, open_pictures("photographs"), contract, labels)
+    train, val = task.open(source, "train"), task.open(source, "val")
+    if train.digest == val.digest:
+        chosen = train.limit(max(min(size, len(train) * 2 // 3), 1))
+        val = train.without(chosen)
+    else:
+        chosen = train.limit(size)
     if len(chosen) < MIN_IMAGES:
         raise DatasetError(
             f"the calibration set {chosen.name} has {len(chosen)} images; at least {MIN_IMAGES} are needed"
         )
-    inputs = load_batch(chosen.images, contract)
-    return CalibrationSet(chosen.name, inputs, chosen.digest(contents=True)), _held_out(val, contract, labels)
+    inputs = np.stack([preprocess(chosen[i].image, contract) for i in range(len(chosen))])
+    return CalibrationSet.of_arrays(chosen.name, inputs, contract), _held_out(task, val, contract, labels)
 
 
-def _divide(images: ImageSet, size: int) -> tuple[ImageSet, ImageSet]:
-    """Of one set: up to `size`, but at most two thirds, and the rest."""
-    chosen = images.limit(max(min(size, len(images) * 2 // 3), 1))
-    taken = set(chosen.images)
-    rest = [i for i, path in enumerate(images.images) if path not in taken]
-    labels = None if images.labels is None else tuple(images.labels[i] for i in rest)
-    return chosen, ImageSet(images.name, tuple(images.images[i] for i in rest), labels, images.classes)
+def photographs(contract: InputContract) -> CalibrationSet:
+    """The built-in ones, for a precision that measures ranges where no other pictures were given."""
+    images = open_pictures("photographs")
+    inputs = np.stack([preprocess(images[i].image, contract) for i in range(len(images))])
+    return CalibrationSet.of_arrays(images.name, inputs, contract)
 
 
-def _held_out(images: ImageSet, contract: InputContract, labels: Sequence[str]) -> HeldOut:
-    known = None if images.labels is None else np.array(match_labels(images, labels))
-    return HeldOut(images.name, load_batch(images.images, contract), known)
+def _held_out(task: Task, images: SampleSet, contract: InputContract, labels: Sequence[str]) -> HeldOut:
+    known = task.known(images)
+    if known:
+        images = task.match(images, labels)
+    if task.held_out is not None:
+        images = images.limit(task.held_out)
+    truth, inputs = [], []
+    for i in range(len(images)):
+        sample = images[i]
+        truth.append((sample.truth, sample.size))
+        inputs.append(preprocess(sample.image, contract))
+    return HeldOut(images.name, np.stack(inputs), tuple(truth), known)
 
 
 def _random(contract: InputContract, size: int) -> CalibrationSet:

@@ -207,7 +207,6 @@ class Repository:
 
 def check_servable(bundle: Bundle) -> None:
     """Raises BundleError or MissingError where a request could not be answered with this bundle here."""
-    bundle.need_classifier("serve", "run it in your own program: load_runner and predict_dense")
     manifest = bundle.manifest
     target = get_target(manifest.target)
     if target.missing():

@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,26 +19,12 @@ from dualtoken_deploy.bundle.store import LABELS, Bundle
 from dualtoken_deploy.errors import OutputError, UsageError
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.openvino.runner import float_dtype
+from dualtoken_deploy.targets.table import TARGETS, get_target
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ROWS_OF_A_DYNAMIC_BATCH = 8
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A Triton backend, and under which names it wants a bundle's files: {ours: Triton's}."""
-
-    name: str
-    files: Mapping[str, str]
-
-
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {
-        "onnxruntime": Backend("onnxruntime", {"model.onnx": "model.onnx"}),
-        "openvino": Backend("openvino", {"model.xml": "model.xml", "model.bin": "model.bin"}),
-        "tensorrt": Backend("tensorrt", {"model.engine": "model.plan"}),
-    }
-)
 TYPES: Mapping[str, str] = MappingProxyType(  # of model_config.proto
     {
         "bool": "TYPE_BOOL",
@@ -59,8 +44,7 @@ def lay_out(bundle: Bundle, repository: Path, version: int = 1, force: bool = Fa
     Raises UsageError for a target that no Triton backend takes, a name that Triton would not, or a model that is there
     already (unless `force`), OutputError where the repository cannot be written.
     """
-    bundle.need_classifier("the Triton repository")
-    backend = check_target(bundle.manifest.target)
+    _, files = check_target(bundle.manifest.target)
     if not NAME.fullmatch(bundle.name):
         raise UsageError(f"{bundle.name!r} is no name for a Triton model; rename the bundle's folder")
     final = repository / bundle.name
@@ -71,7 +55,7 @@ def lay_out(bundle: Bundle, repository: Path, version: int = 1, force: bool = Fa
         with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.", dir=repository) as temporary:
             folder = Path(temporary) / bundle.name
             (folder / str(version)).mkdir(parents=True)
-            for ours, theirs in backend.files.items():
+            for ours, theirs in files.items():
                 shutil.copyfile(bundle.path / ours, folder / str(version) / theirs)
             shutil.copyfile(bundle.path / LABELS, folder / LABELS)
             (folder / "config.pbtxt").write_text(config(bundle), encoding="utf-8")
@@ -83,12 +67,16 @@ def lay_out(bundle: Bundle, repository: Path, version: int = 1, force: bool = Fa
     return final
 
 
-def check_target(target: str) -> Backend:
-    """The backend of a target. Raises UsageError that lists the targets that have one."""
-    backend = BACKENDS.get(target)
-    if backend is None:
-        raise UsageError(f"no Triton backend takes {target} bundles; valid targets: {', '.join(BACKENDS)}")
-    return backend
+def check_target(target: str) -> tuple[str, Mapping[str, str]]:
+    """Triton's backend for a target, and under which names it wants the files: {ours: Triton's}.
+
+    Raises UsageError that lists the targets that have one.
+    """
+    found = get_target(target).triton
+    if found is None:
+        offered = ", ".join(name for name, row in TARGETS.items() if row.triton is not None)
+        raise UsageError(f"no Triton backend takes {target} bundles; valid targets: {offered}")
+    return found
 
 
 def config(bundle: Bundle) -> str:
@@ -97,7 +85,7 @@ def config(bundle: Bundle) -> str:
     open_batch = manifest.input.batch is None
     lines = [
         f"name: {_quoted(bundle.name)}",
-        f"backend: {_quoted(BACKENDS[manifest.target].name)}",
+        f"backend: {_quoted(check_target(manifest.target)[0])}",
         f"max_batch_size: {ROWS_OF_A_DYNAMIC_BATCH if open_batch else 0}",
         *_tensor("input", manifest.input.tensor, open_batch),
     ]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import MissingError, missing_extra
 from dualtoken_deploy.spec import InputContract, TensorSpec
@@ -19,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> EagerRunner:
-    """The eager model that the bundle was made from. Raises MissingError (no torch), WeightsError (no file)."""
+    """The eager model that the bundle was made from. Raises MissingError (no torch, or a model that lived in memory
+    alone), WeightsError (no file)."""
     try:
-        from dualtoken_deploy.models.heads.rebuild import rebuild_dense
-        from dualtoken_deploy.models.registry import rebuild
-    except ImportError as error:
+        from dualtoken_deploy.models.own_sources import rebuild
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("dualtoken_deploy"):
+            raise
         raise missing_extra("export", "the eager model") from error
     manifest = bundle.manifest
-    model = rebuild(manifest) if manifest.task == CLASSIFY else rebuild_dense(manifest)
-    return EagerRunner(model, manifest.input, manifest.outputs, options)
+    return EagerRunner(rebuild(manifest), manifest.input, manifest.outputs, options)
 
 
 def check_device(device: str | None) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 from dualtoken_deploy.bundle.manifest import Manifest
+from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.targets.table import Target
 
 Tell = Callable[[str], None]
 Traced = TypeVar("Traced")
@@ -54,3 +57,19 @@ class Insides:
                 near |= {name} if name in seen else found.get(name, set())
             found.update(dict.fromkeys(made, near))
         return found
+
+
+@dataclass(frozen=True)
+class Look:
+    """How to look into the bundles of a target: the float values, the bundle's own, and what computes the latter if
+    that is not the target's runtime."""
+
+    expected: Callable[[Bundle, Array, Tell], Insides]
+    actual: Callable[[Bundle, Sequence[str], Array], dict[str, Array]]
+    engine: str | None = None
+
+
+def open_look(target: Target) -> Look:
+    """The LOOK of a target's folder."""
+    look: Look = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.look").LOOK
+    return look

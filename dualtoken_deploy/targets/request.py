@@ -17,6 +17,10 @@ from torch import nn
 
 from dualtoken_deploy.bundle.blocks import Build, Calibration
 from dualtoken_deploy.bundle.manifest import CLASSIFY
+from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.quantize.backend import Backend
+from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.table import Target
 
@@ -64,9 +68,32 @@ class Artifact:
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.name}.export")
+    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.export")
     artifact: Artifact = module.export(model, request, folder, tell)
     return artifact
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float program with ranges, for the search: `backend` writes the files of any choice of layers; `artifact`: what
+    was done to make it."""
+
+    backend: Backend
+    artifact: Artifact
+
+
+def run_quantizer(
+    target: Target, model: nn.Module, request: Request, calibration: CalibrationSet, options: Int8Options, tell: Tell
+) -> Prepared:
+    """The target's own quantizer over the model. Raises UsageError on one it does not have, ConversionError."""
+    name = options.quantizer or target.quantizers[0]
+    if name not in target.quantizers:
+        raise UsageError(
+            f"unknown quantizer {name!r} for {target.name}; valid quantizers: {', '.join(target.quantizers)}"
+        )
+    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.quantize")
+    prepared: Prepared = module.prepare(model, request, calibration, name, options.method, tell)
+    return prepared
 
 
 @contextlib.contextmanager

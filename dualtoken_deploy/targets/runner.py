@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.spec import InputContract, TensorSpec
 
 Array = NDArray[Any]
+AT_ONCE = 16  # inputs of an open batch: 224x224x3 float32 is 0.6 MB each
 REFERENCES = ("eager", "golden")  # what a bundle is held against
 
 
@@ -82,6 +84,20 @@ def engine_of(runner: Runner) -> str | None:
     """What stands in for the target's own runtime, in words to be shown with every result; None where nothing does."""
     engine: str | None = getattr(runner, "engine", None)
     return engine
+
+
+def run_each(runner: Runner, contract: InputContract, inputs: Iterable[Array]) -> Iterator[dict[str, Array]]:
+    """The outputs for inputs without a batch axis, one dict for each, the batch axis 1 first.
+
+    Fed in the batch that the contract fixes, the last one filled up; AT_ONCE at a time where it is open.
+    """
+    batch = contract.batch or AT_ONCE
+    waiting = iter(inputs)
+    while part := list(itertools.islice(waiting, batch)):
+        filled = part + part[-1:] * (batch - len(part)) if contract.batch is not None else part
+        outputs = runner.run({contract.tensor.name: np.stack(filled)})
+        for i in range(len(part)):
+            yield outputs if batch == 1 else {name: array[i : i + 1] for name, array in outputs.items()}
 
 
 def planar(array: Array, spec: TensorSpec) -> Array:

@@ -1,6 +1,6 @@
 """THE table of targets: one row each, with what it takes to export and to run it.
 
-A row's name is also the name of its exporter (`export/<name>.py`) and of its runner (`runtimes/<name>.py`).
+A row's name is also the name of the folder with its exporter, its runner, and what quantizes and looks into its files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.spec import Tolerance
+from dualtoken_deploy.targets.precision import RANGES, SEARCH, Precision, by_name
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,11 @@ class Target:
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
     options of export that are this target's own. `check_images`: photographs that export checks on, where
-    the runtime is too slow here for all of them. `dense`: heads with the forms of their outputs that are on offer.
+    the runtime is too slow here for all of them. `heads`: those of this package with the forms of their outputs that
+    are on offer. `product_kinds`: what the runtime calls operators that hold a model's matrix products. `libraries`:
+    whose versions a manifest keeps. `triton`: the backend that takes the files, and their names there. `quantizers`:
+    for precisions that search, the default first. `looks`: of a target whose bundles can be looked into, by precision
+    the dB below which a layer counts as drifted.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
@@ -35,7 +40,7 @@ class Target:
     extra: str
     source: str
     modules: tuple[str, ...]
-    tolerances: Mapping[str, Tolerance]  # by precision; the keys are the precisions on offer
+    precisions: Mapping[str, Precision]  # by name
     aliases: tuple[str, ...] = ()
     any_size: bool = False  # offers --image-size dynamic
     portable: bool = True
@@ -44,11 +49,25 @@ class Target:
     vendor: str | None = None
     settings: tuple[str, ...] = ()
     check_images: int | None = None
-    dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    product_kinds: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    triton: tuple[str, Mapping[str, str]] | None = None
+    quantizers: tuple[str, ...] = ()
+    looks: Mapping[str, float] = field(default_factory=dict)
+
+    def precision(self, name: str) -> Precision:
+        """The row of a precision. Raises UsageError where the target does not offer it."""
+        if name not in self.precisions:
+            raise UsageError(
+                f"unknown precision {name!r} for {self.name}; valid precisions: {', '.join(self.precisions)}"
+            )
+        return self.precisions[name]
 
     @property
-    def precisions(self) -> tuple[str, ...]:
-        return tuple(self.tolerances)
+    def folder(self) -> str:
+        """The package under dualtoken_deploy.targets with its exporter and runner."""
+        return self.name.replace("-", "_")
 
     def missing(self, modules: tuple[str, ...] | None = None) -> list[str]:
         """Modules that are not installed here; those that running needs unless others are named."""
@@ -64,30 +83,28 @@ class Target:
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
-# int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
-_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=100.0), "fp16": Tolerance(sqnr_db=45.0)})
+_FP32 = Precision("fp32", "float32", "float32", Tolerance(100.0))
+_FP16 = Precision("fp16", "float16", "float16", Tolerance(45.0))
 # bf16 keeps 8 bits of a number; measured 46 dB on S, 19 dB less than fp16 with its 11, as three bits should be.
-_BF16 = Tolerance(sqnr_db=30.0)
-_TOLERANCES_INDUCTOR = MappingProxyType({**_TOLERANCES, "bf16": _BF16})
-_TOLERANCES_INT8 = MappingProxyType({**_TOLERANCES, "int8": Tolerance(sqnr_db=3.0, top1_agreement=0.0)})
-_TOLERANCES_OPENVINO = MappingProxyType({**_TOLERANCES, "bf16": _BF16, "int8": _TOLERANCES_INT8["int8"]})
+_BF16 = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0))
+# int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
+_INT8 = Precision("int8", "int8", "int8", Tolerance(3.0, 0.0), SEARCH)
 
 W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
 DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
-_COREML_TOLERANCES = MappingProxyType(
-    {
-        "fp32": Tolerance(sqnr_db=90.0),
-        "fp16": Tolerance(sqnr_db=40.0),
-        "int8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
-        W8A8: Tolerance(sqnr_db=10.0, top1_agreement=0.8),
-        "palettized8": Tolerance(sqnr_db=25.0, top1_agreement=0.9),
-        "palettized6": Tolerance(sqnr_db=15.0, top1_agreement=0.8),
-        "palettized4": Tolerance(sqnr_db=3.0, top1_agreement=0.0),
-    }
+_COREML = by_name(
+    Precision("fp32", "float32", "float32", Tolerance(90.0)),
+    Precision("fp16", "float16", "float16", Tolerance(40.0)),
+    Precision("int8", "int8", "float16", Tolerance(25.0, 0.9)),
+    Precision(W8A8, "int8", "int8", Tolerance(10.0, 0.8), RANGES),
+    Precision("palettized8", "int8 palette", "float16", Tolerance(25.0, 0.9)),
+    Precision("palettized6", "int6 palette", "float16", Tolerance(15.0, 0.8)),
+    Precision("palettized4", "int4 palette", "float16", Tolerance(3.0, 0.0)),
 )
-
-_COREAI_TOLERANCES = MappingProxyType({"fp32": Tolerance(sqnr_db=90.0), "fp16": Tolerance(sqnr_db=35.0)})
+_COREAI = by_name(
+    Precision("fp32", "float32", "float32", Tolerance(90.0)), Precision("fp16", "float16", "float16", Tolerance(35.0))
+)
 
 _SEGMENTERS = dict.fromkeys(("deeplabv3", "pspnet"), ("raw", "labels"))
 _RAW_DEEPLABV3 = MappingProxyType({"deeplabv3": ("raw",)})  # coreai-torch 0.4.3 cannot take PSPNet's pooling
@@ -95,8 +112,24 @@ _RAW_SEGMENTERS = dict.fromkeys(_SEGMENTERS, ("raw",))
 _RAW_DENSE = MappingProxyType({"retinanet": ("raw",), **_SEGMENTERS})  # NonMaxSuppression is not to be had everywhere
 _ALL_DENSE = MappingProxyType({"retinanet": ("raw", "detections"), "mask-rcnn": ("detections",), **_SEGMENTERS})
 
-DENSE_PRECISIONS = ("fp32", "fp16", "int8")
-DENSE_INT8 = ("onnxruntime", "openvino")  # whose files run here, so that AP and mean IoU of them are known
+HEAD_PRECISIONS = ("fp32", "fp16", "int8")  # in which heads were measured
+HEAD_INT8 = ("onnxruntime", "openvino")  # whose files run here, so that AP and mean IoU of them are known
+
+# The bundles of this project keep 110, 45, 15 and 12 dB at their worst layer.
+_LOOKS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "bf16": 10.0, "int8": 8.0})
+# Core ML's round every tensor to float16: T (mix) with trained weights keeps 33 dB at its worst layer. A fault of a
+# whole layer, a transposed or rescaled weight, leaves less than 3 dB whatever the precision.
+_COREML_LOOKS = MappingProxyType(
+    {
+        "fp32": 80.0,
+        "fp16": 25.0,
+        "int8": 18.0,
+        W8A8: 8.0,
+        "palettized8": 18.0,
+        "palettized6": 10.0,
+        "palettized4": 3.0,
+    }
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -109,10 +142,19 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="onnxruntime",
                 source="onnx",
                 modules=("onnxruntime",),
-                tolerances=_TOLERANCES_INT8,
+                precisions=by_name(_FP32, _FP16, _INT8),
                 aliases=("onnx",),
                 any_size=True,
-                dense=_ALL_DENSE,
+                heads=_ALL_DENSE,
+                product_kinds=(
+                    *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention"),
+                    *("MultiHeadAttention", "QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
+                    *("QGemm", "ConvInteger"),
+                ),
+                libraries=("onnxruntime",),
+                triton=("onnxruntime", {"model.onnx": "model.onnx"}),
+                quantizers=("qdq", "qdq-symmetric"),
+                looks=_LOOKS,
             ),
             Target(
                 name="openvino",
@@ -121,9 +163,17 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="openvino",
                 source="onnx",
                 modules=("openvino",),
-                tolerances=_TOLERANCES_OPENVINO,
+                precisions=by_name(_FP32, _FP16, _BF16, _INT8),
                 any_size=True,
-                dense=_ALL_DENSE,
+                heads=_ALL_DENSE,
+                product_kinds=(
+                    *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "MatMul"),
+                    *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
+                ),
+                libraries=("openvino", "nncf"),
+                triton=("openvino", {"model.xml": "model.xml", "model.bin": "model.bin"}),
+                quantizers=("qdq", "nncf"),
+                looks=_LOOKS,
             ),
             Target(
                 name="tensorrt",
@@ -132,13 +182,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="tensorrt",
                 source="onnx",
                 modules=("tensorrt", "cuda"),
-                tolerances=_TOLERANCES_INT8,
+                precisions=by_name(_FP32, _FP16, _INT8),
                 aliases=("trt",),
                 portable=False,
                 built_by="build",
                 checked_by="onnxruntime",
-                dense=_RAW_DENSE,
+                heads=_RAW_DENSE,
                 vendor="TensorRT from NVIDIA (docs/tensorrt.md)",
+                libraries=("tensorrt", "cuda-bindings"),
+                triton=("tensorrt", {"model.engine": "model.plan"}),
+                quantizers=("qdq-symmetric",),
             ),
             Target(
                 name="aotinductor",
@@ -147,10 +200,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="export",
                 source="torch",
                 modules=("torch",),
-                tolerances=_TOLERANCES_INDUCTOR,
+                precisions=by_name(_FP32, _FP16, _BF16),
                 aliases=("aoti",),
                 portable=False,
-                dense=_RAW_SEGMENTERS,
+                heads=_RAW_SEGMENTERS,
+                libraries=("torch",),
             ),
             Target(
                 name="coreml",
@@ -159,9 +213,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="coreml",
                 source="torch",
                 modules=("coremltools",),
-                tolerances=_COREML_TOLERANCES,
-                dense=_RAW_DENSE,
+                precisions=_COREML,
+                heads=_RAW_DENSE,
                 settings=("deployment_target", "layout"),
+                product_kinds=("linear", "conv", "matmul", "scaled_dot_product_attention"),
+                libraries=("coremltools",),
+                looks=_COREML_LOOKS,
             ),
             Target(
                 name="coreai",
@@ -170,9 +227,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="coreai",
                 source="torch",
                 modules=("coreai", "coreai_torch"),
-                tolerances=_COREAI_TOLERANCES,
-                dense=_RAW_DEEPLABV3,
+                precisions=_COREAI,
+                heads=_RAW_DEEPLABV3,
                 check_images=2,  # float16 takes 38 s an image on two cores
+                product_kinds=("batch_matmul", "conv2d"),
+                libraries=("coreai-core", "coreai-torch"),
             ),
         )
     }
@@ -187,31 +246,28 @@ def get_target(name: str) -> Target:
     raise UsageError(f"unknown target {name!r}; valid targets: {', '.join(TARGETS)}")
 
 
-def check_precision(target: Target, precision: str) -> None:
-    """Raises UsageError where the target does not offer the precision."""
-    if precision not in target.precisions:
-        raise UsageError(
-            f"unknown precision {precision!r} for {target.name}; valid precisions: {', '.join(target.precisions)}"
-        )
-
-
-def check_dense(target: Target, head: str, form: str, precision: str) -> None:
+def check_head(target: Target, head: str, form: str, precision: str) -> None:
     """Raises UsageError where the target does not offer the head, the form of its outputs, or the precision for it."""
-    if head not in target.dense:
-        offered = ", ".join(t.name for t in TARGETS.values() if head in t.dense)
+    if head not in target.heads:
+        offered = ", ".join(t.name for t in TARGETS.values() if head in t.heads)
         raise UsageError(f"{target.name} takes no {head}; targets that do: {offered}")
-    if form not in target.dense[head]:
-        offered = ", ".join(t.name for t in TARGETS.values() if form in t.dense.get(head, ()))
+    if form not in target.heads[head]:
+        offered = ", ".join(t.name for t in TARGETS.values() if form in t.heads.get(head, ()))
         option = "--suppress" if form == "detections" else "--argmax"
         raise UsageError(f"{target.name} has no {form} of {head} in the graph; leave {option} out, or take {offered}")
-    if precision not in DENSE_PRECISIONS:
-        raise UsageError(f"{head} is exported in {' or '.join(DENSE_PRECISIONS)}, not in {precision}")
+    if precision not in HEAD_PRECISIONS:
+        raise UsageError(f"{head} is exported in {' or '.join(HEAD_PRECISIONS)}, not in {precision}")
     if precision == "fp16" and form == "detections" and target.name == "onnxruntime":
         raise UsageError(
             f"{target.name} computes in float16, which has steps of half a pixel from 512 on, so {head} has no "
             "detections in it; give --precision fp32, or for RetinaNet leave --suppress out"
         )
-    if precision == "int8" and (target.name not in DENSE_INT8 or head == "mask-rcnn"):
+    if precision == "int8" and (target.name not in HEAD_INT8 or head == "mask-rcnn"):
         raise UsageError(
-            f"{head} has no int8 for {target.name}; RetinaNet and the segmenters have it for {', '.join(DENSE_INT8)}"
+            f"{head} has no int8 for {target.name}; RetinaNet and the segmenters have it for {', '.join(HEAD_INT8)}"
         )
+
+
+def product_kinds() -> frozenset[str]:
+    """Kinds that hold a model's matrix products, by the names that the runtimes, and eager's modules, give them."""
+    return frozenset({"Linear", "Conv2d", *(kind for row in TARGETS.values() for kind in row.product_kinds)})

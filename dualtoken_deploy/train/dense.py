@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dualtoken_deploy.data.annotated import DenseSample, DenseSet, open_dense, read_or_none
 from dualtoken_deploy.data.objects import IGNORE
-from dualtoken_deploy.data.stretch import boxes_to_model, prepare, resize_map
+from dualtoken_deploy.data.samples import Sample, SampleSet, read_or_none
+from dualtoken_deploy.data.stretch import boxes_to_model, resize_map, stretch
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError
 from dualtoken_deploy.models.heads.eager import interpret_batch
 from dualtoken_deploy.models.heads.table import create_dense_model, get_head
-from dualtoken_deploy.models.heads.weights import dense_weights_path
-from dualtoken_deploy.models.weights import read_tensors
+from dualtoken_deploy.models.weights import read_tensors, weights_path
 from dualtoken_deploy.tasks.anchors import anchors
+from dualtoken_deploy.tasks.base import Pair
 from dualtoken_deploy.tasks.boxes import Array
-from dualtoken_deploy.tasks.dense_evaluation import Pair, image_size, score
+from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import normalise
 from dualtoken_deploy.train.losses import detection_losses, segmentation_loss
@@ -31,7 +31,6 @@ from dualtoken_deploy.train.task import Batch
 
 # Photometric jitter of SSD (arXiv:1512.02325) in kornia's terms: brightness, contrast, saturation, hue (turns)
 JITTER = (0.125, 0.5, 0.5, 0.05)
-SHARES = {"detect": ("ap", "ap50", "ap75"), "segment": ("miou",)}
 TRAINABLE = ("retinanet", "deeplabv3", "pspnet")
 Truth = tuple[NDArray[Any], ...]
 
@@ -40,7 +39,7 @@ class DenseImages(Dataset[tuple[Any, ...]]):
     """(uint8 (3, H, W), truth..., index, readable): of detection classes (A,) and offsets (A, 4) of the anchors, of
     segmentation a label map (H, W). A picture that cannot be decoded is black and its truth counts nowhere."""
 
-    def __init__(self, data: DenseSet, config: TrainConfig) -> None:
+    def __init__(self, data: SampleSet, config: TrainConfig) -> None:
         self.data, self.config = data, config
         self.epoch = 0
         self.anchors = anchors(config.image_size) if config.task == "detect" else np.zeros((0, 4))
@@ -53,14 +52,14 @@ class DenseImages(Dataset[tuple[Any, ...]]):
         sample = read_or_none(self.data, index)
         if sample is None:
             return np.zeros((3, *size), np.uint8), *self._nothing(), index, False
-        image, scale = prepare(sample.image, size)
+        image, scale = stretch(sample.image, size)
         flip = np.random.default_rng((self.config.seed, self.epoch, index)).random() < self.config.flip
         truth = self._truth(sample, scale, flip)
         if flip:
             image = image[:, ::-1]
         return np.ascontiguousarray(image.transpose(2, 0, 1)), *truth, index, True
 
-    def _truth(self, sample: DenseSample, scale: tuple[float, float], flip: bool) -> Truth:
+    def _truth(self, sample: Sample, scale: tuple[float, float], flip: bool) -> Truth:
         height, width = self.config.image_size
         if sample.label_map is not None:
             labels = resize_map(sample.label_map, (height, width))
@@ -80,7 +79,7 @@ class DenseImages(Dataset[tuple[Any, ...]]):
 class CheckImages(Dataset[tuple[Any, ...]]):
     """(uint8 (3, H, W), index) to be judged; black where the picture cannot be decoded."""
 
-    def __init__(self, data: DenseSet, size: tuple[int, int]) -> None:
+    def __init__(self, data: SampleSet, size: tuple[int, int]) -> None:
         self.data, self.size = data, size
 
     def __len__(self) -> int:
@@ -90,7 +89,7 @@ class CheckImages(Dataset[tuple[Any, ...]]):
         sample = read_or_none(self.data, index)
         if sample is None:
             return np.zeros((3, *self.size), np.uint8), index
-        return np.ascontiguousarray(prepare(sample.image, self.size)[0].transpose(2, 0, 1)), index
+        return np.ascontiguousarray(stretch(sample.image, self.size)[0].transpose(2, 0, 1)), index
 
 
 def flipped(boxes: Array, width: float) -> NDArray[np.float64]:
@@ -108,13 +107,14 @@ class Dense:
             valid = ", ".join(name for name in TRAINABLE if get_head(name).task == config.task)
             raise UsageError(f"head {head!r} cannot be trained to {config.task}; heads that can: {valid}")
         self.config, self.head = config, get_head(head)
-        self.shares = SHARES[config.task]
+        self.task = get_task(config.task)
+        self.shares = self.task.metrics
         self.metric = self.shares[0]
-        train, self.val_set = (open_dense(config.data, config.task, part) for part in ("train", "val"))
+        train, self.val_set = (self.task.open(config.data, part) for part in ("train", "val"))
         if train.labels != self.val_set.labels:
-            odd = sorted(set(train.labels) ^ set(self.val_set.labels))
+            odd = sorted(set(train.labels or ()) ^ set(self.val_set.labels or ()))
             raise DatasetError(f"{train.name} and {self.val_set.name} have different classes: {', '.join(odd[:5])}")
-        self.data, self.labels = train.name, train.labels
+        self.data, self.labels = train.name, train.labels or ()
         self.digest = train.digest + self.val_set.digest
         self.samples = DenseImages(train, config)
         self.checks = CheckImages(self.val_set, config.image_size)
@@ -165,8 +165,8 @@ class Dense:
         pairs: dict[int, Pair | None] = {}
         for pixels, indices in checks:
             samples = [read_or_none(self.val_set, i) for i in indices.tolist()]
-            sizes = [size if sample is None else image_size(sample) for sample in samples]
-            found = interpret_batch(forward(normalise(pixels.float() / 255)), size, sizes)
+            sizes = [size if sample is None else sample.size for sample in samples]
+            found = interpret_batch(self.task, forward(normalise(pixels.float() / 255)), size, sizes)
             for index, sample, answer in zip(indices.tolist(), samples, found, strict=True):
                 pairs[index] = None if sample is None else (sample, answer)
         if accelerator.num_processes > 1:
@@ -174,7 +174,7 @@ class Dense:
 
             pairs = dict(gather_object(list(pairs.items())))  # the last batch may repeat samples: once is enough
         read = [pair for _, pair in sorted(pairs.items(), key=lambda item: item[0]) if pair is not None]
-        return {**score(read, self.config.task, len(self.labels)), "val_unreadable": len(pairs) - len(read)}
+        return {**self.task.score(read, len(self.labels)), "val_unreadable": len(pairs) - len(read)}
 
     def describe(self) -> Mapping[str, Any]:
         width = self.config.width or self.head.width
@@ -186,7 +186,7 @@ def begin_from(model: nn.Module, init: str) -> str:
 
     Raises WeightsError where the file is not of this variant: then not even the backbone fits.
     """
-    given, wanted = read_tensors(dense_weights_path(init)), model.state_dict()
+    given, wanted = read_tensors(weights_path(init)), model.state_dict()
     if not any(name.startswith("backbone.model.") for name in given):
         given = {f"backbone.model.{name}": t for name, t in given.items() if not name.startswith("head.")}
     fitting = {k: t for k, t in given.items() if k in wanted and t.shape == wanted[k].shape}

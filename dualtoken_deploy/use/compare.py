@@ -12,12 +12,15 @@ import numpy as np
 from dualtoken_deploy.bench.report import BenchReport, Contestant, Ratio
 from dualtoken_deploy.bench.run import bench
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.folders import match_labels, open_dataset
+from dualtoken_deploy.data.samples import SampleSet
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets import eager
-from dualtoken_deploy.targets.load import RunnerOptions, engine_of, load_runner, why_no_latency
+from dualtoken_deploy.targets.load import Runner, RunnerOptions, engine_of, load_runner, why_no_latency
+from dualtoken_deploy.targets.runner import run_each
+from dualtoken_deploy.tasks.base import Outputs, Task
+from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.plots import save_figure
-from dualtoken_deploy.use.validate import measure, run_over
+from dualtoken_deploy.use.validate import chunks, open_for, read
 
 WORTH_DROP = 0.5  # points: more than this is not worth any speed without being asked for
 WORTH_SPEED = 1.05  # the slowest round's ratio to fp32 from which on a bundle counts as faster
@@ -28,7 +31,8 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One bundle. `drop` is in points of top-1 against eager where the data has labels, else of agreement with it.
+    """One bundle. `score`: of the task's metric, in 0..1; `drop` is in points of it against eager where the data has
+    the truth, else of agreement with eager.
 
     `against_fp32`: p50 of the same target's fp32 bundle over this one's, round by round; None without one, or where
     the time here is not the device's (`verdict` says so). Sizes are of the artifact.
@@ -38,7 +42,7 @@ class Row:
     target: str
     precision: str
     images: int
-    top1: float | None
+    score: float | None
     drop: float
     sqnr_db: float
     size_mib: float
@@ -53,18 +57,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`bench` is None where no bundle could be timed; `eager_top1` where the data has no labels."""
+    """`metric` and `eager_score` are None where the data lacks the truth, `bench` where no bundle could be timed."""
 
     data: str
-    eager_top1: float | None
+    metric: str | None
+    eager_score: float | None
     rows: tuple[Row, ...]
     bench: BenchReport | None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "data": self.data,
-            "eager_top1": self.eager_top1,
-            "rows": [asdict(row) for row in self.rows],
+            "metric": self.metric,
+            "eager_score": self.eager_score,
+            "eager_top1": self.eager_score if self.metric == "top1" else None,
+            "rows": [asdict(r) | {"top1": r.score if self.metric == "top1" else None} for r in self.rows],
             "bench": None if self.bench is None else self.bench.to_json(),
         }
 
@@ -86,30 +93,45 @@ def compare(
     opened = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
     if not opened:
         raise UsageError("no bundle to compare")
-    for bundle in opened:
-        bundle.need_classifier("compare", "use dualtoken validate --data and dualtoken bench")
     if len({b.manifest.weights.sha256 for b in opened}) > 1:
         raise UsageError("the bundles are of different weights; compare those of one model")
-    images = open_dataset(data)
-    images = images if limit is None else images.limit(limit)
-    truth = None if images.labels is None else np.array(match_labels(images, opened[0].labels))
+    if len({b.manifest.task for b in opened}) > 1:
+        raise UsageError("the bundles are for different tasks; compare those of one model")
+    task, images = get_task(opened[0].manifest.task), open_for(opened[0], data, limit)
+    measure = task.metrics[0] if task.metrics and task.known(images) else None
     tell("running eager")
     with eager.load(opened[0], RunnerOptions(threads=threads)) as model:
-        expected = run_over(images, opened[0].manifest.input, model)
-    eager_top1 = None if truth is None else float((expected.argmax(1) == truth).mean())
+        expected = _outputs(opened[0], images, model)
+    eager_score = None if measure is None else _score(opened[0], task, images, expected)[measure]
     found: dict[int, dict[str, Any]] = {}
     for i, bundle in enumerate(opened):
         tell(f"running {bundle.name}")
         with load_runner(bundle, None, threads) as runner:
-            engine, logits = engine_of(runner), run_over(images, bundle.manifest.input, runner)
-        numbers = measure(expected, logits)
-        top1 = None if truth is None else float((logits.argmax(1) == truth).mean())
-        drop = 1 - numbers["top1_agreement"] if top1 is None or eager_top1 is None else eager_top1 - top1
-        found[i] = {"top1": top1, "drop": 100 * drop, "sqnr_db": numbers["sqnr_db"], "engine": engine}
+            engine, actual = engine_of(runner), _outputs(bundle, images, runner)
+        meter = task.meter()
+        for want, got in zip(expected, actual, strict=True):
+            meter.add(want, got)
+        likeness = meter.likeness()
+        score = None if measure is None else _score(bundle, task, images, actual)[measure]
+        drop = 1 - (likeness.agreement or 0.0) if score is None or eager_score is None else eager_score - score
+        found[i] = {"score": score, "drop": 100 * drop, "sqnr_db": likeness.sqnr_db, "engine": engine}
     timed = [b for b in opened if why_no_latency(b) is None]
     report = bench(timed, "eager", threads, None, rounds, seconds, None, tell) if timed else None
     rows = tuple(_row(b, found[i], opened, report, len(images)) for i, b in enumerate(opened))
-    return Comparison(images.name, eager_top1, rows, report)
+    return Comparison(images.name, measure, eager_score, rows, report)
+
+
+def _outputs(bundle: Bundle, images: SampleSet, runner: Runner) -> list[Outputs]:
+    contract = bundle.manifest.input
+    return [out for _, inputs in chunks(images, contract) for out in run_each(runner, contract, inputs)]
+
+
+def _score(bundle: Bundle, task: Task, images: SampleSet, outputs: Sequence[Outputs]) -> dict[str, float]:
+    pairs = []
+    for i, out in enumerate(outputs):
+        sample = images[i]
+        pairs.append((sample.truth, read(bundle, task, sample, out)))
+    return task.score(pairs, len(bundle.labels))
 
 
 def _row(
@@ -126,7 +148,7 @@ def _row(
         target=manifest.target,
         precision=manifest.precision,
         images=images,
-        top1=numbers["top1"],
+        score=numbers["score"],
         drop=numbers["drop"],
         sqnr_db=numbers["sqnr_db"],
         size_mib=bundle.size_bytes / 2**20,
@@ -178,14 +200,16 @@ def draw(comparison: Comparison, path: Path) -> None:
     def fill(figure: Any) -> None:
         axis = figure.subplots()
         for row in shown:
-            value = 100 * row.top1 if row.top1 is not None else 100 - row.drop
+            value = 100 * row.score if row.score is not None else 100 - row.drop
             axis.scatter([row.p50_ms], [value], s=18 * row.size_mib, alpha=0.5)
             axis.annotate(f"{row.target} {row.precision}", (row.p50_ms, value), fontsize=8)
-        if comparison.eager_top1 is not None:
-            axis.axhline(100 * comparison.eager_top1, color="grey", linewidth=0.8, label="eager")
+        if comparison.eager_score is not None:
+            axis.axhline(100 * comparison.eager_score, color="grey", linewidth=0.8, label="eager")
             axis.legend()
         axis.set_xlabel("p50 latency (ms)")
-        axis.set_ylabel(f"top-1 on {comparison.data} (%)" if comparison.eager_top1 else "agreement with eager (%)")
+        axis.set_ylabel(
+            f"{comparison.metric} on {comparison.data} (%)" if comparison.eager_score else "agreement with eager (%)"
+        )
         axis.grid(alpha=0.3)
 
     save_figure(path, (7, 4.5), fill)

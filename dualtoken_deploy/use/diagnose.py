@@ -7,66 +7,29 @@ held against the eager model at the end of every block and at the logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.folders import open_dataset
-from dualtoken_deploy.data.images import load_batch
+from dualtoken_deploy.data.folders import open_pictures
+from dualtoken_deploy.data.images import preprocess
 from dualtoken_deploy.errors import BundleError, ConversionError, UsageError
-from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.targets.coreml.inner import coreml_insides, probe_coreml
-from dualtoken_deploy.targets.coreml.runner import ENGINE
 from dualtoken_deploy.targets.eager import EagerRunner
-from dualtoken_deploy.targets.inner import Insides, Tell
+from dualtoken_deploy.targets.inner import Insides, open_look
 from dualtoken_deploy.targets.load import RunnerOptions
-from dualtoken_deploy.targets.onnx.inner import onnx_insides
-from dualtoken_deploy.targets.onnx.values import probe_onnx, probe_openvino
-from dualtoken_deploy.targets.table import W8A8
+from dualtoken_deploy.targets.table import TARGETS, get_target
+from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.plots import save_figure
 
-
-@dataclass(frozen=True)
-class Look:
-    """How to look into the bundles of a target: the float values, the bundle's own, and what computes the latter if
-    that is not the target's runtime. `thresholds`: dB below which a layer counts as drifted, by precision."""
-
-    expected: Callable[[Bundle, Array, Tell], Insides]
-    actual: Callable[[Bundle, Sequence[str], Array], dict[str, Array]]
-    thresholds: Mapping[str, float]
-    engine: str | None = None
-
-
-# The bundles of this project keep 110, 45, 15 and 12 dB at their worst layer.
-_THRESHOLDS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "bf16": 10.0, "int8": 8.0})
-# Core ML's round every tensor to float16: T (mix) with trained weights keeps 33 dB at its worst layer. A fault of a
-# whole layer, a transposed or rescaled weight, leaves less than 3 dB whatever the precision.
-_COREML_THRESHOLDS = MappingProxyType(
-    {
-        "fp32": 80.0,
-        "fp16": 25.0,
-        "int8": 18.0,
-        W8A8: 8.0,
-        "palettized8": 18.0,
-        "palettized6": 10.0,
-        "palettized4": 3.0,
-    }
-)
-LOOKS: Mapping[str, Look] = MappingProxyType(
-    {
-        "onnxruntime": Look(onnx_insides, probe_onnx, _THRESHOLDS),
-        "openvino": Look(onnx_insides, probe_openvino, _THRESHOLDS),
-        "coreml": Look(coreml_insides, probe_coreml, _COREML_THRESHOLDS, ENGINE),
-    }
-)
 REFERENCE_DB = 90.0  # the float program against eager
 LEAST_SEEN = 0.5  # of the values; the bundles of this version have 95 % and more
 DEFAULT_IMAGES = 4
@@ -119,13 +82,14 @@ def diagnose(
     """
     tell = progress or (lambda _: None)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    opened.need_classifier("diagnose")
-    manifest = opened.manifest
-    if manifest.target not in LOOKS:
-        raise UsageError(f"diagnose cannot look into {manifest.target}; it can into {', '.join(LOOKS)}")
-    look = LOOKS[manifest.target]
-    images = open_dataset("photographs" if data is None else data).limit(limit)
-    inputs = load_batch(images.images, manifest.input)
+    manifest, row = opened.manifest, get_target(opened.manifest.target)
+    if not row.looks:
+        offered = ", ".join(name for name, other in TARGETS.items() if other.looks)
+        raise UsageError(f"diagnose cannot look into {row.name}; it can into {offered}")
+    look = open_look(row)
+    images = open_pictures("photographs") if data is None else get_task(manifest.task).open(data, "val")
+    images = images.limit(limit)
+    inputs = np.stack([preprocess(images[i].image, manifest.input) for i in range(len(images))])
     inside = look.expected(opened, inputs, tell)
     kinds, expected = inside.kinds, inside.values
     blocks = _check_reference(manifest, inside, inputs)
@@ -144,7 +108,7 @@ def diagnose(
         best = min((compared[s].sqnr_db for s in sources[name]), default=numerics.SQNR_LIMIT_DB)
         found = compared[name]
         layers.append(Drift(name, kinds[name], found.sqnr_db, found.max_abs_error, best - found.sqnr_db))
-    threshold = look.thresholds[manifest.precision] if threshold_db is None else threshold_db
+    threshold = row.looks[manifest.precision] if threshold_db is None else threshold_db
     by_name = {layer.name: layer for layer in layers}
     past = [layer for layer in layers if layer.sqnr_db < threshold]
     suspect = max(past, key=_loss).name if past else None

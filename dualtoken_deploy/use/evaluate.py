@@ -1,57 +1,60 @@
-"""Accuracy on labelled pictures, the same numbers whether the eager model or a bundle runs."""
+"""Accuracy on pictures whose truth is known, the same numbers whether the eager model or a bundle runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle
-from dualtoken_deploy.data.annotated import open_dense
-from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset
-from dualtoken_deploy.data.images import load_batch
+from dualtoken_deploy.data.samples import SampleSet
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError, missing_extra
-from dualtoken_deploy.numerics import top_k_hits
-from dualtoken_deploy.spec import InputContract, TensorSpec
+from dualtoken_deploy.spec import InputContract
 from dualtoken_deploy.targets.load import Runner, RunnerOptions, engine_of, load_runner
-from dualtoken_deploy.tasks.dense_evaluation import DenseEvaluation, judge
-from dualtoken_deploy.use.validate import LOAD_AT_ONCE, run_batches
+from dualtoken_deploy.targets.runner import run_each
+from dualtoken_deploy.tasks.base import Pair, Task
+from dualtoken_deploy.tasks.classify import confusion
+from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.use.validate import chunks
 
-EAGER_BATCH = 16
+BEST = "best.safetensors"  # of a run's folder
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares are fractions of 1; `confusion[i][j]` counts pictures of class i that were taken for class j.
+    """`scores` and `per_class` (its first metric) are fractions of 1. `confusion[i][j]`, of a classifier: pictures of
+    class i that were taken for class j.
 
-    `images_per_s` is that of the model alone, on pictures that are loaded already; None where `engine` stood in for the
-    target's own runtime, whose time says nothing of a device.
+    `images_per_s` is that of the model and of reading its outputs, on pictures that are loaded already; None where
+    `engine` stood in for the target's own runtime, whose time says nothing of a device.
     """
 
     source: str
     data: str
+    task: str
     images: int
-    top1: float
-    top5: float
+    scores: dict[str, float]
+    per_class: dict[str, float]
     images_per_s: float | None
     labels: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] | None = None
     engine: str | None = None
 
-    @property
-    def per_class(self) -> dict[str, float]:
-        """Top-1 of each class that the data has."""
-        counts = zip(self.labels, self.confusion, strict=True)
-        return {name: row[i] / sum(row) for i, (name, row) in enumerate(counts) if sum(row)}
-
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"per_class": self.per_class}
+        return {k: v for k, v in vars(self).items() if k != "scores"} | self.scores
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is to be judged. `runner`: a context manager."""
+
+    runner: AbstractContextManager[Runner]
+    contract: InputContract
+    labels: tuple[str, ...]
+    task: Task
 
 
 def evaluate(
@@ -63,128 +66,76 @@ def evaluate(
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Evaluates a bundle, or weights in eager PyTorch, on labelled `data` (its val part where it has two).
+    """Evaluates a bundle, or weights in eager PyTorch, on `data` with its truth (its val part where it has two).
 
-    `source`: a bundle or its folder, a word of BUILT_IN_WEIGHTS or a weights file. `variant` is needed for weights
-    that do not say it themselves. Raises UsageError, DatasetError, BundleError, WeightsError, MissingError.
+    `source`: a bundle or its folder, a word of BUILT_IN_WEIGHTS, a weights file, or a run's folder. `variant` is needed
+    for weights that do not say it themselves.
+    Raises UsageError, DatasetError, BundleError, WeightsError, MissingError.
     """
-    images = open_dataset(data)
-    if images.labels is None:
-        raise DatasetError(f"{images.name} has no class folders; evaluation needs labelled images")
+    opened = _open(source, variant, RunnerOptions(device, threads))
+    task = opened.task
+    images = task.open(data, "val")
+    if not task.known(images):
+        raise DatasetError(f"{images.name} does not say what is true of its pictures; evaluation needs labelled images")
+    images = task.match(images, opened.labels)
     if limit is not None:
         images = images.limit(limit)
-    runner, contract, labels = _open(source, variant, device, threads)
-    truth = np.array(match_labels(images, labels))
-    logits, seconds = [], 0.0
-    with runner as running:
-        engine = engine_of(running)
-        for start in range(0, len(images), LOAD_AT_ONCE):
-            if progress:
-                progress(f"evaluating {start}/{len(images)}")
-            inputs = load_batch(images.images[start : start + LOAD_AT_ONCE], contract)
-            began = time.perf_counter()
-            logits.append(run_batches(running, contract, inputs))
-            seconds += time.perf_counter() - began
-    return _count(source, images, np.concatenate(logits), truth, labels, seconds, engine)
-
-
-def evaluate_dense(
-    weights: str | Path,
-    data: str | Path,
-    limit: int | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> DenseEvaluation:
-    """Evaluates a detector's or segmenter's weights in eager PyTorch on the val part of `data` (`dense_data`).
-
-    `weights`: a word of BUILT_IN_WEIGHTS, a file, or a run's folder. Raises UsageError, DatasetError, WeightsError,
-    MissingError.
-    """
-    try:
-        import torch
-
-        from dualtoken_deploy.models.heads.eager import eager_predictor
-        from dualtoken_deploy.models.heads.table import create_dense_model
-        from dualtoken_deploy.models.heads.weights import describe_dense
-        from dualtoken_deploy.targets.eager import check_device
-    except ModuleNotFoundError as error:
-        raise missing_extra("export", "evaluating weights in PyTorch") from error
-    said = describe_dense(weights)
-    samples = open_dense(data, said.task)
-    if limit is not None:
-        samples = samples.limit(limit)
-    if threads:
-        torch.set_num_threads(threads)
-    where = check_device(device)
-    predict = eager_predictor(create_dense_model(said.head, weights=weights), said.image_size, where)
-    return judge(str(weights), samples, said.task, predict, said.image_size, said.labels, progress)
-
-
-def holds_dense_model(source: str | Path) -> bool:
-    """Whether `source` are weights of a detector or segmenter; False for bundles, and without torch."""
-    if (Path(source) / MANIFEST).is_file():
-        return False
-    try:
-        from dualtoken_deploy.models.heads import weights
-    except ModuleNotFoundError:
-        return False
-    path = weights.dense_weights_path(source)
-    return path.is_file() and weights.holds_dense_model(source)
-
-
-def _count(
-    source: Bundle | str | Path,
-    images: ImageSet,
-    logits: NDArray[Any],
-    truth: NDArray[Any],
-    labels: Sequence[str],
-    seconds: float,
-    engine: str | None,
-) -> Evaluation:
-    confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    np.add.at(confusion, (truth, logits.argmax(1)), 1)
+    with opened.runner as runner:
+        engine = engine_of(runner)
+        pairs, seconds = _run(opened, images, runner, progress)
+    labels = opened.labels or images.labels or ()
+    table = confusion(pairs, len(labels)) if all(found.logits is not None for _, found in pairs) else None
     return Evaluation(
         source=str(source.path if isinstance(source, Bundle) else source),
         data=images.name,
+        task=task.name,
         images=len(images),
-        top1=top_k_hits(logits, truth, 1) / len(truth),
-        top5=top_k_hits(logits, truth, 5) / len(truth),
-        images_per_s=None if engine else round(len(truth) / seconds, 2),
+        scores=task.score(pairs, len(labels)),
+        per_class=task.score_classes(pairs, labels),
+        images_per_s=None if engine else round(len(images) / seconds, 2),
         labels=tuple(labels),
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        confusion=None if table is None else tuple(tuple(row) for row in table.tolist()),
         engine=engine,
     )
 
 
-def _open(
-    source: Bundle | str | Path, variant: str | None, device: str | None, threads: int | None
-) -> tuple[AbstractContextManager[Runner], InputContract, tuple[str, ...]]:
+def _run(
+    opened: _Opened, images: SampleSet, runner: Runner, progress: Callable[[str], None] | None
+) -> tuple[list[Pair], float]:
+    """Truth and answers, and the seconds that the answers took."""
+    pairs: list[Pair] = []
+    seconds = 0.0
+    for samples, inputs in chunks(images, opened.contract):
+        if progress:
+            progress(f"evaluating {len(pairs)}/{len(images)}")
+        began = time.perf_counter()
+        found = [
+            opened.task.interpret(outputs, opened.contract.size, sample.size)
+            for sample, outputs in zip(samples, run_each(runner, opened.contract, inputs), strict=True)
+        ]
+        seconds += time.perf_counter() - began
+        pairs += [(sample.truth, answer) for sample, answer in zip(samples, found, strict=True)]
+    return pairs, seconds
+
+
+def _open(source: Bundle | str | Path, variant: str | None, options: RunnerOptions) -> _Opened:
     if isinstance(source, Bundle) or (Path(source) / MANIFEST).is_file():
         bundle = source if isinstance(source, Bundle) else Bundle.open(source)
-        bundle.need_classifier("evaluate", "use dualtoken validate --data")
-        return load_runner(bundle, device, threads), bundle.manifest.input, bundle.labels
-    if Path(source).is_dir():
-        raise UsageError(f"{source} is a folder without {MANIFEST}; give a bundle, or the weights file in the folder")
-    return _eager(source, variant, RunnerOptions(device, threads))
-
-
-def _eager(
-    weights: str | Path, variant: str | None, options: RunnerOptions
-) -> tuple[AbstractContextManager[Runner], InputContract, tuple[str, ...]]:
+        runner = load_runner(bundle, options.device, options.threads)
+        return _Opened(runner, bundle.manifest.input, bundle.labels, get_task(bundle.manifest.task))
+    if Path(source).is_dir() and not (Path(source) / BEST).is_file():
+        raise UsageError(f"{source} is a folder without {MANIFEST} or {BEST}; give a bundle, a run or weights")
     try:
-        from dualtoken_deploy.models.registry import create_model
-        from dualtoken_deploy.models.weights import describe_weights
+        from dualtoken_deploy.models.own_sources import trained_source
         from dualtoken_deploy.targets.eager import EagerRunner
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("dualtoken_deploy"):
+            raise
         raise missing_extra("export", "evaluating weights in PyTorch") from error
-    info = describe_weights(weights)
-    if info is None:
-        raise WeightsError(f"{weights} does not say its variant and classes; export it, and evaluate the bundle")
-    if variant not in (None, info.variant):
-        raise WeightsError(f"{weights} are weights of variant {info.variant}, not of {variant}")
-    model = create_model(info.variant, len(info.labels), info.image_size, weights, **info.options)
-    tensor = TensorSpec("image", "uint8", "NHWC", ("batch", *info.image_size, 3))
-    contract = InputContract(tensor, "image", info.image_size)
-    outputs = (TensorSpec("logits", "float32", "NC", ("batch", len(info.labels))),)
-    return EagerRunner(model, contract, outputs, options), contract, info.labels
+    found = trained_source(source)
+    if variant not in (None, found.described["variant"]):
+        raise WeightsError(f"{source} are weights of variant {found.described['variant']}, not of {variant}")
+    batch = 1 if found.one_picture else "batch"
+    contract = found.contract("image", batch)
+    model = EagerRunner(found.make(), contract, found.outputs(found.size, batch), options)
+    return _Opened(model, contract, found.labels, get_task(found.task))

@@ -11,18 +11,7 @@ from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.targets.load import Execution, engine_of, load_runner
-
-# Kinds that hold a model's matrix products, by the names that the runtimes give to what they execute.
-PRODUCT_KINDS = frozenset(
-    {
-        *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "Attention", "MultiHeadAttention"),
-        *("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger"),
-        *("FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
-        *("linear", "conv", "matmul", "scaled_dot_product_attention"),  # MIL's
-        *("batch_matmul", "conv2d"),  # Core AI's
-        *("FullyConnected", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Linear", "Conv2d"),
-    }
-)
+from dualtoken_deploy.targets.table import product_kinds
 
 SHARE_SLACK = 0.005  # of the MACs: kernels differ a little between versions of a runtime
 
@@ -84,7 +73,7 @@ def kind_precision(execution: Execution) -> dict[str, str]:
 
 def product_precision(kinds: Mapping[str, str]) -> str:
     """The dtypes in which the matrix products run, joined with "+" where they are not all one."""
-    return "+".join(sorted({dtype for kind, dtype in kinds.items() if kind in PRODUCT_KINDS})) or "unknown"
+    return "+".join(sorted({dtype for kind, dtype in kinds.items() if kind in product_kinds()})) or "unknown"
 
 
 def _bare(dtype: str) -> str:

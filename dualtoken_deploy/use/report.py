@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from dualtoken_deploy.targets.table import get_target
+from dualtoken_deploy.tasks.table import get_task
+
 if TYPE_CHECKING:
     from dualtoken_deploy.bench.report import BenchReport
     from dualtoken_deploy.pipeline.build import BuildResult
-    from dualtoken_deploy.pipeline.seal import ExportResult
-    from dualtoken_deploy.tasks.dense_evaluation import DenseEvaluation
+    from dualtoken_deploy.pipeline.check import ExportResult
     from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.use.compare import Comparison
     from dualtoken_deploy.use.diagnose import Diagnosis
     from dualtoken_deploy.use.evaluate import Evaluation
     from dualtoken_deploy.use.inspect import Inspection
     from dualtoken_deploy.use.predict import Prediction
-    from dualtoken_deploy.use.predict_dense import DensePrediction
     from dualtoken_deploy.use.validate import Validation
-    from dualtoken_deploy.use.validate_dense import DenseValidation
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
@@ -111,10 +111,10 @@ def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def export_table(results: Sequence[ExportResult]) -> Table:
-    columns = ("bundle", "target", "precision", "executes", "INT8 MACs", "lost", "SQNR (dB)", "equal top-1", "MiB", "s")
+    columns = ("bundle", "target", "precision", "executes", "INT8 MACs", "lost", "SQNR (dB)", "alike", "MiB", "s")
     cells = [
         (
-            *(r.bundle, r.target, r.precision, r.executed_precision),
+            *(r.bundle, r.target, get_target(r.target).precision(r.precision).title, r.executed_precision),
             share(r.int8_mac_share if r.precision == "int8" else None),
             "-" if r.drop is None else f"{r.drop:.2f}",
             f"{r.sqnr_db:.1f}",
@@ -137,13 +137,23 @@ def build_table(result: BuildResult) -> Table:
 
 
 def validation_table(results: Sequence[Validation]) -> Table:
-    columns = ("bundle", "against", "images", "SQNR (dB)", "max error", "mean error", "equal top-1", "top-1", "top-5")
+    """One row a bundle; scores as the bundle's, with its reference's behind the stroke. What no row has is left out."""
+    names = list(dict.fromkeys(name for r in results for name in r.scores or {}))
     cells = [
-        (r.bundle, r.reference, str(r.images), f"{r.sqnr_db:.1f}", f"{r.max_abs_error:.2e}", f"{r.mean_abs_error:.2e}",
-         share(r.top1_agreement), share(r.top1), share(r.top5))
+        (
+            *(r.bundle, r.reference, str(r.images), f"{r.likeness.sqnr_db:.1f}", f"{r.likeness.max_abs_error:.2e}"),
+            share(r.likeness.agreement),
+            *(_beside((r.scores or {}).get(name), (r.eager_scores or {}).get(name)) for name in names),
+        )
         for r in results
-    ]  # fmt: skip
+    ]
+    alike = dict.fromkeys(f"equal {get_task(r.task).alike}" for r in results if get_task(r.task).agrees)
+    columns = ("bundle", "against", "images", "SQNR (dB)", "max error", ", ".join(alike) or "alike", *names)
     return table(columns, cells, _engines(results), left=2)
+
+
+def _beside(own: float | None, reference: float | None) -> str:
+    return share(own) if reference is None else f"{share(own)} / {share(reference)}"
 
 
 def bench_table(report: BenchReport) -> Table:
@@ -151,43 +161,13 @@ def bench_table(report: BenchReport) -> Table:
 
 
 def prediction_table(predictions: Sequence[Prediction]) -> Table:
-    cells = [
-        (p.image if rank == 0 else "", g.label, f"{g.probability:.4f}")
-        for p in predictions
-        for rank, g in enumerate(p.guesses)
-    ]
-    return table(("image", "label", "probability"), cells, _engines(predictions), left=2)
-
-
-def found_table(predictions: Sequence[DensePrediction]) -> Table:
-    """Objects with their boxes in pixels, or areas with their shares of the picture."""
-    if any(p.task == "segment" for p in predictions):
-        areas = [
-            (p.image if rank == 0 else "", a.label, share(a.share))
-            for p in predictions
-            for rank, a in enumerate(p.areas)
-        ]
-        return table(("image", "label", "of its pixels"), areas, _engines(predictions), left=2)
+    """The answers for each picture, best first."""
+    columns = get_task(predictions[0].task).columns
     cells = []
     for p in predictions:
-        rows = [(o.label, f"{o.score:.3f}", ", ".join(f"{v:.1f}" for v in o.box)) for o in p.objects]
-        for rank, row in enumerate(rows or [("nothing found", "", "")]):
-            cells.append((p.image if rank == 0 else "", *row))
-    return table(("image", "label", "score", "box (x1, y1, x2, y2)"), cells, _engines(predictions), left=2)
-
-
-def dense_validation_table(results: Sequence[DenseValidation]) -> Table:
-    """One row a bundle; scores as the bundle's, with eager's behind the stroke."""
-    names = list(dict.fromkeys(name for r in results for name in r.scores or {}))
-    cells = [
-        (
-            *(r.bundle, r.reference, str(r.images), f"{r.sqnr_db:.1f}", f"{r.max_abs_error:.2e}", share(r.agreement)),
-            *(" / ".join(share((s or {}).get(name)) for s in (r.scores, r.eager_scores)) for name in names),
-        )
-        for r in results
-    ]
-    columns = ("bundle", "against", "images", "SQNR (dB)", "max error", "alike", *(f"{n}, eager" for n in names))
-    return table(columns, cells, _engines(results), left=2)
+        rows = [answer.cells() for answer in p.answers] or [("nothing found", *[""] * (len(columns) - 1))]
+        cells += [(p.image if rank == 0 else "", *row) for rank, row in enumerate(rows)]
+    return table(("image", *columns), cells, _engines(predictions), left=2)
 
 
 def inspection_table(inspection: Inspection) -> Table:
@@ -212,21 +192,13 @@ def training_table(result: TrainResult) -> Table:
 
 
 def evaluation_table(result: Evaluation) -> Table:
-    """The whole set in the first row, then each class."""
-    rows = [
-        (f"{result.data}, all {result.images}", share(result.top1), share(result.top5), _or_dash(result.images_per_s))
-    ]
-    rows += [(name, share(value), "", "") for name, value in result.per_class.items()]
-    title = f"{result.source} ({result.engine})" if result.engine else result.source
-    return table(("class", "top-1", "top-5", "images/s"), rows, title)
-
-
-def dense_evaluation_table(result: DenseEvaluation) -> Table:
-    """The whole set in the first row, then AP or IoU of each class."""
-    rows = [(f"{result.data}, all {result.images}", *map(share, result.scores.values()), f"{result.images_per_s:g}")]
+    """The whole set in the first row, then each class by the first metric."""
+    scores = map(share, result.scores.values())
+    rows = [(f"{result.data}, all {result.images}", *scores, _or_dash(result.images_per_s))]
     rest = ("",) * len(result.scores)
     rows += [(name, share(value), *rest) for name, value in result.per_class.items()]
-    return table(("class", *result.scores, "images/s"), rows, result.source)
+    title = f"{result.source} ({result.engine})" if result.engine else result.source
+    return table(("class", *result.scores, "images/s"), rows, title)
 
 
 def drift_table(found: Diagnosis, rows: int) -> Table:
@@ -240,19 +212,27 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
     return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
 
 
-def _engines(
-    results: Sequence[Validation] | Sequence[Prediction] | Sequence[DensePrediction] | Sequence[DenseValidation],
-) -> str | None:
+def _engines(results: Sequence[Validation] | Sequence[Prediction]) -> str | None:
     """A title that says what stood in for a target's own runtime."""
     return "; ".join(dict.fromkeys(r.engine for r in results if r.engine)) or None
 
 
 def comparison_table(found: Comparison) -> Table:
     """One row a bundle, the verdict last."""
-    columns = ("bundle", "top-1", "lost", "SQNR (dB)", "MiB", "p50 (ms)", "vs fp32", "vs eager", "verdict")
+    columns = (
+        "bundle",
+        found.metric or "score",
+        "lost",
+        "SQNR (dB)",
+        "MiB",
+        "p50 (ms)",
+        "vs fp32",
+        "vs eager",
+        "verdict",
+    )
     cells = [
         (
-            *(row.bundle, share(row.top1), f"{row.drop:.2f}", f"{row.sqnr_db:.1f}", f"{row.size_mib:.1f}"),
+            *(row.bundle, share(row.score), f"{row.drop:.2f}", f"{row.sqnr_db:.1f}", f"{row.size_mib:.1f}"),
             "-" if row.p50_ms is None else f"{row.p50_ms:.2f}",
             "-" if row.against_fp32 is None else str(row.against_fp32),
             "-" if row.against_eager is None else str(row.against_eager),
@@ -260,7 +240,7 @@ def comparison_table(found: Comparison) -> Table:
         )
         for row in found.rows
     ]
-    title = f"{found.data}; eager: {share(found.eager_top1)}"
+    title = f"{found.data}; eager: {share(found.eager_score)}"
     engines = {row.engine: row.target for row in found.rows if row.engine}
     title += "".join(f"; {target}: {engine}" for engine, target in engines.items())
     machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"

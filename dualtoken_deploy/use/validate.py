@@ -1,49 +1,78 @@
-"""How far a bundle is from the eager model it was made from, and how often it is right."""
+"""How far a bundle is from the eager model it was made from, and how good both are, whatever the task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.folders import ImageSet, match_labels, open_dataset
-from dualtoken_deploy.data.images import load_batch
+from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import ToleranceError, UsageError
+from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.spec import InputContract
 from dualtoken_deploy.targets.load import Runner, RunnerOptions, choose_reference, engine_of, load_runner
+from dualtoken_deploy.targets.runner import AT_ONCE, run_each
+from dualtoken_deploy.tasks.base import Found, Likeness, Outputs, Pair, Task
+from dualtoken_deploy.tasks.table import TASKS, get_task
 
-Array = numerics.Array
-LOAD_AT_ONCE = 16  # images decoded at a time: 224x224x3 float32 is 0.6 MB each
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Validation:
     """A bundle against its reference. Shares are fractions of 1; None: that could not be measured.
 
-    `reference` "eager": the model rebuilt from its weights, on every image. "golden": the logits stored at export, for
-    the one golden input; agreement is then over that input alone, top1 and top5 over the labelled images.
+    `reference` "eager": the model rebuilt from where it came from, on every image. "golden": the outputs stored at
+    export, for the one golden input; the likeness is then of that input alone, scores are over the data.
+    `likeness` as the task measures it, `scores` the bundle's and `eager_scores` its reference's, by metric.
     `engine`: what stood in for the target's own runtime, if anything did.
     """
 
     bundle: str
+    task: str
     reference: str
     images: int
-    sqnr_db: float
-    max_abs_error: float
-    mean_abs_error: float
-    cosine: float
-    top1_agreement: float
-    top1: float | None
-    top5: float | None
+    likeness: Likeness
+    scores: Mapping[str, float] | None = None
+    eager_scores: Mapping[str, float] | None = None
     engine: str | None = None
 
+    @property
+    def sqnr_db(self) -> float:
+        return self.likeness.sqnr_db
+
+    @property
+    def max_abs_error(self) -> float:
+        return self.likeness.max_abs_error
+
+    @property
+    def agreement(self) -> float | None:
+        return self.likeness.agreement
+
+    @property
+    def measured(self) -> dict[str, float | None]:
+        """Every figure by its name in reports; those of the task that were not measured are None."""
+        task = get_task(self.task)
+        return {**task.numbers(self.likeness), **dict.fromkeys(task.metrics), **(self.scores or {})}
+
     def to_json(self) -> dict[str, Any]:
-        return {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(self).items()}
+        figures = {k: v if v is None or np.isfinite(v) else None for k, v in self.measured.items()}
+        return {
+            "bundle": self.bundle,
+            "task": self.task,
+            "reference": self.reference,
+            "images": self.images,
+            **figures,
+            "agreement": self.likeness.agreement,
+            "scores": None if self.scores is None else dict(self.scores),
+            "eager_scores": None if self.eager_scores is None else dict(self.eager_scores),
+            "engine": self.engine,
+        }
 
 
 def validate(
@@ -53,9 +82,9 @@ def validate(
     reference: str | None = None,
     device: str | None = None,
     threads: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Tell | None = None,
 ) -> list[Validation]:
-    """Validates bundles on `data` (a folder or a word that open_dataset takes; None: the golden input alone).
+    """Validates bundles on `data` (a folder or a word that their task takes, its val part; None: the golden input).
 
     `reference`: eager or golden; None: eager where torch is installed, else golden; each result says which.
     Raises UsageError, DatasetError, BundleError, MissingError, WeightsError.
@@ -63,105 +92,116 @@ def validate(
     if not bundles:
         raise UsageError("no bundle to validate")
     chosen = choose_reference(reference)
-    images = None if data is None else open_dataset(data)
-    if images is not None and limit is not None:
-        images = images.limit(limit)
     results = []
     for item in bundles:
         bundle = item if isinstance(item, Bundle) else Bundle.open(item)
-        bundle.need_classifier("this validation", "call validate_dense")
+        images = None if data is None else open_for(bundle, data, limit)
         if progress:
-            progress(f"validating {bundle.name} against {chosen}")
-        results.append(_validate(bundle, images, chosen, device, threads))
+            progress(f"validating {bundle.name} against {chosen if images is not None else 'golden'}")
+        results.append(_validate(bundle, images, chosen, RunnerOptions(device, threads)))
     return results
 
 
-def gate(
-    results: Sequence[Validation],
-    min_agreement: float | None = None,
-    min_top1: float | None = None,
-    min_sqnr: float | None = None,
-) -> None:
-    """Raises ToleranceError that names all measures below their minimum, UsageError where one was not measured."""
-    minima = {"top1_agreement": min_agreement, "top1": min_top1, "sqnr_db": min_sqnr}
+def open_for(bundle: Bundle, data: str | Path, limit: int | None = None) -> SampleSet:
+    """The set that `data` names, for a bundle: its val part, the truth in the bundle's classes."""
+    task = get_task(bundle.manifest.task)
+    images = task.match(task.open(data, "val"), bundle.labels)
+    return images if limit is None else images.limit(limit)
+
+
+def gate(results: Sequence[Validation], **minima: float | None) -> None:
+    """Raises ToleranceError that names all measures below their minimum (sqnr_db, agreement, or a metric of the task),
+    UsageError where one was not measured."""
     failures = []
     for result in results:
+        measured = {**result.measured, "agreement": result.likeness.agreement}
         for measure, minimum in minima.items():
-            value = getattr(result, measure)
             if minimum is None:
                 continue
+            value = measured.get(measure)
             if value is None:
-                raise UsageError(
-                    f"{result.bundle}: {measure} was not measured; give --data with labelled class folders"
-                )
+                raise UsageError(f"{result.bundle}: {measure} was not measured; {_why_not(result, measure)}")
             if value < minimum:
                 failures.append(f"{result.bundle}: {measure} {value:.4g} is below {minimum:g}")
     if failures:
         raise ToleranceError("; ".join(failures))
 
 
-def run_batches(runner: Runner, contract: InputContract, inputs: Array) -> Array:
-    """Logits (N, classes) for N inputs, fed in the batch that the contract fixes; a short last batch is filled up."""
-    batch = contract.batch or LOAD_AT_ONCE
-    logits = []
-    for start in range(0, len(inputs), batch):
-        part = inputs[start : start + batch]
-        full = part
-        if contract.batch is not None and len(part) < batch:
-            full = np.concatenate((part, np.repeat(part[-1:], batch - len(part), axis=0)))
-        (out,) = runner.run({contract.tensor.name: full}).values()
-        logits.append(out[: len(part)])
-    return np.concatenate(logits)
+def _why_not(result: Validation, measure: str) -> str:
+    task = get_task(result.task)
+    if measure not in (*task.metrics, "agreement"):
+        owners = ", ".join(name for name, other in TASKS.items() if measure in other.metrics)
+        return f"it is a measure of the task {owners}, and this bundle is for {task.name}"
+    if measure == "agreement":
+        return f"the task {task.name} has none; give --min-sqnr"
+    return "give --data with the truth of the pictures (labelled class folders for a classifier)"
 
 
-def measure(expected: Array, actual: Array) -> dict[str, Any]:
-    """The numbers of a Validation that compare logits: SQNR, errors, cosine and the share of equal top-1."""
-    difference = numerics.compare(expected, actual)
-    return {
-        "sqnr_db": difference.sqnr_db,
-        "max_abs_error": difference.max_abs_error,
-        "mean_abs_error": difference.mean_abs_error,
-        "cosine": difference.cosine,
-        "top1_agreement": float((expected.argmax(1) == actual.argmax(1)).mean()),
-    }
+def compare_golden(bundle: Bundle, runner: Runner) -> Likeness:
+    """A bundle's runner on the golden input, against the outputs stored at export."""
+    task, golden = get_task(bundle.manifest.task), dict(bundle.golden)
+    actual = runner.run({bundle.manifest.input.tensor.name: golden.pop("input")})
+    return task.compare(golden, task.thin(actual))
 
 
-def _validate(
-    bundle: Bundle, images: ImageSet | None, reference: str, device: str | None, threads: int | None
-) -> Validation:
-    contract = bundle.manifest.input
-    with load_runner(bundle, device, threads) as runner:
+def _validate(bundle: Bundle, images: SampleSet | None, reference: str, options: RunnerOptions) -> Validation:
+    task, path = get_task(bundle.manifest.task), str(bundle.path)
+    with load_runner(bundle, options.device, options.threads) as runner:
         engine = engine_of(runner)
-        golden = run_batches(runner, contract, bundle.golden["input"])
-        logits = None if images is None else run_over(images, contract, runner)
-    labels = None if images is None or images.labels is None else np.array(match_labels(images, bundle.labels))
-    if reference == "golden" or images is None or logits is None:
-        numbers = measure(bundle.golden["logits"], golden)
-    else:
+        if images is None:
+            found = compare_golden(bundle, runner)
+            return Validation(path, task.name, "golden", len(bundle.golden["input"]), found, engine=engine)
+        if reference == "golden":
+            found = compare_golden(bundle, runner)
+            scores = _score(task, pairs_over(bundle, task, images, runner), bundle) if task.known(images) else None
+            return Validation(path, task.name, reference, len(images), found, scores, engine=engine)
         from dualtoken_deploy.targets import eager
 
-        with eager.load(bundle, RunnerOptions(threads=threads)) as model:
-            numbers = measure(run_over(images, contract, model), logits)
-    hits = None if labels is None or logits is None else [numerics.top_k_hits(logits, labels, k) for k in (1, 5)]
-    return Validation(
-        bundle=str(bundle.path),
-        reference="golden" if images is None else reference,
-        images=len(bundle.golden["input"]) if images is None else len(images),
-        top1=None if hits is None or labels is None else hits[0] / len(labels),
-        top5=None if hits is None or labels is None else hits[1] / len(labels),
-        engine=engine,
-        **numbers,
-    )
+        with eager.load(bundle, RunnerOptions(threads=options.threads)) as model:
+            found, ours, theirs = _side_by_side(bundle, task, images, runner, model)
+    scores, eager_scores = (_score(task, pairs, bundle) if task.known(images) else None for pairs in (ours, theirs))
+    return Validation(path, task.name, reference, len(images), found, scores, eager_scores, engine)
 
 
-def run_over(images: ImageSet, contract: InputContract, runner: Runner) -> Array:
-    """Logits (N, classes) over a whole set; its pictures are loaded LOAD_AT_ONCE at a time."""
-    return np.concatenate([run_batches(runner, contract, part) for part in _inputs(images, contract)])
+def _side_by_side(
+    bundle: Bundle, task: Task, images: SampleSet, runner: Runner, model: Runner
+) -> tuple[Likeness, list[Pair], list[Pair]]:
+    """Both on every picture, read once; outputs are compared and interpreted at once, and not kept."""
+    contract, meter = bundle.manifest.input, task.meter()
+    ours: list[Pair] = []
+    theirs: list[Pair] = []
+    for samples, inputs in chunks(images, contract):
+        both = zip(samples, run_each(model, contract, inputs), run_each(runner, contract, inputs), strict=True)
+        for sample, want, got in both:
+            meter.add(want, got)
+            if task.known(images):
+                theirs.append((sample.truth, read(bundle, task, sample, want)))
+                ours.append((sample.truth, read(bundle, task, sample, got)))
+    return meter.likeness(), ours, theirs
 
 
-def _inputs(images: ImageSet, contract: InputContract) -> Iterator[Array]:
-    step = (
-        LOAD_AT_ONCE if contract.batch is None else max(contract.batch, LOAD_AT_ONCE // contract.batch * contract.batch)
-    )
+def pairs_over(bundle: Bundle, task: Task, images: SampleSet, runner: Runner) -> list[Pair]:
+    """Truth and answer for every picture of a set."""
+    contract = bundle.manifest.input
+    return [
+        (sample.truth, read(bundle, task, sample, outputs))
+        for samples, inputs in chunks(images, contract)
+        for sample, outputs in zip(samples, run_each(runner, contract, inputs), strict=True)
+    ]
+
+
+def chunks(images: SampleSet, contract: InputContract) -> Iterator[tuple[list[Sample], list[Array]]]:
+    """The samples of a set with their inputs, as many at a time as are run at once."""
+    step = max(AT_ONCE // (contract.batch or 1), 1) * (contract.batch or 1)
     for start in range(0, len(images), step):
-        yield load_batch(images.images[start : start + step], contract)
+        samples = [images[i] for i in range(start, min(start + step, len(images)))]
+        yield samples, [preprocess(sample.image, contract) for sample in samples]
+
+
+def read(bundle: Bundle, task: Task, sample: Sample, outputs: Outputs) -> Found:
+    """What outputs say of a sample, in its own pixels."""
+    return task.interpret(outputs, bundle.manifest.input.size, sample.size)
+
+
+def _score(task: Task, pairs: Sequence[Pair], bundle: Bundle) -> dict[str, float]:
+    return task.score(pairs, len(bundle.labels))

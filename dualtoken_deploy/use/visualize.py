@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle
 from dualtoken_deploy.data.images import Pixels, load_image, resize_and_crop
 from dualtoken_deploy.errors import UsageError, WeightsError
-from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT, GlobalBroadcast
 from dualtoken_deploy.models.layers import split_heads
-from dualtoken_deploy.models.registry import create_model, rebuild
+from dualtoken_deploy.models.own_sources import rebuild
+from dualtoken_deploy.models.registry import create_model
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.spec import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD
 from dualtoken_deploy.use.plots import save_figure
@@ -41,12 +42,16 @@ def visualize(source: str | Path, image: str | Path, output: str | Path) -> NDAr
     return maps
 
 
-def _model(source: str | Path) -> ImageModel:
+def _model(source: str | Path) -> nn.Module:
     if (Path(source) / MANIFEST).is_file():
         bundle = Bundle.open(source)
-        bundle.need_classifier("visualize", "dualtoken predict --output draws what it found")
+        if bundle.manifest.task != CLASSIFY:  # what is drawn are the classifier's global tokens
+            raise UsageError(
+                f"{bundle.path} is for the task {bundle.manifest.task}; visualize is for classifiers: dualtoken "
+                "predict --output draws what it found"
+            )
         return rebuild(bundle.manifest)
-    info = describe_weights(source)
+    info = describe_weights(source, CLASSIFY)
     if info is None:
         raise WeightsError(f"{source} does not say its variant and classes; give a bundle or the weights of a run")
     return create_model(info.variant, len(info.labels), info.image_size, source, **info.options)

@@ -26,7 +26,8 @@ from dualtoken_deploy.models.heads.segmentation import Segmenter
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.tasks.anchors import CANDIDATES, DETECTIONS, OVERLAP, SCORE, anchors
 from dualtoken_deploy.tasks.boxes import MAX_LOG_SCALE, make_anchors
-from dualtoken_deploy.tasks.dense_outputs import DETECTED, LABELS, RAW
+
+RAW, LABELS, DETECTED = "raw", "labels", "detections"
 
 Size = tuple[int, int]  # (H, W)
 

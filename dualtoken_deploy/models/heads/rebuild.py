@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualtoken_deploy.bundle.blocks import RANDOM
-from dualtoken_deploy.bundle.manifest import Manifest
-from dualtoken_deploy.errors import WeightsError
 from dualtoken_deploy.models.heads.mask_rcnn import MaskRCNN
-from dualtoken_deploy.models.heads.output_forms import FORMS
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
 from dualtoken_deploy.models.heads.table import create_dense_model
-from dualtoken_deploy.models.registry import DEFAULT_SEED, randomise, weights_sha256
+from dualtoken_deploy.models.registry import DEFAULT_SEED, randomise
 
 OFFSETS = 0.15  # of an anchor's sides: by so much random boxes differ from their anchors
 RARE = -3.0  # bias of random class logits of RetinaNet: most of what it sees is nothing
@@ -41,25 +37,3 @@ def random_dense_model(head: str, seed: int = DEFAULT_SEED, **options: Any) -> n
             model.proposals.deltas.weight.mul_(OFFSETS)
             model.boxes.deltas.weight.mul_(OFFSETS)
     return model
-
-
-def rebuild_dense(manifest: Manifest) -> nn.Module:
-    """The eager model that a dense bundle was made from, in the bundle's form.
-
-    Raises WeightsError where the file is gone or the tensors are not those of the export (sha256).
-    """
-    weights, said = manifest.weights, manifest.dense or {}
-    head = str(manifest.head)
-    if weights.source == RANDOM:
-        model = random_dense_model(
-            head, weights.random_seed, variant=manifest.variant, classes=said["classes"], width=said["width"],
-            **manifest.options,
-        )  # fmt: skip
-    else:
-        model = create_dense_model(head, manifest.variant, weights=weights.source, image_size=manifest.input.size)
-    if weights_sha256(model) != weights.sha256:
-        raise WeightsError(
-            f"the eager weights of {head} on {manifest.variant} from {weights.source!r} are not those that the "
-            "bundle was made from (sha256 differs); export it again"
-        )
-    return FORMS[head][said["form"]](model, manifest.input.size)

@@ -18,7 +18,7 @@ from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, MaskRCN
 from dualtoken_deploy.models.heads.neck import Backbone
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
 from dualtoken_deploy.models.heads.segmentation import Segmenter
-from dualtoken_deploy.models.heads.weights import DenseDescription, describe_dense
+from dualtoken_deploy.models.weights import WeightsInfo, describe_weights
 
 Channels = tuple[int, int, int]
 STRIDES = (8, 16, 32)
@@ -111,8 +111,8 @@ def create_dense_model(
     """
     row = get_head(head)
     if weights is not None:
-        said = describe_dense(weights)
-        _check_same(said, weights, head=head, variant=variant, classes=classes, width=width)
+        said = describe_head(weights)
+        check_same(said, weights, head=head, variant=variant, classes=classes, width=width)
         variant, classes, width = said.variant, len(said.labels), said.width
         image_size, options = image_size or said.image_size, {**said.options, **options}
     if width is not None and width < 1:
@@ -133,8 +133,24 @@ def create_dense_model(
     return dense.eval()
 
 
-def _check_same(said: DenseDescription, weights: str | Path, **given: str | int | None) -> None:
+def describe_head(weights: str | Path) -> WeightsInfo:
+    """What the weights of a head say of it: a run's folder, a file, or a word of BUILT_IN_WEIGHTS.
+
+    Raises WeightsError where the file is missing or damaged, or holds no detector or segmenter.
+    """
+    said = describe_weights(weights)
+    if said is None or said.head is None or said.width is None:
+        raise WeightsError(
+            f"{weights} does not say that it holds a detector or segmenter; give weights of dualtoken train --task"
+        )
+    return said
+
+
+def check_same(said: WeightsInfo, weights: str | Path, **given: str | int | None) -> None:
+    """Raises WeightsError where something that was asked for is not what the weights say."""
     found = {"head": said.head, "variant": said.variant, "classes": len(said.labels), "width": said.width}
     for name, value in given.items():
         if value is not None and value != found[name]:
-            raise WeightsError(f"{weights} are weights with {name} {found[name]}, not {value}; leave {name} out")
+            raise WeightsError(
+                f"{weights} are weights with {name} {found[name]}, not {value}; give {name} {found[name]}"
+            )

@@ -7,7 +7,7 @@ import onnx
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.targets.inner import Insides, Last, Tell
 from dualtoken_deploy.targets.onnx.export import ATTENTION_OPSET, DECOMPOSED_OPSET, export_onnx

@@ -19,8 +19,9 @@ from onnx import numpy_helper
 
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
+from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
-from dualtoken_deploy.quantize.calibration import Array, CalibrationSet
+from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.targets.onnx.ranges import collect_ranges
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.request import quiet

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.targets.openvino.runner import float_dtype
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
@@ -51,30 +49,3 @@ class Prober:
         """All values for inputs given one at a time, joined along the first axis."""
         runs = [self.run(inputs[i : i + 1]) for i in range(len(inputs))]
         return {name: np.concatenate([run[name] for run in runs]) for name in self._asked}
-
-
-def probe_onnx(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[str, Array]:
-    """Those of the named values that the bundle's model.onnx has, for inputs given one at a time."""
-    model = onnx.load(bundle.path / "model.onnx")
-    present = {value for node in model.graph.node for value in node.output}
-    return Prober(model, [name for name in names if name in present]).run_each(inputs)
-
-
-def probe_openvino(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[str, Array]:
-    """Those of the named values that the bundle's model.xml has, for inputs given one at a time."""
-    import openvino as ov
-
-    core = ov.Core()
-    model = core.read_model(bundle.path / "model.xml")
-    own = {name for output in model.outputs for name in output.get_names()}
-    present = {name for op in model.get_ordered_ops() for output in op.outputs() for name in output.get_names()}
-    wanted = [name for name in names if name in present]
-    model.add_outputs([name for name in wanted if name not in own])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": float_dtype(bundle.manifest.precision)})
-    request = compiled.create_infer_request()
-    feed = compiled.input(0).get_any_name()
-    runs: list[dict[str, Array]] = []
-    for i in range(len(inputs)):
-        results = request.infer({feed: inputs[i : i + 1]}, share_outputs=False)
-        runs.append({name: np.array(results[name]) for name in wanted})
-    return {name: np.concatenate([run[name] for run in runs]) for name in wanted}

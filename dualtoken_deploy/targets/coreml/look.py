@@ -11,13 +11,13 @@ import torch
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError
-from dualtoken_deploy.models.registry import rebuild
+from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.targets.apple.names import operation
 from dualtoken_deploy.targets.coreml.export import make_form, trace_named
 from dualtoken_deploy.targets.coreml.mil import load_program
-from dualtoken_deploy.targets.coreml.runner import PACKAGE, MilReferenceRunner
-from dualtoken_deploy.targets.inner import Insides, Last, Tell
+from dualtoken_deploy.targets.coreml.runner import ENGINE, PACKAGE, MilReferenceRunner
+from dualtoken_deploy.targets.inner import Insides, Last, Look, Tell
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.targets.runner import planar
 
@@ -122,3 +122,6 @@ def _settings(bundle: Bundle) -> tuple[str, str]:
 def _to_tokens(value: Array) -> Array:
     """(B, C, 1, S) -> (B, S, C)."""
     return value[:, :, 0].transpose(0, 2, 1) if value.ndim == 4 and value.shape[2] == 1 else value
+
+
+LOOK = Look(coreml_insides, probe_coreml, ENGINE)

@@ -1,0 +1,85 @@
+"""An ONNX file as the reference that bundles made from it are held against: itself, in ONNX Runtime, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualtoken_deploy.errors import InputError, UsageError, first_line, missing_extra
+
+DOMAINS = ("", "ai.onnx")
+
+
+class OnnxReference(nn.Module):
+    """Runs the file as it is: float32 NCHW in, a tuple of tensors in the order of its outputs out. It cannot be traced;
+    exporters that take ONNX take `proto`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.proto = read_onnx(path)
+        self.input, self.shape = _picture_input(self.proto, path)
+        self.outputs = tuple(output.name for output in self.proto.graph.output)
+        self._session: Any = None
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        import onnxruntime as ort
+
+        if self._session is None:
+            settings = ort.SessionOptions()
+            settings.log_severity_level = 3
+            # by path, since weights may lie in files beside it
+            self._session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
+        values = self._session.run(None, {self.input: image.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxReference:
+        return OnnxReference(self.path)  # a session cannot be copied
+
+
+def read_onnx(path: Path) -> Any:
+    """The checked model of a file, its weights included. Raises InputError, MissingError without onnx."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("export", "reading ONNX") from error
+    assert onnxruntime  # noqa: S101  # runs it later
+    if not path.is_file():
+        raise UsageError(f"no file {path}; give an .onnx file")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(str(path), full_check=True)
+    except _unreadable() as error:
+        raise InputError(f"{path} is no whole ONNX model ({first_line(error)}); export or copy it again") from error
+    return model
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    return DecodeError, OSError, ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError
+
+
+def _picture_input(model: Any, path: Path) -> tuple[str, tuple[int | None, ...]]:
+    """Name and shape (None: dynamic) of the one input. Raises InputError where it is no float32 picture NCHW."""
+    import onnx
+
+    weights = {t.name for t in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs) or "none"
+        raise InputError(f"{path} has {len(inputs)} inputs ({names}), and a bundle takes one picture")
+    tensor = inputs[0].type.tensor_type
+    dims = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    if tensor.elem_type != onnx.TensorProto.FLOAT or len(dims) != 4 or dims[1] not in (3, None):
+        dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        said = "x".join("?" if d is None else str(d) for d in dims)
+        raise InputError(
+            f"input {inputs[0].name} of {path} is {dtype} {said}, and a picture is float32 (batch, 3, H, W)"
+        )
+    return inputs[0].name, dims

@@ -1,0 +1,80 @@
+"""What an INT8 file loses on pictures that calibration did not see, against eager, in points of one measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.quantize.calibration import HeldOut
+from dualtoken_deploy.quantize.search import Score
+from dualtoken_deploy.tasks.base import Outputs, Pair, Task
+
+AGREEMENT, SQNR = "agreement", "sqnr"  # measures of every task, beside its own
+ENOUGH_DB = 30.0  # sqnr: points lost are the dB below this
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Held-out inputs, what eager made of them, and what is lost against that: points of `metric`, and SQNR.
+
+    `size`: the model's (H, W); `classes`: how many it has.
+    """
+
+    task: Task
+    held_out: HeldOut
+    expected: tuple[Outputs, ...]
+    metric: str
+    size: tuple[int, int]
+    classes: int
+
+    def score(self, outputs: Sequence[Outputs], count: int | None = None) -> Score:
+        """Of what the runner gave for the first `count` held-out inputs."""
+        expected = self.expected[:count]
+        meter = self.task.meter()
+        noise = []
+        for want, got in zip(expected, outputs, strict=True):
+            meter.add(want, got)
+            if self.task.check_images is not None:  # large outputs: each picture counts alike
+                noise.append(10 ** (-self.task.compare(want, got).sqnr_db / 10))
+        found = meter.likeness()
+        sqnr = float(-10 * np.log10(np.mean(noise))) if noise else found.sqnr_db
+        if self.metric == SQNR:
+            return Score(max(ENOUGH_DB - sqnr, 0.0), sqnr)
+        if self.metric == AGREEMENT:
+            return Score(100 * (1 - (found.agreement or 0.0)), sqnr)
+        return Score(100 * (self._measure(expected) - self._measure(outputs)), sqnr)
+
+    def _measure(self, outputs: Sequence[Outputs]) -> float:
+        pairs: list[Pair] = [
+            (sample, self.task.interpret(got, self.size, shape))
+            for (sample, shape), got in zip(self.held_out.truth, outputs, strict=False)  # of a quick look the first
+        ]
+        return self.task.score(pairs, self.classes)[self.metric]
+
+
+def make_judge(
+    task: Task,
+    held_out: HeldOut,
+    expected: Sequence[Outputs],
+    metric: str | None,
+    size: tuple[int, int],
+    classes: int,
+) -> Judge:
+    """A judge by `metric`; None: the task's own where the truth of the pictures is known, else one that needs none.
+
+    Raises UsageError on a measure whose truth the pictures lack.
+    """
+    valid = measures(task)
+    chosen = metric or (valid[0] if held_out.known else next(m for m in valid if m not in task.metrics))
+    if chosen in task.metrics and not held_out.known:
+        without = " or ".join(m for m in valid if m not in task.metrics)
+        raise UsageError(f"{held_out.name} has no labels, so {chosen} cannot be measured; take --metric {without}")
+    return Judge(task, held_out, tuple(expected), chosen, size, classes)
+
+
+def measures(task: Task) -> tuple[str, ...]:
+    """By which INT8 of a task can be judged: its own metric, agreement where it has one, SQNR."""
+    return (*task.metrics[:1], *([AGREEMENT] if task.agrees else []), SQNR)

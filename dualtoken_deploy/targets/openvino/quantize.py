@@ -1,0 +1,61 @@
+"""INT8 for OpenVINO: IR with the Q/DQ pairs that it runs as integers, or NNCF's own (docs/decisions/006)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.quantize.backend import Backend
+from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.targets.onnx.qdq import Style, onnxruntime_style, without_zero_points
+from dualtoken_deploy.targets.onnx.quantize import OnnxBackend, artifact_of, float_graph, graph_sha256
+from dualtoken_deploy.targets.openvino.export import RULES
+from dualtoken_deploy.targets.openvino.ir import save_ir
+from dualtoken_deploy.targets.request import Prepared, Request, Tell
+
+
+class OpenVinoBackend(OnnxBackend):
+    """The same graph as OpenVINO IR, which runs its Q/DQ pairs as integers."""
+
+    def write(self, in_float: Iterable[str], folder: Path) -> None:
+        import openvino as ov
+
+        pairs = without_zero_points(self._quantizer.quantize(in_float))
+        save_ir(ov.Core().read_model(pairs.SerializeToString()), folder)
+
+
+class NncfBackend:
+    """OpenVINO IR by NNCF; its calibration runs anew for every choice of layers."""
+
+    def __init__(self, model: onnx.ModelProto, calibration: CalibrationSet) -> None:
+        from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer
+
+        self._quantizer = NncfQuantizer(model, calibration)
+        self.products = self._quantizer.products
+        self.described = self._quantizer.style
+        self.source = graph_sha256(model)
+
+    def noise(self, inputs: Array) -> dict[str, float]:
+        return {}
+
+    def write(self, in_float: Iterable[str], folder: Path) -> None:
+        save_ir(self._quantizer.quantize(in_float), folder)
+
+
+def prepare(
+    module: nn.Module, request: Request, calibration: CalibrationSet, quantizer: str, method: str, tell: Tell
+) -> Prepared:
+    """`quantizer` qdq: pairs in this CPU's scheme; nncf: NNCF's own calibration and placement."""
+    exported = float_graph(module, request, RULES, tell)
+    backend: Backend
+    if quantizer == "nncf":
+        backend = NncfBackend(exported.model, calibration)
+    else:
+        found = onnxruntime_style()
+        style = Style(found.name, found.unsigned, found.reduce_range, conv_outputs=False)
+        backend = OpenVinoBackend(exported.model, calibration, method, style, tell)
+    return Prepared(backend, artifact_of(exported))

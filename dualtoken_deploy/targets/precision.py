@@ -1,0 +1,38 @@
+"""What a precision is: in what weights are stored and activations computed, and what it asks for to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from dualtoken_deploy.spec import Tolerance
+
+# How a precision gets its ranges: it needs none; it measures them on pictures; it also searches which layers take it
+NO_CALIBRATION, RANGES, SEARCH = "none", "ranges", "search"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision of a target. `weights` and `activations` name number formats, `calibration` is NO_CALIBRATION,
+    RANGES or SEARCH; `tolerance`: what saved files must reach against eager."""
+
+    name: str
+    weights: str
+    activations: str
+    tolerance: Tolerance
+    calibration: str = NO_CALIBRATION
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether integers are stored, and floats computed."""
+        return self.weights.startswith("int") and not self.activations.startswith("int")
+
+    @property
+    def title(self) -> str:
+        """For tables: a precision that leaves activations in float says so."""
+        return f"{self.name} (weights only)" if self.weight_only else self.name
+
+
+def by_name(*rows: Precision) -> Mapping[str, Precision]:
+    return MappingProxyType({row.name: row for row in rows})

@@ -1,0 +1,55 @@
+"""Draws answers over a picture. No torch."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dualtoken_deploy.tasks.base import Found, Pixels
+
+OPACITY = 0.5  # of a mask over the picture
+GOLDEN_RATIO = 0.618034  # of the colour circle from one class to the next: neighbours are far apart
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """RGB of a class, the same in every picture."""
+    red, green, blue = colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1.0, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def paint_areas(picture: Pixels, found: Found, answers: Sequence[Any]) -> Pixels:
+    """The picture uint8 (h, w, 3) with each class of the label map in its colour."""
+    out = picture.astype(np.float64)
+    for area in answers:
+        _lay(out, found.label_map == area.index, area.index)
+    return np.rint(out).astype(np.uint8)
+
+
+def paint_objects(picture: Pixels, found: Found, answers: Sequence[Any]) -> Pixels:
+    """The picture uint8 (h, w, 3) with masks, boxes, labels and scores; the best on top."""
+    out = picture.astype(np.float64)
+    if found.masks is not None:
+        for mask, item in zip(found.masks.shapes[::-1], answers[::-1], strict=True):
+            _lay(out, mask, item.index)
+    image = Image.fromarray(np.rint(out).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    side = min(image.size)
+    font = ImageFont.load_default(max(10, side // 40))
+    for item in answers[::-1]:
+        x1, y1, x2, y2 = item.box
+        pen.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour(item.index), width=max(1, side // 300))
+        text = f"{item.label} {item.score:.2f}"
+        left, top, right, bottom = pen.textbbox((x1, y1), text, font=font, anchor="lb")
+        down = max(-top, 0)  # a label above the picture moves into it
+        pen.rectangle((left, top + down, right, bottom + down), fill=colour(item.index))
+        pen.text((x1, y1 + down), text, fill="black", font=font, anchor="lb")
+    return np.array(image)
+
+
+def _lay(picture: NDArray[np.float64], mask: NDArray[np.bool_], index: int) -> None:
+    picture[mask] = (1 - OPACITY) * picture[mask] + OPACITY * np.array(colour(index), np.float64)
