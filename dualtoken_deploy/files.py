@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dualtoken_deploy.errors import OutputError
+from dualtoken_deploy.errors import DualTokenError, OutputError
+
+
+def is_folder(path: Path) -> bool:
+    """Path.is_dir, and False for what cannot be looked at: too long a name, a folder above that nobody may enter."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file, and False for what cannot be looked at."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_bytes(path: Path, limit: int, kind: type[DualTokenError], mend: str) -> bytes:
+    """All of a regular file of at most `limit` bytes: no pipe is waited for and no device read.
+
+    Raises `kind` with `mend` at the end of its message.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise kind(f"{path} is no regular file; {mend}")
+            data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise kind(f"{path} cannot be read (no such file); {mend}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise kind(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {mend}") from error
+    if len(data) > limit:
+        raise kind(f"{path} has more than {limit >> 20} MiB, which is no such file of ours; {mend}")
+    return data
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], library_error: type[Exception] = OSError) -> None:

@@ -55,6 +55,9 @@ def write_onnx(path: Path, layers: int, batch: Dim) -> None:
     onnx.save(model, str(path))
 
 
+LABELS = tuple(f"class {i}" for i in range(WIDTH))
+
+
 def make_bundle(folder: Path, layers: int = 0, batch: Dim = "batch", **changes: Any) -> Path:
     """A bundle of such a chain, or of a file that nobody loads for 0 layers; `changes` are fields of its manifest."""
     folder.mkdir(parents=True)
@@ -83,7 +86,7 @@ def make_bundle(folder: Path, layers: int = 0, batch: Dim = "batch", **changes: 
         "command": "",
     }
     logits = np.zeros((1, WIDTH), np.float32)
-    write_bundle(folder, Manifest(**fields | changes), {"input": golden, "logits": logits}, ("a", "b"))
+    write_bundle(folder, Manifest(**fields | changes), {"input": golden, "logits": logits}, LABELS)
     return folder
 
 
