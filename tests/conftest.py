@@ -13,9 +13,11 @@ import pytest
 
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
 from dualtoken_deploy.models.registry import Variant
+from dualtoken_deploy.targets.litert import environment
+from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import shared
+from tests.traces import shared, shared_conversion
 
 # T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
 TINY = Variant("tiny-mix", "one block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
@@ -48,7 +50,14 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
+        patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
         yield
+
+
+@pytest.fixture(scope="session")
+def litert_converter() -> Path:
+    """The Python of LiteRT's converter; its environment is made here where `make test` has not made it."""
+    return environment.make()
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +135,8 @@ def s_bundle(bundle_store: Path) -> Callable[[str], Path]:
 
 
 # those that run quickly here; the others have test files of their own
-PORTABLE = [target.name for target in TARGETS.values() if target.portable and target.check_images is None]
+SLOW = ("litert",)  # whose converters take ten times as long as ONNX's
+PORTABLE = [t.name for t in TARGETS.values() if t.portable and t.check_images is None and t.name not in SLOW]
 ROWS = [
     (name, precision) for name in PORTABLE for precision in ("fp32", "fp16") if precision in TARGETS[name].precisions
 ]

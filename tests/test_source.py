@@ -186,7 +186,7 @@ def test_what_is_wrong_is_one_line(case: str) -> None:
 
 
 USAGE: dict[str, tuple[Any, str]] = {
-    "task": (lambda: Source.module(Keyword(), task="pose"), "valid tasks: classify, embed, segment, detect, tensors"),
+    "task": (lambda: Source.module(Keyword(), task="pose"), "valid tasks: classify, detect, segment, embed, tensors"),
     "size": (lambda: Source.module(Keyword(), image_size=0), "image size 0"),
     "size as text": (lambda: Source.module(Keyword(), image_size="big"), "image size 'big'"),
     "module": (lambda: Source.module(3), "a int is no torch.nn.Module"),  # type: ignore[arg-type]

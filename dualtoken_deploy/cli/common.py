@@ -68,14 +68,16 @@ def find_bundles(given: list[Path] | None) -> list[Path]:
 
 
 def _left_out(path: Path) -> bool:
-    """Whether a bundle still has to be built; says so."""
-    from dualtoken_deploy.bundle.manifest import PREPARED
+    """Whether no device has run a bundle yet; says so, and which step that is."""
+    from dualtoken_deploy.bundle.manifest import COMPLETE
     from dualtoken_deploy.bundle.store import Bundle
 
-    prepared = Bundle.open(path, verify=False).manifest.state == PREPARED
-    if prepared:
-        say(f"note: {path} is prepared, not built, and left out; on the device run: dualtoken build {path}")
-    return prepared
+    state = Bundle.open(path, verify=False).manifest.state
+    if state == COMPLETE:
+        return False
+    lacks = {"prepared": "prepared, not built", "compiled": "compiled, not executed"}[state]
+    say(f"note: {path} is {lacks}, and left out; on the device run: dualtoken build {path}")
+    return True
 
 
 def model_options(pairs: list[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.make import make
 from dualtoken_deploy.pipeline.plan import DYNAMIC, plan
 from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.tasks.table import get_task
 
 ONNX_SUFFIX = ".onnx"
@@ -156,14 +157,15 @@ def export(
     `seed`, of a model of your own those that it has. `task`, `arguments` (of the callable), `output_names` and
     `preprocess` (imagenet, clip, unit, or a Preprocessing) are for models of your own. `device`: for a target that
     compiles natively, what to compile for. `int8`: how a precision with ranges is calibrated and gated. `settings`:
-    the target's own, such as Core ML's deployment_target and layout. `suppress`, `argmax`, `width`: of a head.
+    the target's own, such as Core ML's deployment_target and layout; they are taken by name too. `suppress`, `argmax`,
+    `width`: of a head.
     `options`: of a variant as create_model takes them.
     Raises UsageError, MissingError, InputError, WeightsError, OutputError, ConversionError, and ToleranceError where
     the files do not reach the target's tolerance; no bundle is left then. A target that is built on its device is built
     where that is here; elsewhere the result's `state` is "prepared".
     """
     own: dict[str, str | None] = {
-        name: options.pop(name) for name in ("deployment_target", "layout") if name in options
+        name: options.pop(name) for row in TARGETS.values() for name in row.settings if name in options
     }
     if isinstance(model, Source):
         source = model

@@ -38,7 +38,15 @@ class Metrics:
         self.up = Gauge("dualtoken_workers_up", "Workers that are loaded.", by, registry=registry)
         self.lost = Counter("dualtoken_workers_lost", "Workers that died, hung or failed to start.", by,
                             registry=registry)  # fmt: skip
+        self.decoders_lost = Counter(
+            "dualtoken_decoders_lost", "Decoders that died or took too long.", registry=registry
+        )
         self.reloads = Counter("dualtoken_reloads", "Bundles loaded anew, by outcome.", ("outcome",), registry=registry)
+        self.reload_failures = Counter(
+            "dualtoken_reload_failures", "Bundles on disk that could not be loaded; tried again.", by, registry=registry
+        )
+        self.log_dropped = Gauge("dualtoken_log_lines_dropped", "Lines for a stderr that nobody reads.",
+                                 registry=registry)  # fmt: skip
         self.ready = Gauge("dualtoken_ready", "1 while the server takes requests.", registry=registry)
         self.inside = Gauge("dualtoken_requests_in_hand", "Requests admitted and not answered.", registry=registry)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
@@ -36,15 +35,14 @@ def load_runner(
     device is not here, BundleError where the bundle is not whole.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    target = get_target(opened.manifest.target)
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.runner")
+    module = get_target(opened.manifest.target).part("runner")
     runner: Runner = module.load(opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None))
     return runner
 
 
 def why_no_latency(bundle: Bundle, device: str | None = None) -> str | None:
     """Why the time of a bundle here would not be its device's; None where it is."""
-    module = importlib.import_module(f"dualtoken_deploy.targets.{get_target(bundle.manifest.target).folder}.runner")
+    module = get_target(bundle.manifest.target).part("runner")
     reason = getattr(module, "why_no_latency", None)
     why: str | None = None if reason is None else reason(device)
     return why

@@ -18,8 +18,8 @@ import torch
 from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.folders import open_pictures
 from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import BundleError, ConversionError, UsageError
 from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array

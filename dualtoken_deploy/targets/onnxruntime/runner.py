@@ -32,19 +32,29 @@ def load(bundle: Bundle, options: RunnerOptions) -> OnnxRuntimeRunner:
     # its asynchronous runs go to the pool of threads, which a session of one thread does not have
     pooled = (options.threads or os.cpu_count() or 1) > 1
     kind = PooledOnnxRuntimeRunner if pooled else OnnxRuntimeRunner
-    return kind(bundle.path / "model.onnx", *specs, options)
+    return kind(bundle.path / "model.onnx", *specs, options, rounds=bundle.manifest.precision == "bf16")
 
 
 class OnnxRuntimeRunner(Bordered):
-    """One inference session. Needs no `with`, but gives its memory back on leaving one."""
+    """One inference session. Needs no `with`, but gives its memory back on leaving one.
+
+    `rounds`: the file is typed bfloat16, for which ONNX Runtime has no kernels; float32 ones run and round.
+    """
 
     def __init__(
-        self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: RunnerOptions
+        self,
+        path: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        options: RunnerOptions,
+        rounds: bool = False,
     ) -> None:
         self._path, self._inputs, self._outputs = path, inputs, outputs
         self._provider = _provider(options.device)
         self._options = options
-        self._session = _session(path, self._provider, options)
+        self._source: str | bytes = _rounding(path) if rounds else str(path)
+        self.engine = "ONNX Runtime in float32, rounded to bfloat16 behind every operator" if rounds else None
+        self._session = _session(path, self._source, self._provider, options)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -61,7 +71,7 @@ class OnnxRuntimeRunner(Bordered):
 
         feed = {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs}
         with tempfile.TemporaryDirectory() as folder:
-            session = _session(self._path, self._provider, self._options, profile=Path(folder) / "run")
+            session = _session(self._path, self._source, self._provider, self._options, Path(folder) / "run")
             session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _execution(events)
@@ -104,7 +114,17 @@ def _provider(device: str | None) -> str:
     return provider
 
 
-def _session(path: Path, provider: str, options: RunnerOptions, profile: Path | None = None) -> Any:
+def _rounding(path: Path) -> bytes:
+    import onnx
+
+    from dualtoken_deploy.targets.onnx.bfloat16 import rounded_to_bfloat16
+
+    return rounded_to_bfloat16(onnx.load(path)).SerializeToString()
+
+
+def _session(
+    path: Path, source: str | bytes, provider: str, options: RunnerOptions, profile: Path | None = None
+) -> Any:
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
@@ -116,7 +136,7 @@ def _session(path: Path, provider: str, options: RunnerOptions, profile: Path | 
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
     try:
-        session = ort.InferenceSession(str(path), settings, providers=[provider])
+        session = ort.InferenceSession(source, settings, providers=[provider])
     except Exception as error:  # its exception types are private and derive from Exception alone
         raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:  # onnxruntime itself falls back to the CPU with a warning

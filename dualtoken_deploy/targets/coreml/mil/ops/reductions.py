@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dualtoken_deploy.targets.coreml.mil.ops.windows import padding, sizes
 from dualtoken_deploy.targets.runner import Array
 
 REDUCTIONS: dict[str, Callable[..., Any]] = {
@@ -123,8 +124,6 @@ def _windows(
 ) -> tuple[list[Array], tuple[list[Array], list[Array]]]:
     """One strided view of the padded map for each kernel element; and the same views of two masks: what is of `x`, and
     what is of `x` or of its declared padding (ceil_mode reads beyond, which never counts)."""
-    from dualtoken_deploy.targets.coreml.mil.ops.products import padding, sizes
-
     kernel = [int(k) for k in kernel_sizes]
     stride = sizes(strides, len(kernel))
     pads = padding(pad_type, pad, x.shape[2:], kernel, stride)
