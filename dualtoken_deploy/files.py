@@ -11,6 +11,26 @@ from pathlib import Path
 from dualtoken_deploy.errors import DualTokenError, OutputError
 
 
+def cache_folder() -> Path:
+    """Where this program keeps what it can make again: $DUALTOKEN_CACHE, else ~/.cache/dualtoken (XDG).
+
+    Raises OutputError where the user has no home folder.
+    """
+    if own := os.environ.get("DUALTOKEN_CACHE"):
+        return Path(own)
+    return user_cache() / "dualtoken"
+
+
+def user_cache() -> Path:
+    """The folder of all programs' caches (XDG). Raises OutputError where the user has no home folder."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OutputError("this user has no home folder for a cache; set XDG_CACHE_HOME to a folder") from error
+
+
 def is_folder(path: Path) -> bool:
     """Path.is_dir, and False for what cannot be looked at: too long a name, a folder above that nobody may enter."""
     try:

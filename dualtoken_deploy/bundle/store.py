@@ -28,6 +28,7 @@ from dualtoken_deploy.bundle.check import check, count_classes
 from dualtoken_deploy.bundle.golden import MAX_FILE_BYTES, read_golden
 from dualtoken_deploy.bundle.labels import format_labels, parse_labels
 from dualtoken_deploy.bundle.manifest import Manifest
+from dualtoken_deploy.bundle.trust import remember
 from dualtoken_deploy.errors import BundleError, OutputError, UsageError
 from dualtoken_deploy.files import is_folder, read_bytes
 
@@ -142,6 +143,8 @@ def write_bundle(
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    if complete.build is not None or (complete.origin is not None and complete.origin.kind == "reference"):
+        remember(Manifest.parse(text.encode()))
     return complete
 
 

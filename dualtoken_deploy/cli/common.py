@@ -19,6 +19,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Bundles = Annotated[list[Path] | None, typer.Argument(help="Bundle folders; without any, all under ./bundles.")]
 OneBundle = Annotated[Path, typer.Argument(help="Bundle folder.")]
 Device = Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")]
+AllowNative = Annotated[
+    bool, typer.Option("--allow-native", help="Run code of a bundle that was not made here by you; trust who made it.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 
