@@ -36,7 +36,10 @@ def harm(folder: Path, change: Change) -> None:
 
 
 def written(name: str, data: bytes) -> Change:
-    return lambda folder, _: (folder / name).write_bytes(data) and None
+    def change(folder: Path, _: dict[str, Any]) -> None:
+        (folder / name).write_bytes(data)
+
+    return change
 
 
 def forget(*names: str) -> Change:
@@ -103,9 +106,7 @@ def test_golden_of_another_shape(own_bundle: Path, capsys: pytest.CaptureFixture
 # Labels
 
 
-@pytest.mark.parametrize(
-    "odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\x1b", "\x00", "\t"]
-)
+@pytest.mark.parametrize("odd", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1e\r\x1b\x00\t\ufeff"])
 def test_no_name_has_a_separator_or_a_control_character(odd: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"line 2 has the character U\\+{ord(odd):04X}"):
         format_labels(("cat", f"big{odd}dog", "cow"))
@@ -142,7 +143,8 @@ def test_native_code_of_others_is_refused(
     for use in (lambda: load_runner(bundle), lambda: predict(bundle, [photograph]), lambda: check_servable(bundle)):
         with pytest.raises(BundleError, match=r"model\.pt2 is native code.*--allow-native"):
             use()
-    for command in (["predict", own_bundle, photograph], ["inspect", own_bundle]):
+    commands: tuple[tuple[str | Path, ...], ...] = (("predict", own_bundle, photograph), ("inspect", own_bundle))
+    for command in commands:
         code, line = fails(capsys, *command)
         assert (code, "--allow-native" in line) == (4, True)
     with monkeypatch.context() as patch:

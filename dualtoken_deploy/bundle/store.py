@@ -29,7 +29,7 @@ from dualtoken_deploy.bundle.golden import MAX_FILE_BYTES, read_golden
 from dualtoken_deploy.bundle.labels import format_labels, parse_labels
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.trust import remember
-from dualtoken_deploy.errors import BundleError, OutputError, UsageError
+from dualtoken_deploy.errors import BundleError, InputError, OutputError, UsageError
 from dualtoken_deploy.files import is_folder, read_bytes
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
@@ -142,7 +142,12 @@ def write_bundle(
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    try:
+        (folder / MANIFEST).write_bytes(f"{text}\n".encode())
+    except UnicodeEncodeError as error:  # of a path in bytes that are no text
+        raise InputError(
+            f"a manifest is UTF-8 and cannot say {error.object[error.start - 20 : error.end]!r}"
+        ) from error
     if complete.build is not None or (complete.origin is not None and complete.origin.kind == "reference"):
         remember(Manifest.parse(text.encode()))
     return complete

@@ -15,6 +15,7 @@ from dualtoken_deploy.cli.common import (
     Json,
     OneBundle,
     Threads,
+    answer,
     find_bundles,
     importing,
     progress,
@@ -121,8 +122,8 @@ def inspect(
     if not json_output:
         contract = inspection.manifest.input
         shape = "x".join(map(str, contract.tensor.shape))
-        print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
-        print(f"weights: {inspection.manifest.weights.source}")
+        answer(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
+        answer(f"weights: {inspection.manifest.weights.source}")
         if inspection.manifest.calibration is not None:
             _print_calibration(inspection, inspection.manifest.calibration)
     for note in inspection.notes:
@@ -132,12 +133,12 @@ def inspect(
 
 def _print_calibration(inspection: Inspection, said: Calibration) -> None:
     floats = ", ".join(said.in_float) or "none"
-    print(f"calibrated on {said.name}, {said.images} images, {said.method}")
+    answer(f"calibrated on {said.name}, {said.images} images, {said.method}")
     if said.search is not None:
-        print(f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}")
-        print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
+        answer(f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}")
+        answer(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
     else:
-        print(f"INT8 inputs for every convolution and linear layer but: {floats}")
+        answer(f"INT8 inputs for every convolution and linear layer but: {floats}")
 
 
 def bench(
@@ -208,8 +209,8 @@ def diagnose(
     show(json_output, found.to_json(), lambda r: r.drift_table(found, rows))
     if not json_output:
         past = "no layer is past the threshold" if found.first is None else f"first past it: {found.first}"
-        print(f"threshold {found.threshold_db:g} dB: {past}")
+        answer(f"threshold {found.threshold_db:g} dB: {past}")
         if found.suspect is not None:
-            print(f"loses most by itself: {found.suspect}")
+            answer(f"loses most by itself: {found.suspect}")
     if picture is not None:
         module.draw(found, picture)
