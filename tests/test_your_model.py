@@ -78,10 +78,10 @@ def test_every_command_of_the_page_runs(
     bundles: dict[str, Path], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    near = prints(capsys, *command("validate"), "--json")
+    (near,) = prints(capsys, *command("validate"), "--json")["results"]
     assert near["reference"] == "eager"
     assert near["sqnr_db"] > 100
-    golden = prints(capsys, *command("validate", 1), "--json")
+    (golden,) = prints(capsys, *command("validate", 1), "--json")["results"]
     assert golden["reference"] == "golden"
     stored = Bundle.open(bundles["net-int8"]).manifest.measured.golden
     assert stored is not None
@@ -89,13 +89,13 @@ def test_every_command_of_the_page_runs(
     compared = prints(capsys, *command("compare"), "--rounds", "1", "--seconds", "0.05", "--json")
     assert {row["precision"] for row in compared["rows"]} == {"fp32", "int8"}
     (guess,) = prints(capsys, *command("predict"), "--json")
-    assert {one["label"] for one in guess["classes"]} == {"ant", "bee", "cat", "dog"}
+    assert {one["label"] for one in guess["guesses"]} == {"ant", "bee", "cat", "dog"}
     with serving(place / "log", *command("serve")[1:]) as server:
         url = shlex.split(COMMANDS[-1])[-1]
         reply = server.ask("POST", url.partition(":8000")[2], (place / "photo.jpg").read_bytes())
         assert reply.code == 200
-        served = reply.json["classes"]
-    assert [one["label"] for one in served] == [one["label"] for one in guess["classes"][: len(served)]]
+        served = reply.json["predictions"]
+    assert [one["label"] for one in served] == [one["label"] for one in guess["guesses"][: len(served)]]
 
 
 def test_int8_is_within_its_budget_and_runs_as_integers(bundles: dict[str, Path]) -> None:
