@@ -589,8 +589,8 @@ def test_an_answer_that_is_none_is_one_error(answer: str) -> None:
 
 NOISY = """
 import os, sys
-from dualtoken_deploy import bench_worker
-from dualtoken_deploy.runtimes import onnxruntime
+from dualtoken_deploy.bench import worker as bench_worker
+from dualtoken_deploy.targets.onnxruntime import runner as onnxruntime
 load = onnxruntime.load
 def noisy(*arguments):
     print("a Python library says hello")

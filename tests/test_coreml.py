@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def test_the_manifest_says_what_activations_were_calibrated_on(packages: Callabl
     assert bundle.manifest.calibration == Calibration(
         name="photographs",
         images=len(photographs),
-        sha256=photographs.digest(contents=True),
+        sha256=hashlib.sha256(load_batch(photographs.images, bundle.manifest.input).tobytes()).hexdigest(),
         method="minmax",
         quantizer="coremltools linear_symmetric, int8",
         in_float=tuple(stem),
@@ -198,7 +199,7 @@ def test_own_calibration_pictures_and_the_loss_on_others(packages: Callable[...,
     photographs = open_dataset("photographs")
     chosen = photographs.limit(10)
     assert (said.name, said.images) == ("photographs", 10)
-    assert said.sha256 == chosen.digest(contents=True)
+    assert said.sha256 == hashlib.sha256(load_batch(chosen.images, bundle.manifest.input).tobytes()).hexdigest()
     assert said.held_out == HeldOutSet("photographs", len(photographs) - 10)
 
     others = load_batch([path for path in photographs.images if path not in chosen.images], bundle.manifest.input)
@@ -231,7 +232,7 @@ def test_calibration_that_loses_too_much_leaves_no_bundle(tmp_path: Path, monkey
     arguments: dict[str, Any] = {**SMALL, "target": "coreml", "precision": "int8-w8a8", "output": tmp_path / "b"}
     with pytest.raises(UsageError, match="minmax"):
         export(int8=Int8Options("digits", method="entropy"), **arguments)
-    monkeypatch.setattr("dualtoken_deploy.quantize.gate.ENOUGH_DB", 200.0)
+    monkeypatch.setattr("dualtoken_deploy.quantize.judge.ENOUGH_DB", 200.0)
     with pytest.raises(ToleranceError, match=r"points of sqnr on photographs, the budget is 1: .*--precision int8"):
         export(int8=Int8Options("photographs", size=10, metric="sqnr", max_drop=1.0), **arguments)
     assert not (tmp_path / "b").exists()

@@ -12,7 +12,7 @@ from dualtoken_deploy.errors import MissingError, UsageError
 from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
-SHARED = {"apple", "nvidia", "onnx"}  # what two targets share
+SHARED = {"apple", "mobile", "nvidia", "onnx"}  # what two targets share
 
 
 def test_every_row_has_its_folder_and_every_folder_its_row() -> None:
@@ -34,7 +34,7 @@ def test_aliases_lead_to_their_row_and_are_no_rows() -> None:
 
 def test_unknown_names_list_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="onnxruntime, openvino"):
-        get_target("tflite")
+        get_target("mnn")
     with pytest.raises(UsageError, match="fp32, fp16"):
         get_target("openvino").precision("int4")
 

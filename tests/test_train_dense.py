@@ -24,7 +24,7 @@ from dualtoken_deploy.tasks.boxes import decode, iou_matrix
 from dualtoken_deploy.tasks.table import TASKS
 from dualtoken_deploy.train import checkpoint, make_config, resume, train
 from dualtoken_deploy.train.config import TrainConfig
-from dualtoken_deploy.train.dense import DenseImages, begin_from, flipped
+from dualtoken_deploy.train.heads import LocatedImages, begin_from, flipped
 from dualtoken_deploy.train.losses import detection_losses, focal_loss, segmentation_loss
 from dualtoken_deploy.train.matching import NOTHING, UNDECIDED, match
 from dualtoken_deploy.use.evaluate import evaluate
@@ -208,7 +208,7 @@ def test_boxes_and_label_maps_are_flipped_with_their_picture() -> None:
             truth = {"boxes": Objects(box, np.array([1]))}
         sample = Sample(image, **truth)
         data = SampleSet("one", ("a", "b"), lambda _, sample=sample: sample, tuple(range(20)), "")  # type: ignore[arg-type]
-        images = DenseImages(data, make_config(task=task, data="one", **SETTINGS))
+        images = LocatedImages(data, make_config(task=task, data="one", **SETTINGS))
         turned = 0
         for i in range(20):
             pixels, *given, _, _ = images[i]
@@ -228,7 +228,7 @@ def test_boxes_and_label_maps_are_flipped_with_their_picture() -> None:
 def test_boxes_are_stretched_with_their_picture(squares: Path) -> None:
     data = TASKS["detect"].open(squares, "val")
     config = make_config(task="detect", data="", **SETTINGS | {"image_size": (64, 128), "flip": 0.0})
-    images = DenseImages(data, config)
+    images = LocatedImages(data, config)
     _, classes, deltas, _, _ = images[1]
     at = np.flatnonzero(classes >= 0)
     boxes = data[1].boxes

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dualtoken_deploy.data.built_in import BUILT_IN, built_in_folder
-from dualtoken_deploy.data.images import load_image
-from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError, UsageError, missing_extra
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -117,25 +115,6 @@ def _folder(folder: Path) -> ImageSet:
 def _images(folder: Path) -> tuple[Path, ...]:
     found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     return tuple(sorted(path for path in found if not path.name.startswith(".") and path.is_file()))
-
-
-@dataclass(frozen=True)
-class _PictureReader:
-    images: ImageSet
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return self.images.images
-
-    def __call__(self, index: int) -> Sample:
-        labels = self.images.labels
-        return Sample(load_image(self.images.images[index]), None if labels is None else labels[index])
-
-
-def open_pictures(source: str | Path, part: str = "val") -> SampleSet:
-    """What open_dataset names, as samples: pictures with their class where there are class folders."""
-    images = open_dataset(source, part)
-    return SampleSet(images.name, images.classes, _PictureReader(images), tuple(range(len(images))), images.digest())
 
 
 def open_parts(source: str | Path) -> tuple[ImageSet, ImageSet]:

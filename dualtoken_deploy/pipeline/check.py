@@ -13,8 +13,8 @@ from torch import nn
 from dualtoken_deploy.bundle.blocks import Figures, Measured, NearTies, Weights
 from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, PREPARED, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
-from dualtoken_deploy.data.folders import open_pictures
 from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.base import ImageModel

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dualtoken_deploy.bundle.blocks import Calibration
-from dualtoken_deploy.data.folders import open_pictures
 from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError, UsageError
 from dualtoken_deploy.numerics import Array

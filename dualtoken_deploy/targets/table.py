@@ -92,6 +92,7 @@ EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
 _FP32 = Precision("fp32", "float32", "float32", Tolerance(100.0))
 _FP16 = Precision("fp16", "float16", "float16", Tolerance(45.0))
+_FP16_WEIGHTS = Precision("fp16", "float16", "float32", Tolerance(45.0))
 # bf16 keeps 8 bits of a number; measured 46 dB on S, 19 dB less than fp16 with its 11, as three bits should be.
 _BF16 = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0))
 # int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
@@ -259,6 +260,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 check_images=2,  # float16 takes 38 s an image on two cores
                 product_kinds=("batch_matmul", "conv2d"),
                 libraries=("coreai-core", "coreai-torch"),
+            ),
+            Target(
+                name="litert",
+                title="LiteRT",
+                files=("model.tflite",),
+                extra="litert",
+                source="torch",
+                modules=("ai_edge_litert", "ai_edge_quantizer"),
+                precisions=by_name(_FP32, _FP16_WEIGHTS),
+                aliases=("tflite",),
+                heads=_RAW_DENSE,
+                product_kinds=("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D", "DEPTHWISE_CONV_2D"),
+                libraries=("ai-edge-litert", "ai-edge-quantizer"),
+                looks=_LOOKS,
             ),
         )
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dualtoken_deploy.data.folders import open_pictures
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import DatasetError
 from dualtoken_deploy.spec import CROP
 from dualtoken_deploy.tasks.base import Ask, Found, JointMeter, Outputs, Pair, Size, Task, any_labels, same_tolerance

@@ -15,7 +15,7 @@ from dualtoken_deploy.models.registry import create_model, load_weights
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import UNREADABLE, Augment, EvalImages, TrainImages, normalise
-from dualtoken_deploy.train.task import Batch
+from dualtoken_deploy.train.learned import Batch
 
 
 class Classify:

@@ -24,15 +24,15 @@ from dualtoken_deploy.train import checkpoint
 from dualtoken_deploy.train.classify import Classify
 from dualtoken_deploy.train.config import TrainConfig, make_config
 from dualtoken_deploy.train.data import EpochOrder
-from dualtoken_deploy.train.dense import Dense
-from dualtoken_deploy.train.task import Batch, Task
+from dualtoken_deploy.train.heads import HeadTask
+from dualtoken_deploy.train.learned import Batch, LearnedTask
 from dualtoken_deploy.use.plots import plot_curves
 
 Tell = Callable[[str], None]
 LIBRARIES = ("torch", "kornia", "accelerate", "numpy", "pillow", "dualtoken-deploy")
 TELL_EVERY_S = 5.0
-TASKS: Mapping[str, Callable[[TrainConfig], Task]] = MappingProxyType(
-    {"classify": Classify, "detect": Dense, "segment": Dense}
+LEARNED: Mapping[str, Callable[[TrainConfig], LearnedTask]] = MappingProxyType(
+    {"classify": Classify, "detect": HeadTask, "segment": HeadTask}
 )
 NO_DECAY = ("norm", "bias", "gamma", "global_tokens", "position_bias")
 
@@ -89,7 +89,7 @@ class _Run:
         self.started = time.monotonic()
         self.progress = _Progress()
         self.accelerator = _accelerator(config)
-        self.task = TASKS[config.task](config)
+        self.task = LEARNED[config.task](config)
         self.notes = self.task.notes
         self.main = self.accelerator.is_main_process
         torch.manual_seed(config.seed)

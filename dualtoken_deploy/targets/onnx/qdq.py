@@ -22,7 +22,7 @@ from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
-from dualtoken_deploy.targets.onnx.ranges import collect_ranges
+from dualtoken_deploy.targets.onnx.ranges import collect_ranges, cut_by_readers
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.request import quiet
 
@@ -98,7 +98,7 @@ class QdqQuantizer:
         weights = {t.name for t in model.graph.initializer}
         nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
         values = dict.fromkeys(v for n in nodes for v in (*n.input[:2], n.output[0]) if v not in weights)
-        self.ranges = collect_ranges(model, list(values), calibration.inputs, method, tell)
+        self.ranges = cut_by_readers(model, collect_ranges(model, list(values), calibration.inputs, method, tell))
         self._inferred = onnx.shape_inference.infer_shapes(model).SerializeToString()
 
     def quantize(self, in_float: Iterable[str] = ()) -> onnx.ModelProto:

@@ -22,7 +22,7 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class Task(Protocol):
+class LearnedTask(Protocol):
     """`metric` names the figure of a row that makes weights the best, `shares` all figures in 0..1 of a row."""
 
     metric: str

@@ -25,9 +25,9 @@ from dualtoken_deploy.tasks.boxes import Array
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import normalise
+from dualtoken_deploy.train.learned import Batch
 from dualtoken_deploy.train.losses import detection_losses, segmentation_loss
 from dualtoken_deploy.train.matching import UNDECIDED, match
-from dualtoken_deploy.train.task import Batch
 
 # Photometric jitter of SSD (arXiv:1512.02325) in kornia's terms: brightness, contrast, saturation, hue (turns)
 JITTER = (0.125, 0.5, 0.5, 0.05)
@@ -35,7 +35,7 @@ TRAINABLE = ("retinanet", "deeplabv3", "pspnet")
 Truth = tuple[NDArray[Any], ...]
 
 
-class DenseImages(Dataset[tuple[Any, ...]]):
+class LocatedImages(Dataset[tuple[Any, ...]]):
     """(uint8 (3, H, W), truth..., index, readable): of detection classes (A,) and offsets (A, 4) of the anchors, of
     segmentation a label map (H, W). A picture that cannot be decoded is black and its truth counts nowhere."""
 
@@ -98,8 +98,8 @@ def flipped(boxes: Array, width: float) -> NDArray[np.float64]:
     return out
 
 
-class Dense:
-    """The tasks detect and segment. A batch is what DenseImages gives, collated."""
+class HeadTask:
+    """The tasks detect and segment. A batch is what LocatedImages gives, collated."""
 
     def __init__(self, config: TrainConfig) -> None:
         head = str(config.head)
@@ -116,7 +116,7 @@ class Dense:
             raise DatasetError(f"{train.name} and {self.val_set.name} have different classes: {', '.join(odd[:5])}")
         self.data, self.labels = train.name, train.labels or ()
         self.digest = train.digest + self.val_set.digest
-        self.samples = DenseImages(train, config)
+        self.samples = LocatedImages(train, config)
         self.checks = CheckImages(self.val_set, config.image_size)
         self.notes = [*train.notes, *self.val_set.notes]
         self.jitter: Any = None
