@@ -1,9 +1,9 @@
-# install, check, test, demo: the only commands, and CI runs the same.
+# install, check, test, demo: the only commands, and CI runs the same. fuzz takes an hour, and is for people.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test demo clean
+.PHONY: install check test fuzz demo clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,12 +20,18 @@ check: install
 # Tests that time something, or look at what a process inherits, run alone; the others on two cores, one thread each.
 ALONE := tests/test_bench.py tests/test_bench_process.py
 
-# The clients' environment takes a minute to download: it is made while the first tests run, and waited for by those
-# that need it, which make it themselves where this failed.
+# The environments of the clients and of LiteRT's converter take minutes to download: they are made while the first
+# tests run, and waited for by those that need them, which make them themselves where this failed.
 test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
+	$(BIN)/python -m dualtoken_deploy.targets.litert.environment > /dev/null 2>&1 &
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
+
+# Each reader of what strangers send, for ten minutes: docs/serve.md has what came out.
+FUZZ_SECONDS ?= 600
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 demo: install
 	$(BIN)/python benchmarks/demo.py

@@ -11,11 +11,13 @@ from types import MappingProxyType
 
 import pytest
 
-from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
+from dualtoken_deploy.targets.litert import environment
+from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import shared
+from tests.traces import shared, shared_conversion
 
 # T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
 TINY = Variant("tiny-mix", "one block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
@@ -29,6 +31,11 @@ TINY_DUAL = Variant(
     "one block a stage",
     replace(dualformer.T, channels=(32, 48, 64, 96), blocks=(1, 1, 1, 1), expansion=(2, 2, 2, 2), heads=4),
 )
+TINY_VIM = Variant(
+    "tiny-vim2",
+    "one pair of layers in the last two stages, whose scans are short",
+    replace(vim2.T, channels=(32, 32, 48, 64), blocks=(0, 0, 2, 2), channel_width=(64, 64, 96, 64), states=4),
+)
 SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 
@@ -36,7 +43,7 @@ SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 def tiny_variant() -> Iterator[None]:
     """Makes the small variants known to this process; tests that start another use a real variant."""
     real = registry.VARIANTS
-    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL)}})
+    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL, TINY_VIM)}})
     yield
     registry.VARIANTS = real
 
@@ -48,7 +55,14 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
+        patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
         yield
+
+
+@pytest.fixture(scope="session")
+def litert_converter() -> Path:
+    """The Python of LiteRT's converter; its environment is made here where `make test` has not made it."""
+    return environment.make()
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +140,8 @@ def s_bundle(bundle_store: Path) -> Callable[[str], Path]:
 
 
 # those that run quickly here; the others have test files of their own
-PORTABLE = [target.name for target in TARGETS.values() if target.portable and target.check_images is None]
+SLOW = ("litert",)  # whose converters take ten times as long as ONNX's
+PORTABLE = [t.name for t in TARGETS.values() if t.portable and t.check_images is None and t.name not in SLOW]
 ROWS = [
     (name, precision) for name in PORTABLE for precision in ("fp32", "fp16") if precision in TARGETS[name].precisions
 ]

@@ -62,7 +62,7 @@ def probe() -> dict[str, Any]:
     import tensorrt_bindings as trt  # type: ignore[import-not-found]
 
     from dualtoken_deploy.targets.nvidia.binding import make_logger
-    from dualtoken_deploy.targets.nvidia.builder import make_monitor
+    from dualtoken_deploy.targets.nvidia.network import make_monitor
 
     names: dict[str, Any] = {}
     for name in dir(trt):

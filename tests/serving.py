@@ -76,12 +76,30 @@ class Server:
     @property
     def children(self) -> list[int]:
         """Process ids of the workers."""
-        task = Path(f"/proc/{self.process.pid}/task")
-        return [int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()]
+        return self._processes("dualtoken_deploy.serve.worker")
+
+    @property
+    def decoders(self) -> list[int]:
+        """Process ids of those that read pictures."""
+        return self._processes("dualtoken_deploy.serve.decoder")
+
+    def _processes(self, module: str) -> list[int]:
+        task, found = Path(f"/proc/{self.process.pid}/task"), []
+        for thread in task.iterdir():
+            with suppress(OSError):  # it ended meanwhile
+                for pid in (thread / "children").read_text().split():
+                    with suppress(OSError):
+                        if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                            found.append(int(pid))
+        return found
 
     def memory_kib(self, pid: int | None = None, field: str = "VmRSS") -> int:
         text = Path(f"/proc/{pid or self.process.pid}/status").read_text()
         return int(next(line for line in text.splitlines() if line.startswith(field)).split()[1])
+
+    def descriptors(self) -> int:
+        """Files and sockets that the server has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""

@@ -7,12 +7,16 @@ entries {"enum": [...]}, {"members": {name: [signatures] | "property" | "attribu
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from dualtoken_deploy.targets.nvidia import binding
+from dualtoken_deploy.targets.nvidia.binding import load_library
 
 DATA = Path(__file__).parent / "data" / "tensorrt_api"
 VERSIONS = ("10.3.0", "10.16.1", "11.4.0")
@@ -50,10 +54,45 @@ class Api:
         return [parse_signature(text) for text in recorded] if isinstance(recorded, list) else []
 
 
+RTX = "rtx"  # the version that is installed: its API is read from the library itself
+
+
 @cache
 def load_api(version: str) -> Api:
+    if version == RTX:
+        return record(load_library(binding.RTX))
     data = json.loads((DATA / f"{version}.json").read_text(encoding="utf-8"))
     return Api(data["version"], data["api"])
+
+
+def record(module: Any) -> Api:
+    """The API of an installed library, in the form of the records."""
+    names = {name: entry for name in dir(module) if (entry := _entry(getattr(module, name))) and name[0] != "_"}
+    return Api(str(module.__version__), names)
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    if hasattr(value, "__members__"):
+        return {"enum": sorted(value.__members__)}
+    if isinstance(value, type):
+        shown = [m for m in dir(value) if m == "__init__" or m[0] != "_"]
+        return {"members": {m: _member(getattr(value, m)) for m in shown}}
+    return {"function": _signatures(value)} if callable(value) else {}
+
+
+def _member(value: Any) -> list[str] | str:
+    if isinstance(value, property):
+        return "property"
+    return _signatures(value) or "attribute"
+
+
+def _signatures(value: Any) -> list[str]:
+    """The first lines of pybind11's docstring: one, or one for each overload."""
+    lines = (getattr(value, "__doc__", None) or "").splitlines()
+    found = [line.strip() for line in lines if re.match(r"(\d+\. )?\w+\(.*\) -> ", line)]
+    plain = [re.sub(r"[\w.]*tensorrt(?:_rtx)?(?:_bindings)?\.(?:tensorrt(?:_rtx)?\.)?", "", line) for line in found]
+    overloads = [line for line in plain if line[0].isdecimal()]
+    return overloads or [line for line in plain if "*args" not in line][:1]
 
 
 def parse_signature(text: str) -> Signature:
@@ -205,6 +244,8 @@ class Checker:
     def _lookup_member(self, owner: str, name: str, node: ast.AST) -> Kind | None:
         self.uses.add(f"{owner}.{name}")
         enum = self.api.enum(owner)
+        if enum is not None and name == "__members__":  # every enum of the bindings has them
+            return None
         known = name in enum if enum is not None else name in self.api.members(owner)
         if not known:
             line = getattr(node, "lineno", 0)
@@ -246,13 +287,13 @@ class Checker:
 
 @cache
 def method_names() -> frozenset[str]:
-    """Names of all recorded methods, of all versions, but those that Python's own objects have too."""
+    """Names of all recorded methods, of all versions and libraries, but those that Python's own objects have too."""
     names = {
         name
-        for version in VERSIONS
+        for version in (*VERSIONS, RTX)
         for entry in load_api(version).names.values()
         for name, recorded in entry.get("members", {}).items()
         if isinstance(recorded, list) and not name.startswith("__")
     }
-    builtin = {name for kind in (list, dict, str, bytes, set, tuple) for name in dir(kind)}
+    builtin = {name for kind in (list, dict, str, bytes, set, tuple, io.BufferedReader) for name in dir(kind)}
     return frozenset(names - builtin)

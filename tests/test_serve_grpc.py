@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dualtoken_deploy.serve.errors import BadRequest
-from dualtoken_deploy.serve.grpc import FIELDS, SERVICE, parse
+from dualtoken_deploy.serve.grpc import SERVICE
+from dualtoken_deploy.serve.messages import FIELDS, parse
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
 from dualtoken_deploy.serve.protocol import DATATYPES
 from dualtoken_deploy.spec import TensorSpec

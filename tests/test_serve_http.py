@@ -252,7 +252,7 @@ def flood(chunked: bool) -> Callable[[Server], int]:
         if chunked:
             piece = b"%x\r\n%s\r\n" % (len(piece), piece)
         with socket.create_connection((server.host, server.port), timeout=10) as link:
-            link.sendall(b"POST %s/infer HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % (SMALL.encode(), kind))
+            link.sendall(b"POST %s/infer HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % (SMALL.encode(), kind))
             sent = 0
             try:
                 while sent < size:
@@ -265,7 +265,7 @@ def flood(chunked: bool) -> Callable[[Server], int]:
     return send
 
 
-POST = f"POST {SMALL}/infer HTTP/1.1\r\nHost: x\r\n".encode()
+POST = f"POST {SMALL}/infer HTTP/1.1\r\nHost: localhost\r\n".encode()
 DISPOSITION = b"Content-Disposition: form-data"
 FORM = {"Content-Type": "multipart/form-data; boundary=xyz"}
 MALFORMED: list[tuple[str, Callable[[Server], int], int]] = [
@@ -379,7 +379,9 @@ def test_a_refused_request_leaves_its_connection_in_use(server: Server) -> None:
     """503s and 400s under load must not cost the client a new connection each."""
     body, headers = binary(inputs={"name": "picture"})
     lines = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
-    request = f"POST {SMALL}/infer HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    request = (
+        f"POST {SMALL}/infer HTTP/1.1\r\nHost: localhost\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    )
     with socket.create_connection((server.host, server.port), timeout=5) as link:
         for _ in range(3):
             link.sendall(request)
@@ -397,7 +399,9 @@ def test_an_answer_does_not_wait_for_an_acknowledgement(server: Server) -> None:
     """Headers and body are two packets: with Nagle's algorithm the second waits for a delayed ACK, 40 ms on Linux."""
     body, headers = binary()
     lines = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
-    request = f"POST {SMALL}/infer HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    request = (
+        f"POST {SMALL}/infer HTTP/1.1\r\nHost: localhost\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    )
     took = []
     with socket.create_connection((server.host, server.port), timeout=10) as link:
         for _ in range(40):  # one connection: the kernel acknowledges the first packets of a new one at once

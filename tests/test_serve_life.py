@@ -115,7 +115,7 @@ def test_a_full_queue_refuses_before_the_body_and_health_goes_on(
     with paused(server):
         waiting: list[Future[Reply]] = [pool.submit(infer, server, seed) for seed in range(3)]
         server.wait_for(lambda: in_hand(server) == 3)
-        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 12000\r\n\r\n".encode()
+        head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12000\r\n\r\n".encode()
         with socket.create_connection((server.host, server.port), timeout=5) as link:
             link.sendall(head)  # and no body
             began = time.monotonic()
@@ -196,7 +196,8 @@ def test_a_client_that_leaves_takes_its_request_along(start: Callable[..., Serve
         server.wait_for(lambda: in_hand(server) == 1)
         with socket.create_connection((server.host, server.port)) as link:
             link.sendall(
-                f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+                f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
             )
             server.wait_for(lambda: in_hand(server) == 2)
         server.wait_for(lambda: in_hand(server) == 1)
@@ -240,7 +241,7 @@ def test_a_drain_has_an_end_and_says_so(start: Callable[..., Server], pool: Thre
         socket.create_connection((server.host, server.port), timeout=20) as link,
         grpc.insecure_channel(server.grpc) as channel,
     ):
-        link.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 12000\r\n\r\n".encode())
+        link.sendall(f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12000\r\n\r\n".encode())
         call: Any = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
         without_message = call.future(iter(lambda: silent.wait() and b"", b""), timeout=20)
         server.wait_for(lambda: in_hand(server) == 4)
@@ -263,8 +264,8 @@ def keep_alive(server: Server) -> socket.socket:
     return link
 
 
-def asked(link: socket.socket) -> bytes:
-    link.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+def asked(link: socket.socket, path: str = "/v2/health/live") -> bytes:
+    link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return read_reply(link)
 
 
@@ -290,10 +291,14 @@ def test_a_connection_too_many_takes_the_place_of_the_quietest(start: Callable[.
     assert second.recv(1) == b""
     for link in (first, third, fourth):
         assert asked(link).startswith(b"HTTP/1.1 200")
-        link.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode())
+        link.sendall(
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode()
+        )
         assert link.recv(99).startswith(b"HTTP/1.1 100")  # in hand, and not to be closed for anybody
     with socket.create_connection((server.host, server.port), timeout=20) as fifth:
-        answer = asked(fifth).lower()
+        assert asked(fifth).startswith(b"HTTP/1.1 200"), "health is always answered"
+    with socket.create_connection((server.host, server.port), timeout=20) as fifth:
+        answer = asked(fifth, "/v2").lower()
     assert answer.startswith(b"http/1.1 503")
     assert b"retry-after: 1\r\n" in answer
     for link in (first, third, fourth):

@@ -15,9 +15,9 @@ from dualtoken_deploy.errors import InputError, MissingError, UsageError
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate, key_fits
 from dualtoken_deploy.serve.batcher import Batcher
+from dualtoken_deploy.serve.child import ChildDied
 from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
 from dualtoken_deploy.serve.multipart import picture_of
-from dualtoken_deploy.serve.pool import WorkerDied
 from dualtoken_deploy.serve.ray import check_reachable
 from dualtoken_deploy.serve.repository import _version_order
 from dualtoken_deploy.serve.settings import Settings, Source, parse_sources, read_api_key
@@ -115,13 +115,19 @@ def test_a_form_gives_its_first_file() -> None:
 def test_a_gate_counts_and_closes() -> None:
     async def go() -> None:
         gate = Gate("m", 1)
-        with gate.admit():
-            with pytest.raises(Overloaded, match="m has 1 requests"), gate.admit():
-                pass
-            assert gate.inside == 1
+        with gate.enter():
+            assert (gate.inside, gate.at_work) == (1, 0)
+            with gate.place():
+                with pytest.raises(Overloaded, match="m has 1 requests"), gate.enter():
+                    pass
+                with pytest.raises(Overloaded, match="m has 1 requests"), gate.place():
+                    pass
+                assert gate.at_work == 1
             gate.close()
+            with gate.place():  # it was let in before
+                pass
         await asyncio.wait_for(gate.drained(), 1)
-        with pytest.raises(Unavailable), gate.admit():
+        with pytest.raises(Unavailable), gate.enter():
             pass
 
     asyncio.run(go())
@@ -133,7 +139,7 @@ def test_a_gate_that_is_cut_turns_those_inside_away() -> None:
 
         async def wait_for_ever() -> None:
             try:
-                with gate.admit():
+                with gate.enter():
                     await asyncio.Event().wait()
             except Unavailable as error:
                 refused.append(str(error))
@@ -183,7 +189,7 @@ class Twice:
         if (rows < 0).any():
             raise ModelFailed("negative")
         if (rows == 99).any():
-            raise WorkerDied("99")
+            raise ChildDied("99")
         return {"y": rows * 2}, 0.01
 
     async def kill(self) -> None:
@@ -262,7 +268,7 @@ def test_a_worker_that_cannot_start_again_refuses_what_waits() -> None:
     async def once(_launch: Any) -> Any:
         started.append(1)
         if len(started) > 1:
-            raise WorkerDied("no memory", 3)
+            raise ChildDied("no memory", 3)
         return Twice()
 
     async def body(batcher: Batcher, watch: Watch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from pathlib import Path
 
@@ -13,18 +12,18 @@ from dualtoken_deploy.errors import MissingError, UsageError
 from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
-SHARED = {"apple", "nvidia", "onnx"}  # what two targets share
+SHARED = {"apple", "mobile", "nvidia", "onnx"}  # what two targets share
 
 
 def test_every_row_has_its_folder_and_every_folder_its_row() -> None:
     folders = {p.parent.name for p in (PACKAGE / "targets").glob("*/__init__.py")} - SHARED
-    assert folders == set(TARGETS)
+    assert folders == {target.folder for target in TARGETS.values()}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_exporters_and_runners_have_their_entry(name: str) -> None:
-    assert callable(importlib.import_module(f"dualtoken_deploy.targets.{name}.export").export)
-    assert callable(importlib.import_module(f"dualtoken_deploy.targets.{name}.runner").load)
+    assert callable(TARGETS[name].part("export").export)
+    assert callable(TARGETS[name].part("runner").load)
 
 
 def test_aliases_lead_to_their_row_and_are_no_rows() -> None:
@@ -35,7 +34,7 @@ def test_aliases_lead_to_their_row_and_are_no_rows() -> None:
 
 def test_unknown_names_list_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="onnxruntime, openvino"):
-        get_target("tflite")
+        get_target("mnn")
     with pytest.raises(UsageError, match="fp32, fp16"):
         get_target("openvino").precision("int4")
 
@@ -56,6 +55,7 @@ def test_what_exporting_needs() -> None:
     """A target of the torch program needs no ONNX library, and one that is built on its device none of its own."""
     assert TARGETS["aotinductor"].export_modules == ("torch",)
     assert TARGETS["tensorrt"].export_modules == EXPORT_MODULES
+    assert TARGETS["tensorrt-rtx"].export_modules == (*EXPORT_MODULES, "tensorrt_rtx_bindings")
     assert TARGETS["openvino"].export_modules == (*EXPORT_MODULES, "openvino")
     assert TARGETS["onnxruntime"].export_modules == EXPORT_MODULES
 

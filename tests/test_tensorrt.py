@@ -23,7 +23,7 @@ from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.data.images import load_batch
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.models.registry import random_model
-from dualtoken_deploy.pipeline.build import BuildOptions, build_bundle, parse_batches, why_no_build
+from dualtoken_deploy.pipeline.build import BuildOptions, build_bundle, why_no_build
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
@@ -31,6 +31,7 @@ from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions
 from dualtoken_deploy.targets.nvidia.engine import EngineBuild, Host, doubts, obstacles
 from dualtoken_deploy.targets.nvidia.inspector import read_layers
+from dualtoken_deploy.targets.nvidia.network import parse_batches
 from dualtoken_deploy.targets.onnx.export import export_onnx
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
 from dualtoken_deploy.targets.request import Artifact, Request
@@ -89,9 +90,8 @@ def types_of(model: onnx.ModelProto) -> dict[str, str]:
 def prepared_only() -> Iterator[None]:
     """Exports stop at "prepared", on a machine with TensorRT and beside the fake device too; the tests build."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "dualtoken_deploy.pipeline.make.why_no_build", lambda: no_device or "the tests build by themselves"
-        )
+        reason = no_device or "the tests build by themselves"
+        patch.setattr("dualtoken_deploy.pipeline.make.why_no_build", lambda _: reason)
         yield
 
 
@@ -532,7 +532,7 @@ def test_built_already_and_other_targets(
     folder = prepared()
     build_bundle(folder)
     unchanged(folder, lambda: build_bundle(folder), UsageError, "--rebuild")
-    with pytest.raises(UsageError, match="only tensorrt bundles are built"):
+    with pytest.raises(UsageError, match="only tensorrt and tensorrt-rtx bundles are built"):
         build_bundle(small_bundle("onnxruntime"))
 
 

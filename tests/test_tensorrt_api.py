@@ -1,4 +1,5 @@
-"""Every TensorRT name, enum member and call in our source exists in the recorded API of 10.3, 10.16 and 11.4."""
+"""Every TensorRT name, enum member and call in our source exists in the recorded API of 10.3, 10.16 and 11.4, and in
+the library of TensorRT for RTX that is installed here."""
 
 from __future__ import annotations
 
@@ -13,22 +14,36 @@ from pathlib import Path
 import pytest
 
 import dualtoken_deploy
-from tests.tensorrt_api import VERSIONS, Checker, Signature, load_api, parse_signature
+from tests.tensorrt_api import RTX, VERSIONS, Checker, Signature, load_api, parse_signature
 
-PACKAGE = Path(dualtoken_deploy.__file__).parent
+TARGETS = Path(dualtoken_deploy.__file__).parent / "targets"
+# what both libraries run, then what is one library's alone
+SHARED = sorted(p for p in (TARGETS / "nvidia").glob("*.py") if p.name != "builder.py")
+OWN = {
+    **{v: [TARGETS / "nvidia" / "builder.py", *sorted((TARGETS / "tensorrt").glob("*.py"))] for v in VERSIONS},
+    RTX: sorted((TARGETS / "tensorrt_rtx").glob("*.py")),
+}
 
 # Taken through getattr with a default: these may be missing in some versions, but not in all.
 OPTIONAL = {"HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY"}
 
 
-def sources() -> list[Path]:
-    """Modules that touch the tensorrt module: they import it, or have the name `trt`."""
+def sources(library: str = VERSIONS[-1]) -> list[Path]:
+    """Modules that touch a library: they have the name `trt` or `tensorrt`. All such modules are in one of the rows."""
     found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in (*SHARED, *OWN[library]):
         names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
         if names & {"trt", "tensorrt"}:
             found.append(path)
     return found
+
+
+def test_no_module_escapes_the_check() -> None:
+    known = {p for library in OWN for p in (*SHARED, *OWN[library])}
+    for path in set(TARGETS.parent.rglob("*.py")) - known:
+        tree = list(ast.walk(ast.parse(path.read_text())))
+        assert not any(isinstance(n, ast.Name) and n.id == "trt" for n in tree), path
+        assert not any(isinstance(n, ast.Import) and n.names[0].name == "tensorrt" for n in tree), path
 
 
 def test_the_recorded_versions_are_those_we_promise() -> None:
@@ -36,29 +51,52 @@ def test_the_recorded_versions_are_those_we_promise() -> None:
     assert len(sources()) >= 4
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+# What only a checker that really follows types can have seen, in each of the files.
+SEEN_IN_BOTH = {
+    "Builder.create_network",
+    "OnnxParser.parse",
+    "ParserError.desc",
+    "IOptimizationProfile.set_shape",
+    "IProgressMonitor.step_complete",
+    "ILogger.log",
+    "EngineInspector.get_engine_information",
+    "ICudaEngine.get_tensor_profile_shape",
+    "IExecutionContext.execute_async_v3",
+}
+SEEN = {
+    **dict.fromkeys(
+        VERSIONS,
+        frozenset(
+            {
+                "IBuilderConfig.hardware_compatibility_level",
+                "ITimingCache.serialize",
+                "BuilderFlag.VERSION_COMPATIBLE",
+            }
+        ),
+    ),
+    RTX: {
+        "IBuilderConfig.set_compute_capability",
+        "BuilderFlag.REQUIRE_USER_ALLOCATION",
+        "Runtime.get_engine_validity",
+        "IRuntimeConfig.set_runtime_cache",
+        "IRuntimeCache.deserialize",
+        "IExecutionContext.is_stream_capturable",
+        "OnnxParserRefitter.refit_from_bytes",
+        "Refitter.refit_cuda_engine",
+        "ILayer.metadata",
+    },
+}
+
+
+@pytest.mark.parametrize("version", OWN)
 def test_every_use_exists(version: str) -> None:
     problems, uses = [], set()
-    for path in sources():
+    for path in sources(version):
         checker = Checker(load_api(version)).check(path.read_text())
         problems += [f"{path.name} {p}" for p in checker.problems]
         uses |= checker.uses
     assert problems == []
-    # what only a checker that really follows types can have seen, in each of the files
-    assert {
-        "Builder.create_network",
-        "OnnxParser.parse",
-        "ParserError.desc",
-        "IBuilderConfig.hardware_compatibility_level",
-        "IOptimizationProfile.set_shape",
-        "IProgressMonitor.step_complete",
-        "ILogger.log",
-        "ITimingCache.serialize",
-        "EngineInspector.get_engine_information",
-        "ICudaEngine.get_tensor_profile_shape",
-        "IExecutionContext.execute_async_v3",
-        "BuilderFlag.VERSION_COMPATIBLE",
-    } <= uses
+    assert SEEN_IN_BOTH | SEEN[version] <= uses
 
 
 def test_what_11_removed_is_not_used() -> None:
@@ -154,7 +192,7 @@ def test_signatures_are_read() -> None:
 def test_cuda_calls_exist_and_take_what_we_give() -> None:
     """cuda-python's bindings are installed here, without a GPU: every call in our module against their signatures."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="the extra [tensorrt] is not installed")
-    tree = ast.parse((PACKAGE / "targets" / "nvidia" / "cuda.py").read_text())
+    tree = ast.parse((TARGETS / "nvidia" / "cuda.py").read_text())
     calls = [
         n for n in ast.walk(tree)
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr.startswith("cuda")

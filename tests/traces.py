@@ -5,14 +5,17 @@ Everything behind the trace (naming, simplifying, checks, the runtime) is each t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 from torch import nn
 
+from dualtoken_deploy.targets.mobile.source import Source
 from dualtoken_deploy.targets.request import Request
 
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
@@ -43,3 +46,26 @@ def key(module: nn.Module, request: Request, opset: int) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+Convert = Callable[[Source, Path], None]
+
+
+def shared_conversion(convert: Convert, folder: Path) -> Convert:
+    """`convert` of a target for phones with its files kept in a folder that all test processes have."""
+    folder.mkdir(exist_ok=True)
+
+    @functools.wraps(convert)
+    def once(source: Source, output: Path) -> None:
+        digest = hashlib.sha256(source.program.graph_module.code.encode())
+        for name, tensor in source.program.state_dict.items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        kept = folder / f"{digest.hexdigest()}{output.suffix}"
+        if not kept.exists():
+            part = kept.with_suffix(f".{os.getpid()}")
+            convert(source, part)
+            part.rename(kept)
+        shutil.copy2(kept, output)
+
+    return once

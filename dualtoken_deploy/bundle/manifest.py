@@ -12,7 +12,7 @@ from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 
 SCHEMA_VERSION = 1
-COMPLETE, PREPARED = "complete", "prepared"
+COMPLETE, COMPILED, PREPARED = "complete", "compiled", "prepared"
 CLASSIFY = "classify"
 
 
@@ -23,7 +23,8 @@ class Manifest:
     `products` lists the model's matrix products at batch 1 as [batch, m, k, n, count]; bench times them alone.
     `task`: a name of the tasks' table; of detect and segment `head` names the model and `dense` has its "form" (raw,
     labels, detections), "classes" and "width". `origin`: what eager is rebuilt from; None in bundles of before it.
-    `state` "prepared": a step on the device (`dualtoken build`) is still to come; `build` says how that one was done.
+    `state` "prepared": a step on the device (`dualtoken build`) is still to come; "compiled": the vendor's compiler
+    made what ships, and no device has run it; "complete": what ships was run. `build`: how it was compiled or built.
     """
 
     variant: str

@@ -181,6 +181,15 @@ def export(
     device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="TensorRT for RTX: 7.5, 8.0, 8.6, ...; may be repeated; from 8.0 on.")
+    ] = None,
+    weightless: Annotated[
+        bool, typer.Option("--weightless", help="TensorRT for RTX: weights stay in the ONNX; needs a GPU to compile.")
+    ] = False,
+    batches: Annotated[
+        str | None, typer.Option(help="TensorRT for RTX: smallest, best, largest of a dynamic batch, MIN,BEST,MAX.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The bundle's own folder; of several targets the folder of the bundles.")
     ] = None,
@@ -214,18 +223,26 @@ def export(
         json_arguments(model_arg or []), split_names(output_names),
         exporting.own_preprocessing(task, preprocess, mean, std, crop_ratio, resize), model_options(option or []),
     )  # fmt: skip
+    settings = {
+        "deployment_target": deployment_target,
+        "layout": layout,
+        "compute_capability": ",".join(compute_capability) if compute_capability else None,
+        "weightless": "yes" if weightless else None,
+        "batches": batches,
+    }
     with progress() as tell:
         results = exporting.export_several(
             said, names, precision, output, batch, input_kind, opset, device, force, int8,
-            {"deployment_target": deployment_target, "layout": layout}, triton_repository, fail_fast, command_line(),
-            tell, say,
+            settings, triton_repository, fail_fast, command_line(), tell, say,
         )  # fmt: skip
     _show_exports(results, json_output)
 
 
 def _show_exports(results: Sequence[Any], json_output: bool) -> None:
     """Prints what was exported, and what was not; raises the worst of the errors, and MissingError where a step on the
-    device is left."""
+    device is left without which nothing ships."""
+    from dualtoken_deploy.bundle.manifest import COMPILED
+
     made = [r for r in results if r.error is None]
     for warning in dict.fromkeys(w for r in made for w in r.warnings):
         say(f"warning: {warning}")
@@ -233,7 +250,9 @@ def _show_exports(results: Sequence[Any], json_output: bool) -> None:
     show(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
     if failed := [r for r in results if r.error is not None]:
         raise max((r.error for r in failed), key=lambda error: error.exit_code)
-    if left := [r for r in made if r.next_step]:
+    for result in (r for r in made if r.next_step and r.state == COMPILED):
+        say(f"note: {result.bundle} is compiled, not executed: {result.next_step}")
+    if left := [r for r in made if r.next_step and r.state != COMPILED]:
         raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
 
 

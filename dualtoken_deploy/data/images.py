@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
+import os
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from dualtoken_deploy.data.picture_bounds import ExcessError, canvas, check_parts
 from dualtoken_deploy.data.stretch import stretch
 from dualtoken_deploy.errors import ImageError, UsageError
 from dualtoken_deploy.spec import CROP, STRETCH, InputContract
@@ -42,6 +45,10 @@ DECODERS: tuple[tuple[int, bytes, type[ImageFile.ImageFile]], ...] = (
     (0, b"MM\0*", TiffImageFile),
     (0, b"II+\0", TiffImageFile),  # BigTIFF
     (0, b"MM\0+", TiffImageFile),
+)
+
+FORMATS: Mapping[str, str] = MappingProxyType(  # Pillow's name -> how a person writes it
+    {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF"}
 )
 
 # What Pillow's decoders raise on damaged data: seen in a million damaged files, or raised in their source.
@@ -64,21 +71,29 @@ KERNEL_RADIUS = 2  # of the Keys cubic, in pixels of the coarser side
 Pixels = NDArray[np.uint8]
 
 
-def load_image(source: str | Path | bytes, max_pixels: int | None = None) -> Pixels:
+def load_image(
+    source: str | Path | bytes, max_pixels: int | None = None, formats: Collection[str] | None = None
+) -> Pixels:
     """Decodes a picture: a path, or the bytes of a file, to uint8 RGB (H, W, 3).
 
     JPEG, PNG, WebP, and the first frame of GIF, BMP and TIFF. It is turned upright by its EXIF orientation; an EXIF
     block that cannot be read says nothing of the orientation. Grey of 16 bits is scaled to 8, palettes and CMYK are
     converted, transparency is laid over white, ICC profiles are ignored.
+    `formats`: names of FORMATS that may be decoded; all unless given.
     Raises ImageError on what is missing, not a picture, damaged, truncated, empty, or over `max_pixels`
-    (MAX_PIXELS unless given; read from the header, before anything is decoded).
+    (MAX_PIXELS unless given; read from the header, before anything is decoded), or of more parts (scans, strips,
+    tiles) than any program writes.
     """
     limit = MAX_PIXELS if max_pixels is None else max_pixels
+    allowed = tuple(FORMATS) if formats is None else tuple(formats)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), "the picture", limit)
+        return _decode(io.BytesIO(source), source, "the picture", limit, allowed)
     path = Path(source)
     with _open(path) as file:
-        return _decode(file, str(path), limit)
+        if not os.fstat(file.fileno()).st_size:
+            raise _empty(str(path))
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _decode(file, data, str(path), limit, allowed)
 
 
 def resize_and_crop(image: Pixels, size: tuple[int, int], crop_ratio: float) -> Pixels:
@@ -167,15 +182,19 @@ def _open(path: Path) -> IO[bytes]:
         raise ImageError(f"{path} cannot be opened ({_line(error)}); check the path and its permissions") from error
 
 
-def _decode(file: IO[bytes], name: str, limit: int) -> Pixels:
+def _empty(name: str) -> ImageError:
+    return ImageError(f"{name} is empty (0 bytes); copy or save it again")
+
+
+def _decode(file: IO[bytes], data: bytes | mmap.mmap, name: str, limit: int, formats: Sequence[str]) -> Pixels:
     try:
-        start = file.read(16)
-        file.seek(0)
+        start = data[:16]
         if not start:
-            raise ImageError(f"{name} is empty (0 bytes); copy or save it again")
+            raise _empty(name)
         decoder = next((decoder for at, magic, decoder in DECODERS if start.startswith(magic, at)), None)
-        if decoder is None:
-            raise ImageError(f"{name} is not a JPEG, PNG, WebP, GIF, BMP or TIFF picture; save it as one of them")
+        if decoder is None or decoder.format is None or decoder.format not in formats:
+            raise ImageError(f"{name} is not a {_listed(formats)} picture; save it as {_one_of(formats)}")
+        _check_file(data, decoder.format, name, limit)
         with decoder(file, name) as picture:
             _check_size(picture, name, limit)
             picture.load()
@@ -184,6 +203,26 @@ def _decode(file: IO[bytes], name: str, limit: int) -> Pixels:
         raise _too_large(name, _line(error), limit) from error
     except DAMAGE as error:
         raise ImageError(f"{name} is damaged, truncated or without pixels ({_line(error)}); save it again") from error
+
+
+def _check_file(data: bytes | mmap.mmap, kind: str, name: str, limit: int) -> None:
+    """Before the decoder is made: some do in their constructor what takes the time."""
+    try:
+        check_parts(data, kind)
+    except ExcessError as error:
+        raise ImageError(f"{name} has {error}, which no program writes; save it as an ordinary picture") from error
+    size = canvas(data, kind)
+    if size is not None and size[0] * size[1] > limit:
+        raise _too_large(name, f"{size[0]}x{size[1]}", limit)
+
+
+def _listed(formats: Sequence[str]) -> str:
+    names = [FORMATS[kind] for kind in FORMATS if kind in formats]
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _one_of(formats: Sequence[str]) -> str:
+    return "one of them" if len(formats) > 1 else "that"
 
 
 def _check_size(picture: ImageFile.ImageFile, name: str, limit: int) -> None:

@@ -5,53 +5,27 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.models.user_code import blamed
 from dualtoken_deploy.spec import Dim, TensorSpec
+from dualtoken_deploy.tasks.base import OutputKind
+from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.tasks.tensors import TENSORS
 
-TENSORS, EMBED, SEGMENT, DETECT = "tensors", "embed", "segment", "detect"
 PICTURES = "pixel_values"  # what transformers calls the picture
 
 _LAYOUTS = MappingProxyType({1: "N", 2: "NC", 3: "NLC", 4: "NCHW"})
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """An output that a task needs: its name there, its rank, and whether it holds indices."""
-
-    name: str
-    rank: int
-    indices: bool = False
-    layout: str = ""
-
-    def fits(self, value: Tensor) -> bool:
-        return value.ndim == self.rank and value.is_floating_point() != self.indices
-
-
-# The outputs of each task, in the alternatives that it takes; a task that is not here takes any tensors.
-TASK_OUTPUTS: Mapping[str, tuple[tuple[Wanted, ...], ...]] = MappingProxyType(
-    {
-        CLASSIFY: ((Wanted("logits", 2, layout="NC"),),),
-        EMBED: ((Wanted("embedding", 2, layout="NC"),),),
-        SEGMENT: ((Wanted("logits", 4, layout="NCHW"),), (Wanted("labels", 3, True, "NHW"),)),
-        DETECT: (
-            (Wanted("boxes", 3, layout="ND4"), Wanted("scores", 2, layout="ND"), Wanted("classes", 2, True, "ND")),
-        ),
-    }
-)
-TASKS = (*TASK_OUTPUTS, TENSORS)
-
-
 class NamedOutputs(nn.Module):
-    """The user's `model` with its outputs as a tuple: float32, or int32 where it gives integers or truths.
+    """The user's `model` with its outputs as a tuple: of the picture's dtype, or int32 for integers and truths.
 
     `picks`: (place among the model's outputs, name), in the order of the tuple. Paths of the model's own modules start
     with "model."; exporters take that off.
@@ -70,7 +44,8 @@ class NamedOutputs(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         given = self.model(image) if self._keyword is None else self.model(**{self._keyword: image})
         found = flatten(given)
-        return tuple(_plain(found[place][1]) for place, _ in self.picks)
+        values = (found[place][1] for place, _ in self.picks)
+        return tuple(v.to(image.dtype if v.is_floating_point() else torch.int32) for v in values)
 
 
 def picture_keyword(model: nn.Module) -> str | None:
@@ -163,20 +138,22 @@ def choose(found: Sequence[tuple[str, Tensor]], task: str, names: Sequence[str])
     where the task's outputs are not among them.
     """
     chosen = _by_names(found, names)
-    if task not in TASK_OUTPUTS:
+    alternatives = get_task(task).outputs
+    if not alternatives:
         return tuple((place, _identifier(name, place, len(chosen))) for place, name in chosen)
     values = [value for _, value in found]
-    for wanted in TASK_OUTPUTS[task]:
+    for wanted in alternatives:
         picks = [_pick(one, chosen, values, len(wanted)) for one in wanted]
         if None not in picks:
             return tuple((place, one.name) for place, one in zip(picks, wanted, strict=True) if place is not None)
     needs = " or ".join(
         " and ".join(f"{one.name} ({one.rank} axes{', integers' if one.indices else ''})" for one in wanted)
-        for wanted in TASK_OUTPUTS[task]
+        for wanted in alternatives
     )
     has = ", ".join(f"{name or 'a tensor'} {tuple(values[place].shape)}" for place, name in chosen)
     raise UsageError(
-        f"task {task} needs {needs}, and the model gives {has}; choose with --output-names, or take --task {TENSORS}"
+        f"task {task} needs {needs}, and the model gives {has}; choose with --output-names, or take "
+        f"--task {TENSORS.name}"
     )
 
 
@@ -195,12 +172,17 @@ def _by_names(found: Sequence[tuple[str, Tensor]], names: Sequence[str]) -> list
     raise UsageError(f"the output names {', '.join(names)} do not fit; the model gives {len(own)}: {listed}")
 
 
-def _pick(one: Wanted, chosen: Sequence[tuple[int, str]], values: Sequence[Tensor], of: int) -> int | None:
+def fits(one: OutputKind, value: Tensor) -> bool:
+    """Whether a tensor can be that output."""
+    return value.ndim == one.rank and value.is_floating_point() != one.indices
+
+
+def _pick(one: OutputKind, chosen: Sequence[tuple[int, str]], values: Sequence[Tensor], of: int) -> int | None:
     """The output of that name, or, for a task with one output, the only one of its kind."""
     for place, name in chosen:
-        if name == one.name and one.fits(values[place]):
+        if name == one.name and fits(one, values[place]):
             return place
-    fitting = [place for place, _ in chosen if one.fits(values[place])]
+    fitting = [place for place, _ in chosen if fits(one, values[place])]
     return fitting[0] if of == 1 and len(fitting) == 1 else None
 
 
@@ -220,15 +202,12 @@ def describe(model: NamedOutputs, task: str, image_size: tuple[int, int], batch:
                 f"output {name} of {count} pictures has shape {tuple(value.shape)}: its first axis is not the batch; "
                 "leave it out with --output-names"
             )
-        layouts = {one.name: one.layout for wanted in TASK_OUTPUTS.get(task, ()) for one in wanted if one.fits(value)}
+        kinds = (one for wanted in get_task(task).outputs for one in wanted)
+        layouts = {one.name: one.layout for one in kinds if fits(one, value)}
         layout = layouts.get(name) or _LAYOUTS.get(value.ndim, "N" + "D" * (value.ndim - 1))
         dtype = str(value.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name, dtype, layout, (batch, *value.shape[1:])))
     return tuple(specs)
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.to(torch.float32) if value.is_floating_point() else value.to(torch.int32)
 
 
 def _identifier(name: str, place: int, count: int) -> str:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from dualtoken_deploy.bundle.blocks import RANDOM, Origin
 from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.errors import InputError, UsageError
-from dualtoken_deploy.models.named_outputs import DETECT, SEGMENT, TASKS, NamedOutputs, choose, describe, look_at
+from dualtoken_deploy.models.named_outputs import NamedOutputs, choose, describe, look_at
 from dualtoken_deploy.models.onnx_reference import OnnxReference
 from dualtoken_deploy.models.registry import DEFAULT_SEED, MAX_IMAGE_SIZE
 from dualtoken_deploy.models.user_code import blamed, build_model, source_sha256, split_reference
 from dualtoken_deploy.models.user_weights import load_user_weights
 from dualtoken_deploy.spec import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD, STRETCH, Dim, InputContract, TensorSpec
+from dualtoken_deploy.tasks.table import get_task
 
 Size = tuple[int, int]  # (H, W)
 Outputs = Callable[[Size, Dim], tuple[TensorSpec, ...]]
@@ -221,7 +222,7 @@ class Source:
 def class_count(task: str, outputs: Sequence[TensorSpec]) -> int | None:
     """Classes that the outputs tell apart; None where they do not say."""
     logits = {spec.name: spec for spec in outputs}.get("logits")
-    if logits is None or task not in (CLASSIFY, SEGMENT):
+    if logits is None or "logits" not in {kind.name for kinds in get_task(task).outputs for kind in kinds}:
         return None
     count = logits.shape[1]
     return count if isinstance(count, int) else None
@@ -235,8 +236,7 @@ def _foreign(
     labels: Sequence[str],
     preprocess: str | Preprocessing | None,
 ) -> Source:
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}; valid tasks: {', '.join(TASKS)}")
+    get_task(task)
     size = parse_size(image_size)
     made: list[NamedOutputs] = []  # the user's code runs once, whatever is asked first
 
@@ -264,7 +264,8 @@ def preprocessing_of(given: str | Preprocessing | None, task: str) -> Preprocess
     if isinstance(given, Preprocessing):
         return given
     if given is None:
-        return Preprocessing(crop_ratio=1.0, resize=STRETCH) if task in (DETECT, SEGMENT) else Preprocessing()
+        resize = get_task(task).resize
+        return Preprocessing(crop_ratio=1.0, resize=resize) if resize == STRETCH else Preprocessing()
     if given not in PREPROCESSINGS:
         raise UsageError(f"unknown preprocessing {given!r}; valid: {', '.join(PREPROCESSINGS)}")
     return PREPROCESSINGS[given]

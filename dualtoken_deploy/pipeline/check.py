@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from dualtoken_deploy.bundle.blocks import Figures, Measured, NearTies, Weights
-from dualtoken_deploy.bundle.manifest import COMPLETE, PREPARED, Manifest
+from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, PREPARED, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.data.images import preprocess
 from dualtoken_deploy.data.pictures import open_pictures
@@ -49,12 +49,17 @@ LIBRARIES = tuple(
 )
 
 
+# Compiled is not executed, and prepared is not built: what is shown where no device ran the artifact.
+_NOT_RUN = {PREPARED: "not run", COMPILED: "compiled, not executed"}
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """Where the bundle is and what was measured on its saved files. `warnings` are to be shown, never dropped.
 
     `top1_agreement`: of the task, None where it has none. `state` "prepared": the bundle is whole but for a step that
-    needs the device; `next_step` says which and why. `drop`: points of the metric that int8 loses on held-out pictures.
+    needs the device; "compiled": it is whole, and no device has run it; `next_step` says what is left and why. `drop`:
+    points of the metric that int8 loses on held-out pictures.
     """
 
     bundle: str
@@ -162,7 +167,7 @@ def check_and_complete(
         task=task.name,
         target=draft.target,
         precision=draft.precision,
-        executed_precision="not run" if checker else product_precision(kinds),
+        executed_precision=_NOT_RUN[draft.state] if checker else product_precision(kinds),
         sqnr_db=round(likeness.sqnr_db, 1),
         top1_agreement=likeness.agreement,
         int8_mac_share=share,

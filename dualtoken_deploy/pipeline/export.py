@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.bundle.labels import check_labels, read_labels
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.own_sources import ImageSize, Weights, head_source, variant_source
 from dualtoken_deploy.models.registry import DEFAULT_SEED, VARIANTS
 from dualtoken_deploy.models.source import Preprocessing, Source
@@ -17,6 +18,7 @@ from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.make import make
 from dualtoken_deploy.pipeline.plan import DYNAMIC, plan
 from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.tasks.table import get_task
 
 ONNX_SUFFIX = ".onnx"
@@ -109,18 +111,10 @@ def _foreign_source(said: Model, labels: tuple[str, ...]) -> Source:
 def _labels(given: str | Path | Sequence[str] | None) -> tuple[str, ...]:
     if given is None:
         return ()
-    return read_labels(Path(given)) if isinstance(given, (str, Path)) else tuple(given)
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """One label a line. Raises InputError where the file cannot be read or has an empty line."""
-    try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"labels {path} cannot be read ({error}); give a UTF-8 file with one name a line") from error
-    if not names or not all(name.strip() for name in names):
-        raise InputError(f"labels {path} are empty or have an empty line; give one name a line")
-    return names
+    if isinstance(given, (str, Path)):
+        return read_labels(Path(given))
+    check_labels(given, "labels")
+    return tuple(given)
 
 
 def export(
@@ -163,14 +157,15 @@ def export(
     `seed`, of a model of your own those that it has. `task`, `arguments` (of the callable), `output_names` and
     `preprocess` (imagenet, clip, unit, or a Preprocessing) are for models of your own. `device`: for a target that
     compiles natively, what to compile for. `int8`: how a precision with ranges is calibrated and gated. `settings`:
-    the target's own, such as Core ML's deployment_target and layout. `suppress`, `argmax`, `width`: of a head.
+    the target's own, such as Core ML's deployment_target and layout; they are taken by name too. `suppress`, `argmax`,
+    `width`: of a head.
     `options`: of a variant as create_model takes them.
     Raises UsageError, MissingError, InputError, WeightsError, OutputError, ConversionError, and ToleranceError where
     the files do not reach the target's tolerance; no bundle is left then. A target that is built on its device is built
     where that is here; elsewhere the result's `state` is "prepared".
     """
     own: dict[str, str | None] = {
-        name: options.pop(name) for name in ("deployment_target", "layout") if name in options
+        name: options.pop(name) for row in TARGETS.values() for name in row.settings if name in options
     }
     if isinstance(model, Source):
         source = model

@@ -19,7 +19,7 @@ from dualtoken_deploy.pipeline.calibrated import write_calibrated
 from dualtoken_deploy.pipeline.check import ExportResult, check_and_complete, draft_manifest
 from dualtoken_deploy.pipeline.plan import Plan
 from dualtoken_deploy.targets.precision import NO_CALIBRATION
-from dualtoken_deploy.targets.request import Request, run_exporter
+from dualtoken_deploy.targets.request import Request, compile_files, run_exporter
 
 Tell = Callable[[str], None]
 
@@ -29,7 +29,7 @@ def make(plan: Plan, progress: Tell | None = None) -> ExportResult:
 
     Raises WeightsError, OutputError, ConversionError, and ToleranceError where the files do not reach the tolerance; no
     bundle is left then. A target that is built on its device is built where that is here; elsewhere the result's
-    `state` is "prepared".
+    `state` is "prepared", or "compiled" where a compiler needs no device.
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)
@@ -42,6 +42,7 @@ def make(plan: Plan, progress: Tell | None = None) -> ExportResult:
             manifest = draft_manifest(plan, module, request, run_exporter(plan.target, module, request, folder, tell))
         else:
             manifest = write_calibrated(plan, module, request, folder, tell)
+        manifest = compile_files(plan.target, request, folder, manifest, tell)
         result = check_and_complete(plan, folder, manifest, module, request.labels, tell)
     result = replace(result, bundle=str(plan.output), warnings=_warnings(plan) + result.warnings)
     if plan.target.built_by:
@@ -76,7 +77,7 @@ def _warnings(plan: Plan) -> tuple[str, ...]:
 
 def build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
     """Finishes a prepared bundle where the device is here; elsewhere says what is left to do."""
-    reason = why_no_build()
+    reason = why_no_build(result.target)
     if reason:
         return replace(result, next_step=f"{reason}; on the device run: {build_command(bundle)}")
     built = build_bundle(bundle, progress=tell)

@@ -12,6 +12,7 @@ from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.quantize.judge import measures
 from dualtoken_deploy.spec import Dim, InputContract, Tolerance
 from dualtoken_deploy.targets.precision import RANGES, SEARCH, Precision
+from dualtoken_deploy.targets.request import check_compiler
 from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, Target, check_head, get_target
 from dualtoken_deploy.tasks.base import Task
 from dualtoken_deploy.tasks.table import get_task
@@ -75,6 +76,7 @@ def plan(
     if device is not None and (row.portable or row.built_by):
         raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
     own = target_settings(row, settings or {})
+    check_compiler(row, precision, opset, own)
     count = parse_batch(batch)
     if source.one_picture and count != 1:
         raise UsageError(f"{source.name} takes one image at a time; leave --batch out")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dualtoken_deploy.bundle.blocks import Calibration, HeldOutSet, SearchResult
-from dualtoken_deploy.data.built_in import cache_folder
 from dualtoken_deploy.errors import ToleranceError, UsageError
+from dualtoken_deploy.files import cache_folder
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet

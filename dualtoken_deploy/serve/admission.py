@@ -1,21 +1,28 @@
-"""Who may come in: a counter that is asked before a body is read, so that refusing costs next to nothing."""
+"""Who may come in: counters that are asked before a body is read, so that refusing costs next to nothing.
+
+Two things are counted apart. A request is *inside* from its headers to its answer; it takes a *place*, of which there
+are few, only once its body is whole. So bodies that trickle keep nobody out; they are bounded by Arriving.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dualtoken_deploy.serve.errors import Overloaded, Unavailable
+from dualtoken_deploy.serve.errors import Overloaded, TooSlow, Unavailable
+
+YOUNG_SECONDS = 0.05  # a body younger than this is taken to be this old, when its rate is asked for
 
 
 class Gate:
-    """At most `limit` requests inside at once. One for each model and one for the server; the event loop's alone."""
+    """At most `limit` requests at work at once. One for each model and one for the server; the event loop's alone."""
 
     def __init__(self, what: str, limit: int) -> None:
         self._what, self.limit = what, limit
-        self._inside = 0
+        self._at_work = 0
         self._closed = False
         self._cut = False
         self._tasks: set[asyncio.Task[object]] = set()
@@ -24,22 +31,24 @@ class Gate:
 
     @property
     def inside(self) -> int:
-        return self._inside
+        return len(self._tasks)
+
+    @property
+    def at_work(self) -> int:
+        return self._at_work
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Holds a place for the block. Raises Unavailable once closed or cut, Overloaded while there is no place."""
+    def enter(self) -> Iterator[None]:
+        """Lets a request in to be read. Raises Unavailable once closed or cut, Overloaded while there is no place."""
         if self._closed:
             raise Unavailable(f"{self._what} is shutting down; ask another server")
-        if self._inside >= self.limit:
-            raise Overloaded(f"{self._what} has {self.limit} requests in hand and takes no more; try again later")
+        self._check()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # the event loop's alone
-        self._inside += 1
         self._tasks.add(task)
         self._empty.clear()
         try:
@@ -49,13 +58,26 @@ class Gate:
                 raise
             raise Unavailable(f"{self._what} shut down before this request was answered; ask another server") from None
         finally:
-            self._inside -= 1
             self._tasks.discard(task)
-            if not self._inside:
+            if not self._tasks:
                 self._empty.set()
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Holds a place for one that is inside, also while the gate closes. Raises Overloaded while there is none."""
+        self._check()
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+
+    def _check(self) -> None:
+        if self._at_work >= self.limit:
+            raise Overloaded(f"{self._what} has {self.limit} requests in hand and takes no more; try again later")
+
     def close(self) -> None:
-        """Admits nobody from now on; those inside stay."""
+        """Lets nobody in from now on; those inside stay."""
         self._closed = True
 
     def cut(self) -> None:
@@ -67,6 +89,67 @@ class Gate:
     async def drained(self) -> None:
         """Returns when nobody is inside."""
         await self._empty.wait()
+
+
+class Body:
+    """One body that arrives, or lies whole until it was read."""
+
+    def __init__(self, arriving: Arriving, task: asyncio.Task[object]) -> None:
+        self._arriving, self.task = arriving, task
+        self.since = time.monotonic()
+        self.bytes = 0
+        self.whole = False
+        self.sent_away = False
+
+    def grow(self, count: int) -> None:
+        """Told of each part. Raises Overloaded where there is no room for it."""
+        self.bytes += count
+        self._arriving.make_room(self)
+
+    def rate(self, now: float) -> float:
+        return self.bytes / max(YOUNG_SECONDS, now - self.since)
+
+
+class Arriving:
+    """Bodies in memory: at most `most`, of `most_bytes` together. Where there are more, the slowest is sent away."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self._bodies: set[Body] = set()
+
+    @property
+    def count(self) -> int:
+        return len(self._bodies)
+
+    @contextmanager
+    def one(self) -> Iterator[Body]:
+        """A body that is about to come. Raises Overloaded where there is no room, TooSlow where it is sent away."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # the event loop's alone
+        body = Body(self, task)
+        self._bodies.add(body)
+        try:
+            self.make_room(body)
+            yield body
+        except asyncio.CancelledError:
+            if not body.sent_away or task.uncancel():
+                raise
+            raise TooSlow("the body came slower than all others, and its room was needed; send it faster") from None
+        finally:
+            self._bodies.discard(body)
+
+    def make_room(self, newest: Body) -> None:
+        """Sends bodies away, the slowest first, until what is there fits."""
+        while len(here := [body for body in self._bodies if not body.sent_away]) > self.most or (
+            sum(body.bytes for body in here) > self.most_bytes
+        ):
+            now = time.monotonic()
+            coming = [body for body in here if not body.whole and body is not newest]
+            slowest = min(coming, key=lambda body: (body.rate(now), body.since), default=newest)
+            if slowest is newest or (newest.bytes and newest.rate(now) < slowest.rate(now)):
+                raise Overloaded("the server holds as many bodies as it has room for; try again later")
+            slowest.sent_away = True
+            slowest.task.cancel()
 
 
 def key_fits(key: str | None, authorization: str | None, header: str | None) -> bool:

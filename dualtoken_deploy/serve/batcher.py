@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import BundleError
+from dualtoken_deploy.serve.child import ChildDied
 from dualtoken_deploy.serve.errors import ModelFailed, ModelHung, ServeError, Unavailable
-from dualtoken_deploy.serve.pool import Launch, Worker, WorkerDied
+from dualtoken_deploy.serve.pool import Launch, Worker
 
 Array = NDArray[Any]
 
@@ -131,7 +132,7 @@ class Batcher:
             await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)])
             try:
                 worker = await self._start(self._launch)
-            except (WorkerDied, ModelHung, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it was, the next start has to be tried
                 self._failures += 1
                 self._exit_code = getattr(error, "exit_code", BundleError.exit_code)
                 self._lost(f"a worker could not start: {error}")
@@ -159,7 +160,7 @@ class Batcher:
             except ModelFailed as error:
                 for item in items:
                     item.fail(ModelFailed(str(error)))
-            except WorkerDied as error:
+            except ChildDied as error:
                 for item in items:
                     item.fail(ModelFailed(str(error)))
                 return str(error)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from dualtoken_deploy.serve.admission import Body
 from dualtoken_deploy.serve.errors import BadRequest, TooLarge, TooSlow, Unsupported
 
 T = TypeVar("T")
@@ -18,8 +19,9 @@ class ClientGone(Exception):
     """The client closed its connection before it was answered."""
 
 
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """The whole body. Raises Unsupported, TooLarge and TooSlow as soon as it can be known, ClientGone."""
+async def read_body(request: Request, limit: int, seconds: float, body: Body | None = None) -> bytes:
+    """The whole body; `body` is told of what came. Raises Unsupported, TooLarge and TooSlow as soon as it can be known,
+    Overloaded where there is no room for it, ClientGone."""
     if request.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
         raise Unsupported("a compressed body is not read; send it as it is")
     length = content_length(request)
@@ -36,11 +38,15 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
                     raise ClientGone
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                if body is not None:
+                    body.grow(len(parts[-1]))
                 more = message.get("more_body", False)
                 if size > limit:
                     raise TooLarge(f"the body has more than {limit} bytes, this model's largest request")
     except TimeoutError as error:
         raise TooSlow(f"the body did not arrive within {seconds:g} s") from error
+    if body is not None:
+        body.whole = True
     request.scope["dualtoken"]["bytes"] = size
     request.scope["dualtoken.read"] = True
     return parts[0] if len(parts) == 1 else b"".join(parts)

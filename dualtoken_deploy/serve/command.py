@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dualtoken_deploy.bundle.trust import permit_native
 from dualtoken_deploy.errors import UsageError, missing_extra
 
 Seconds = typer.Option(min=0.05)
@@ -26,7 +27,14 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes of each bundle.")] = 1,
     device: Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")] = None,
+    allow_native: Annotated[
+        bool, typer.Option("--allow-native", help="Load bundles with native code that were not made here; trust them.")
+    ] = False,
     admin: Annotated[bool, typer.Option("--admin", help="Allow load and unload of the bundles named here.")] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name by which clients may call the server, repeatable; on loopback localhost unless given."),
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File whose first line clients must send.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
@@ -39,6 +47,13 @@ def serve(
     reload_seconds: Annotated[float, typer.Option(min=0, help="Look for changed bundles this often; 0: never.")] = 2.0,
     max_image_mib: Annotated[float, typer.Option(min=0.01, help="Largest body with a picture.")] = 16.0,
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Largest picture.")] = 24.0,
+    decoders: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read pictures; as many as cores, 2 to 8, unless given.")
+    ] = None,
+    decode_seconds: Annotated[float, typer.Option(min=0.05, help="A picture that takes longer is refused.")] = 10.0,
+    picture_format: Annotated[
+        list[str] | None, typer.Option(help="Formats that are read: jpeg, png, webp unless given; gif, bmp, tiff.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: replicas on Ray Serve, HTTP only.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Ray cluster, e.g. auto; one of this machine unless given.")
@@ -52,15 +67,19 @@ def serve(
         if error.name is None or error.name.startswith("dualtoken_deploy"):
             raise
         raise missing_extra("serve", "serving a bundle") from error
-    from dualtoken_deploy.serve.settings import Settings, parse_sources, read_api_key
+    from dualtoken_deploy.serve.settings import Settings, parse_formats, parse_sources, read_api_key
 
     settings = Settings(
         host=host, port=port, grpc_port=None if no_grpc else grpc_port, max_batch=max_batch, max_delay_ms=max_delay_ms,
         queue=queue, threads=threads, workers=workers, device=device, admin=admin, api_key=read_api_key(api_key_file),
-        tls_cert=tls_cert, tls_key=tls_key, drain_seconds=drain_seconds, header_seconds=header_seconds,
+        allowed_hosts=tuple(allowed_host or ()), tls_cert=tls_cert, tls_key=tls_key,
+        drain_seconds=drain_seconds, header_seconds=header_seconds,
         body_seconds=body_seconds, idle_seconds=idle_seconds, connections=connections, run_seconds=run_seconds,
         reload_seconds=reload_seconds, max_image_mib=max_image_mib, max_megapixels=max_megapixels,
+        decode_seconds=decode_seconds, picture_formats=parse_formats(picture_format or ()),
+        **({} if decoders is None else {"decoders": decoders}),
     )  # fmt: skip
+    permit_native(allow_native)
     sources = parse_sources(bundles)
     if engine == "ray":
         from dualtoken_deploy.serve import ray

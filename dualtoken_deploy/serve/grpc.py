@@ -1,7 +1,7 @@
 """The Open Inference Protocol over gRPC, on grpc.aio: the same handler, its own status codes.
 
-A handler in grpc.aio is called with the whole message read. ModelInfer is therefore registered as a stream of (one)
-request, which looks the same on the wire: it is admitted first and read then.
+A handler in grpc.aio is called with the whole message read, however long that takes to come. All are therefore
+registered as streams of (one) request, which looks the same on the wire: called first, and read then, in a time.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import ExitStack
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
 import grpc
-import numpy as np
 from google.protobuf.message import DecodeError, Message
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.serve import logs, protocol
+from dualtoken_deploy.serve import logs, messages, protocol
 from dualtoken_deploy.serve.admission import key_fits
+from dualtoken_deploy.serve.door import sweep
 from dualtoken_deploy.serve.errors import (
     BadRequest,
     Denied,
@@ -40,9 +42,10 @@ from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
 from dualtoken_deploy.serve.repository import Model
 from dualtoken_deploy.serve.settings import Settings
-from dualtoken_deploy.spec import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
+CONNECTION_AGE_MS = 600_000  # then a client is asked to connect anew, and one that only holds on is cut
+BIND_AGAIN_SECONDS = 0.05
 CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
     {
         BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -58,21 +61,6 @@ CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
         ModelHung: grpc.StatusCode.UNAVAILABLE,
     }
 )
-FIELDS: Mapping[str, str] = MappingProxyType(  # where the typed contents of a datatype lie, by the proto's comments
-    {
-        "BOOL": "bool_contents",
-        "INT8": "int_contents",
-        "INT16": "int_contents",
-        "INT32": "int_contents",
-        "INT64": "int64_contents",
-        "UINT8": "uint_contents",
-        "UINT16": "uint_contents",
-        "UINT32": "uint_contents",
-        "UINT64": "uint64_contents",
-        "FP32": "fp32_contents",
-        "FP64": "fp64_contents",
-    }
-)
 NOTE: ContextVar[dict[str, Any]] = ContextVar("note")  # of the call at hand: what its line in the log will say
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Message]]
@@ -84,64 +72,89 @@ class Servicer:
     def __init__(self, handler: Handler) -> None:
         self._handler, self._settings = handler, handler.settings
 
-    async def server_live(self, _request: pb.ServerLiveRequest, _context: Context) -> Message:
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """By the name of the RPC. Each is a stream of one message: it can be called before that has come."""
+        unary: dict[str, tuple[Callable[[Any, Context], Message], Any]] = {
+            "ServerLive": (self.server_live, pb.ServerLiveRequest),
+            "ServerReady": (self.server_ready, pb.ServerReadyRequest),
+            "ModelReady": (self.model_ready, pb.ModelReadyRequest),
+            "ServerMetadata": (self.server_metadata, pb.ServerMetadataRequest),
+            "ModelMetadata": (self.model_metadata, pb.ModelMetadataRequest),
+        }
+        found: dict[str, Method] = {"ModelInfer": self.model_infer}
+        return found | {name: self._once_read(*row) for name, row in unary.items()}
+
+    def _once_read(self, call: Callable[[Any, Context], Message], kind: Any) -> Method:
+        async def read_and_call(stream: AsyncIterator[bytes], context: Context) -> Message:
+            raw = await self._read(stream)
+            if len(raw) > protocol.JSON_ENVELOPE:
+                raise BadRequest(f"the message has {len(raw)} bytes; this call needs a name")
+            try:
+                request = kind.FromString(raw)
+            except DecodeError as error:
+                raise BadRequest(f"the message is no {kind.DESCRIPTOR.name}") from error
+            return call(request, context)
+
+        return read_and_call
+
+    def server_live(self, _request: pb.ServerLiveRequest, _context: Context) -> Message:
         return pb.ServerLiveResponse(live=True)
 
-    async def server_ready(self, _request: pb.ServerReadyRequest, _context: Context) -> Message:
+    def server_ready(self, _request: pb.ServerReadyRequest, _context: Context) -> Message:
         return pb.ServerReadyResponse(ready=self._handler.ready)
 
-    async def model_ready(self, request: pb.ModelReadyRequest, context: Context) -> Message:
+    def model_ready(self, request: pb.ModelReadyRequest, context: Context) -> Message:
         """An unknown model is not ready: clients of other servers expect that, and no error."""
-        self._check_key(context)
+        check_key(self._settings, context)
         try:
             model = self._handler.repository.find(request.name, request.version)
         except NotFound:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=model.ready and not self._handler.draining)
 
-    async def server_metadata(self, _request: pb.ServerMetadataRequest, context: Context) -> Message:
-        self._check_key(context)
+    def server_metadata(self, _request: pb.ServerMetadataRequest, context: Context) -> Message:
+        check_key(self._settings, context)
         return pb.ServerMetadataResponse(**self._handler.server_metadata())
 
-    async def model_metadata(self, request: pb.ModelMetadataRequest, context: Context) -> Message:
-        self._check_key(context)
+    def model_metadata(self, request: pb.ModelMetadataRequest, context: Context) -> Message:
+        check_key(self._settings, context)
         return pb.ModelMetadataResponse(
             **self._handler.model_metadata(self._handler.repository.find(request.name, request.version))
         )
 
-    async def model_infer(self, messages: AsyncIterator[bytes], context: Context) -> Message:
-        """Admitted by the server's gate, read, then admitted by the model's."""
-        self._check_key(context)
-        with self._handler.gate.admit():
-            raw = await self._read(messages)
-            try:
-                request = pb.ModelInferRequest.FromString(raw)
-            except DecodeError as error:
-                raise BadRequest("the message is no ModelInferRequest") from error
-            del raw
-            model = self._handler.repository.find(request.model_name, request.model_version)
-            with self._handler.admit_model(model):
-                parsed = parse(request, model.spec, model.rows)
-                answer = await self._handler.infer(model, parsed)
-                NOTE.get().update(
-                    model=f"{model.name}:{model.version}",
-                    bytes=request.ByteSize(),
-                    rows=parsed.rows,
-                    batch=answer.batch_rows,
-                    queue_ms=round(answer.queue_seconds * 1000, 2),
-                    run_ms=round(answer.run_seconds * 1000, 2),
-                )
-                return encode(answer.outputs, parsed, model)
+    async def model_infer(self, stream: AsyncIterator[bytes], context: Context) -> Message:
+        """Let in by the server's gate, read, then given a place at its model."""
+        check_key(self._settings, context)
+        with self._handler.gate.enter(), ExitStack() as place:
+            with self._handler.arriving.one() as arriving:
+                raw = await self._read(stream)
+                arriving.grow(len(raw))
+                arriving.whole = True
+                outline = messages.outline(raw)
+                model = self._handler.repository.find(outline.name, outline.version)
+                place.enter_context(model.gate.enter())
+                place.enter_context(self._handler.place(model))
+                size = len(raw)
+                if size > model.message_limit:
+                    raise TooLarge(f"the message has {size} bytes; this model's largest has {model.message_limit}")
+                parsed = await self._handler.parse_message(model, raw, outline.structured_bytes)
+                del raw
+            answer = await self._handler.infer(model, parsed)
+            NOTE.get().update(
+                model=f"{model.name}:{model.version}",
+                bytes=size,
+                rows=parsed.rows,
+                batch=answer.batch_rows,
+                queue_ms=round(answer.queue_seconds * 1000, 2),
+                run_ms=round(answer.run_seconds * 1000, 2),
+            )
+            return encode(answer.outputs, parsed, model)
 
-    def _check_key(self, context: Context) -> None:
-        given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
-        if not key_fits(self._settings.api_key, given.get("authorization"), given.get("x-api-key")):
-            raise Denied("this server needs its API key: metadata authorization: Bearer KEY, or x-api-key: KEY")
-
-    async def _read(self, messages: AsyncIterator[bytes]) -> bytes:
+    async def _read(self, stream: AsyncIterator[bytes]) -> bytes:
         try:
             async with asyncio.timeout(self._settings.body_seconds):
-                raw = await anext(messages, None)
+                raw = await anext(stream, None)
         except TimeoutError as error:
             raise TooSlow(f"the message did not arrive within {self._settings.body_seconds:g} s") from error
         if raw is None:
@@ -149,46 +162,11 @@ class Servicer:
         return raw
 
 
-def parse(request: pb.ModelInferRequest, spec: TensorSpec, rows: int) -> protocol.InferRequest:
-    """A message against the contract. Raises BadRequest."""
-    if len(request.inputs) != 1:
-        raise BadRequest(f"{len(request.inputs)} inputs were given; this model takes one, {spec.name!r}")
-    (tensor,) = request.inputs
-    for parameters in (request.parameters, tensor.parameters, *(output.parameters for output in request.outputs)):
-        if {"shared_memory_region", "sequence_id"} & set(parameters):
-            raise BadRequest("shared memory and sequences are not part of this server")
-    shape = protocol.check_tensor(tensor.name, tensor.datatype, list(tensor.shape), spec, rows)
-    if request.raw_input_contents:
-        if len(request.raw_input_contents) != 1 or tensor.HasField("contents"):
-            raise BadRequest("raw_input_contents must have one entry for each input, which then has no contents")
-        array = protocol.from_bytes(request.raw_input_contents[0], shape, spec)
-    else:
-        array = _typed(tensor.contents, shape, spec)
-    if len(request.outputs) > protocol.MAX_ITEMS:
-        raise BadRequest(f"outputs must be a list of at most {protocol.MAX_ITEMS}")
-    wanted = tuple(
-        protocol.Wanted(o.name, True, protocol.class_count(o.parameters["classification"].int64_param))
-        if "classification" in o.parameters
-        else protocol.Wanted(o.name, True)
-        for o in request.outputs
-    )
-    return protocol.InferRequest(protocol.check_id(request.id), {spec.name: array}, wanted or None, True)
-
-
-def _typed(contents: pb.InferTensorContents, shape: tuple[int, ...], spec: TensorSpec) -> Array:
-    """The typed field of the contract's datatype, which has to be the only one in use."""
-    kind = protocol.datatype(spec)
-    used = [field.name for field, _ in contents.ListFields()]
-    if kind not in FIELDS or used != [FIELDS[kind]]:
-        field = FIELDS.get(kind, "raw_input_contents")
-        raise BadRequest(f"input {spec.name!r} is {kind}: its values belong in {field} or raw_input_contents")
-    values = np.array(getattr(contents, FIELDS[kind]))
-    if values.size != np.prod(shape, dtype=np.int64):
-        raise BadRequest(f"input {spec.name!r} has {values.size} values; {list(shape)} needs {np.prod(shape)}")
-    target = np.dtype(spec.dtype)
-    if target.kind in "iu" and not np.iinfo(target).min <= values.min() <= values.max() <= np.iinfo(target).max:
-        raise BadRequest(f"input {spec.name!r} has values outside of {kind}")
-    return protocol.check_finite(values.astype(target).reshape(shape), spec)
+def check_key(settings: Settings, context: Context) -> None:
+    """Raises Denied where the server has a key and the call has not."""
+    given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+    if not key_fits(settings.api_key, given.get("authorization"), given.get("x-api-key")):
+        raise Denied("this server needs its API key: metadata authorization: Bearer KEY, or x-api-key: KEY")
 
 
 def encode(outputs: Mapping[str, Array], request: protocol.InferRequest, model: Model) -> pb.ModelInferResponse:
@@ -206,9 +184,62 @@ def encode(outputs: Mapping[str, Array], request: protocol.InferRequest, model: 
     return response
 
 
-def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, int]:
+class Rpc:
+    """The gRPC server: started, made anew where a bundle with a larger input was loaded, and stopped."""
+
+    def __init__(self, handler: Handler, settings: Settings) -> None:
+        """Binds its port. Raises UsageError where that is taken."""
+        self._handler, self._settings = handler, settings
+        self._largest = self._need()
+        try:
+            self._server, self.port = make_server(handler, settings, self._largest, settings.grpc_port or 0)
+        except OSError as error:
+            raise UsageError(f"{error}; give another --grpc-port, or --no-grpc") from error
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        await self._server.start()
+        self._tasks = [
+            asyncio.create_task(sweep(self.port, self._settings.connections)),
+            asyncio.create_task(self._follow()),
+        ]
+
+    async def stop(self, grace: float) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.stop(grace)
+
+    def _need(self) -> int:
+        return max(model.message_limit for model in self._handler.repository.models)
+
+    async def _follow(self) -> None:
+        """The largest message is an option of the whole server. Calls in hand end on the one before."""
+        loaded = self._handler.repository.loaded
+        while True:
+            await loaded.wait()
+            loaded.clear()
+            if not self._handler.repository.models or self._need() <= self._largest:
+                continue
+            self._largest = self._need()
+            before = self._server
+            leaving = asyncio.create_task(before.stop(self._settings.run_seconds))
+            self._server = await self._bind_again()
+            await self._server.start()
+            logs.info("grpc takes larger messages", bytes=self._largest)
+            await leaving
+
+    async def _bind_again(self) -> grpc.aio.Server:
+        """On the same port, which grpc's own thread lets go a moment after the server before was told to stop."""
+        while True:
+            try:
+                return make_server(self._handler, self._settings, self._largest, self.port)[0]
+            except OSError:
+                await asyncio.sleep(BIND_AGAIN_SECONDS)
+
+
+def make_server(handler: Handler, settings: Settings, largest: int, port: int) -> tuple[grpc.aio.Server, int]:
     """A gRPC server that is bound and not started, and its port. Raises OSError where the port is taken."""
-    largest = max(protocol.body_limit(model.spec, model.rows) for model in handler.repository.models)
     options = [
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_send_message_length", -1),
@@ -217,29 +248,23 @@ def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, 
         ("grpc.max_concurrent_streams", 4 * handler.gate.limit + 16),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.max_connection_idle_ms", math.ceil(settings.idle_seconds * 1000)),
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+        ("grpc.max_connection_age_grace_ms", math.ceil((settings.body_seconds + settings.run_seconds) * 1000)),
+        ("grpc.max_allowed_incoming_connections", 2 * settings.connections),  # sweep() keeps half of that
+        ("grpc.server_handshake_timeout_ms", math.ceil(settings.header_seconds * 1000)),
     ]
     server = grpc.aio.server(options=options)
     servicer = Servicer(handler)
-    unary: dict[str, tuple[Method, Any]] = {
-        "ServerLive": (servicer.server_live, pb.ServerLiveRequest),
-        "ServerReady": (servicer.server_ready, pb.ServerReadyRequest),
-        "ModelReady": (servicer.model_ready, pb.ModelReadyRequest),
-        "ServerMetadata": (servicer.server_metadata, pb.ServerMetadataRequest),
-        "ModelMetadata": (servicer.model_metadata, pb.ModelMetadataRequest),
-    }
     methods: dict[str, Any] = {
-        name: grpc.unary_unary_rpc_method_handler(
-            _guarded(name, call, handler), request_deserializer=kind.FromString, response_serializer=_serialise
+        name: grpc.stream_unary_rpc_method_handler(
+            _guarded(name, call, handler), request_deserializer=None, response_serializer=_serialise
         )
-        for name, (call, kind) in unary.items()
+        for name, call in servicer.methods.items()
     }
-    methods["ModelInfer"] = grpc.stream_unary_rpc_method_handler(
-        _guarded("ModelInfer", servicer.model_infer, handler), request_deserializer=None, response_serializer=_serialise
-    )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-    reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(settings), server)
     address = f"[{settings.host}]" if ":" in settings.host else settings.host
-    where = f"{address}:{settings.grpc_port}"
+    where = f"{address}:{port}"
     try:
         if settings.tls_cert is None or settings.tls_key is None:
             port = server.add_insecure_port(where)
@@ -249,6 +274,26 @@ def make_server(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server, 
     except RuntimeError as error:  # grpc's own for every failure to bind
         raise OSError(f"gRPC cannot listen on {where}; is the port taken?") from error
     return server, port
+
+
+class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # it has no types
+    """grpc's own, which knows no key and whose streams have no end."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__((SERVICE, reflection.SERVICE_NAME))
+        self._settings = settings
+
+    async def ServerReflectionInfo(self, request_iterator: Any, context: Context) -> AsyncIterator[Any]:  # noqa: N802
+        try:
+            check_key(self._settings, context)
+        except Denied as error:
+            await context.abort(CODES[Denied], str(error))
+        try:
+            async with asyncio.timeout(self._settings.body_seconds):
+                async for answer in super().ServerReflectionInfo(request_iterator, context):
+                    yield answer
+        except TimeoutError:
+            await context.abort(CODES[TooSlow], "the server has described itself for long enough; call again")
 
 
 def _serialise(message: Message) -> bytes:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy import __version__
-from dualtoken_deploy.data.images import load_image, preprocess
-from dualtoken_deploy.errors import ImageError
 from dualtoken_deploy.numerics import Array, softmax
-from dualtoken_deploy.serve import protocol
-from dualtoken_deploy.serve.admission import Gate
+from dualtoken_deploy.serve import messages, protocol
+from dualtoken_deploy.serve.admission import Arriving, Gate
 from dualtoken_deploy.serve.batcher import Answer
+from dualtoken_deploy.serve.decoding import Decoders
 from dualtoken_deploy.serve.errors import BadRequest, ModelFailed
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.repository import Model, Repository
 from dualtoken_deploy.serve.settings import Settings
 
-T = TypeVar("T")
 SERVER_NAME = "dualtoken"
 MAX_TOP = 1000
-PARSE_ON_LOOP_BYTES = 64 * 1024  # JSON below this is parsed faster than a thread is woken
+PARSE_ON_LOOP_BYTES = 64 * 1024  # JSON or protobuf below this is parsed faster than a decoder is woken
+ARRIVING_BYTES = 64 * 2**20  # of bodies in memory, or four of the largest where those are more
+ARRIVING_FOR_EACH_PLACE = 4  # bodies that may be on their way
 
 
 class Handler:
@@ -37,7 +36,8 @@ class Handler:
         self.repository, self.settings, self.metrics = repository, settings, metrics
         self._gate: Gate | None = None
         self._draining = False
-        self._pool = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._arriving = Arriving(1, ARRIVING_BYTES)
+        self.decoders = Decoders(settings, metrics)
 
     @property
     def ready(self) -> bool:
@@ -58,6 +58,15 @@ class Handler:
         self._gate.limit = limit
         return self._gate
 
+    @property
+    def arriving(self) -> Arriving:
+        """The bodies of all transports, bounded by what the models that are loaded can use."""
+        models = self.repository.models
+        largest = max([int(self.settings.max_image_mib * 2**20), *(model.body_limit for model in models)])
+        self._arriving.most = ARRIVING_FOR_EACH_PLACE * (self.gate.limit + 1)
+        self._arriving.most_bytes = max(ARRIVING_BYTES, 4 * largest)
+        return self._arriving
+
     def server_metadata(self) -> dict[str, Any]:
         extensions = ["binary_tensor_data", "classification"]
         if self.settings.admin:
@@ -76,23 +85,28 @@ class Handler:
         }
 
     @contextmanager
-    def admit(self, model: Model) -> Iterator[None]:
-        """A place for one request of a model. Raises Overloaded, or Unavailable while draining."""
-        with self.gate.admit(), self.admit_model(model):
+    def enter(self, model: Model) -> Iterator[None]:
+        """Lets a request of a model in to be read. Raises Overloaded, or Unavailable while draining."""
+        with self.gate.enter(), model.gate.enter():
             yield
 
     @contextmanager
-    def admit_model(self, model: Model) -> Iterator[None]:
-        """A place at a model, for one who has the server's. A model whose worker is being replaced takes requests."""
-        with model.gate.admit():
+    def place(self, model: Model) -> Iterator[None]:
+        """A place for a request that is whole. A model whose worker is being replaced takes requests."""
+        with self.gate.place(), model.gate.place():
             yield
 
     async def parse(self, model: Model, body: bytes, header_length: int | None) -> protocol.InferRequest:
-        """A request body against the model's contract; long JSON in the decode pool."""
-        arguments = body, header_length, model.spec, model.rows
+        """A request body against the model's contract; long JSON in a decoder."""
         if (header_length or len(body)) <= PARSE_ON_LOOP_BYTES:
-            return protocol.parse_request(*arguments)
-        return await self._in_pool(protocol.parse_request, *arguments)
+            return protocol.parse_request(body, header_length, model.spec, model.rows)
+        return await self._parse_in_decoder({"kind": "request", "header": header_length}, model, body)
+
+    async def parse_message(self, model: Model, raw: bytes, structured_bytes: int) -> protocol.InferRequest:
+        """A protobuf message against the model's contract; one with long typed contents in a decoder."""
+        if structured_bytes <= PARSE_ON_LOOP_BYTES:
+            return messages.read(raw, model.spec, model.rows)
+        return await self._parse_in_decoder({"kind": "message"}, model, raw)
 
     async def infer(self, model: Model, request: protocol.InferRequest) -> Answer:
         """Runs a parsed request. Raises BadRequest for an unknown output, before anything is run."""
@@ -102,12 +116,12 @@ class Handler:
                 raise BadRequest(f"unknown output {want.name[:60]!r}; this model has {', '.join(sorted(names))}")
         return await model.engine.run(request.inputs[model.spec.name])
 
-    async def classify(self, model: Model, picture: bytes, top: int) -> dict[str, Any]:
-        """The `top` most likely classes of a picture's bytes. Raises BadRequest for what is no picture."""
+    async def classify(self, model: Model, body: bytes, content_type: str, top: int) -> dict[str, Any]:
+        """The `top` most likely classes of a picture, or of the one in a form. Raises BadRequest for what is none."""
         if not 1 <= top <= MAX_TOP:
             raise BadRequest(f"top is {top}; give 1 to {MAX_TOP}")
         start = time.perf_counter()
-        batch = await self._in_pool(self._decode, picture, model)
+        batch = await self._decode(body, content_type, model)
         decoded = time.perf_counter()
         answer = await model.engine.run(batch)
         logits = answer.outputs[model.outputs[0].name]
@@ -137,24 +151,26 @@ class Handler:
         await self.gate.drained()
 
     async def close(self) -> None:
+        await self.decoders.close()
         await self.repository.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, picture: bytes, model: Model) -> Array:
+    async def _decode(self, body: bytes, content_type: str, model: Model) -> Array:
         """A picture as a batch of the contract: (batch or 1, ...), the picture repeated where the batch is fixed."""
-        try:
-            image = load_image(picture, int(self.settings.max_megapixels * 1_000_000))
-            row = preprocess(image, model.contract)
-        except ImageError as error:
-            raise BadRequest(str(error)) from error
-        except MemoryError as error:
-            raise BadRequest("the picture needs more memory than there is") from error
+        row = await self.decoders.picture(body, content_type, model.contract.to_json(), _bytes(model, 1))
         return np.broadcast_to(
             row, (model.contract.batch or 1, *row.shape)
         )  # a view: the worker's memory gets the copies
 
-    async def _in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+    async def _parse_in_decoder(self, job: Mapping[str, Any], model: Model, data: bytes) -> protocol.InferRequest:
+        contract = {"spec": asdict(model.spec), "rows": model.rows}
+        found, array = await self.decoders.run({**job, **contract}, data, _bytes(model, model.rows))
+        wanted = found["outputs"]
+        outputs = None if wanted is None else tuple(protocol.Wanted(*row) for row in wanted)
+        return protocol.InferRequest(found["id"], {model.spec.name: array}, outputs, found["binary_default"])
+
+
+def _bytes(model: Model, rows: int) -> int:
+    return protocol.elements(model.spec, rows) * np.dtype(model.spec.dtype).itemsize
 
 
 def _tensor(spec: Any) -> dict[str, Any]:

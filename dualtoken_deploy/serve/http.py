@@ -6,9 +6,10 @@ A request is admitted before its body is read. Status codes live in this file al
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.serve import logs, protocol, static
 from dualtoken_deploy.serve.admission import key_fits
 from dualtoken_deploy.serve.body import HEADER_LENGTH, ClientGone, content_length, header_length, read_body, unless_gone
+from dualtoken_deploy.serve.connection import LINGER
 from dualtoken_deploy.serve.errors import (
     BadRequest,
     Denied,
@@ -40,7 +42,6 @@ from dualtoken_deploy.serve.errors import (
     Unsupported,
 )
 from dualtoken_deploy.serve.handler import Handler
-from dualtoken_deploy.serve.multipart import is_multipart, picture_of
 from dualtoken_deploy.serve.openapi import document
 from dualtoken_deploy.serve.repository import Model
 
@@ -63,8 +64,10 @@ CODES: Mapping[type[ServeError], int] = MappingProxyType(
 )
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the metrics and the log
 RETRY_AFTER_SECONDS = "1"
-THROWN_AWAY_BYTES = 2**20  # of a refused request's body, before the connection is closed instead
-LINGER_SECONDS = 1.0  # in which a client that still sends may read why it was refused
+SMALL_BYTES = 2**20  # of a refused request's body: up to here it is thrown away and the connection goes on
+THROWN_AWAY_BYTES = 32 * 2**20  # of a larger one, before the connection is closed: many clients send before they read
+LINGER_SECONDS = 15.0  # in which they may
+PORT = re.compile(r":[0-9]*$")
 QUIET = ("/v2/health/", "/metrics")  # polled: logged at debug level only
 
 
@@ -121,16 +124,26 @@ class Front:
 
         try:
             given = headers.get(b"authorization"), headers.get(b"x-api-key")
+            self._check_host(scope["path"], headers.get(b"host"))
             if self._needs_key(scope["path"]) and not key_fits(self._key, *given):
                 raise Denied("this server needs its API key: Authorization: Bearer KEY, or X-API-Key: KEY")
             await self._app(scope, receive, send_with_id)
-        except Denied as error:
+        except (Denied, Forbidden) as error:
             await _answer_error(Request(scope, receive), error)(scope, receive, send_with_id)
         except Exception:  # noqa: BLE001  # answered by _answer_unexpected already; logged here, and the server lives on
             logs.LOGGER.exception("unexpected error", extra={"fields": {"request_id": note["request_id"]}})
         finally:
             self._record(scope, note, time.perf_counter() - start)
         return None
+
+    def _check_host(self, path: str, host: str | None) -> None:
+        """A name that another's DNS points here is refused: its page would be of our origin. Probes may ask."""
+        known = self._handler.settings.known_hosts
+        if known is None or host is None or path.startswith("/v2/health/"):  # HTTP/1.0 has none, and is no browser
+            return
+        name = host.rpartition(":")[0] if PORT.search(host) else host
+        if name.strip("[]").lower().rstrip(".") not in known:
+            raise Forbidden(f"this server is not called {name[:60]!r}; if it is, start it with --allowed-host")
 
     def _needs_key(self, path: str) -> bool:
         """Health and metrics are for probes, and the page and its documentation say nothing of the models."""
@@ -171,7 +184,8 @@ class Endpoints:
         metrics = self._handler.metrics
         metrics.ready.set(self._handler.ready)
         metrics.inside.set(self._handler.gate.inside)
-        return Response(metrics.text(), headers={"content-type": metrics.content_type})
+        metrics.log_dropped.set(logs.dropped())
+        return Response(await metrics.text(), headers={"content-type": metrics.content_type})
 
     async def server_metadata(self, request: Request) -> Response:
         return _json(self._handler.server_metadata())
@@ -196,14 +210,16 @@ class Endpoints:
 
     async def infer(self, request: Request) -> Response:
         model = self._model(request)
-        with self._handler.admit(model):
+        with self._handler.enter(model), ExitStack() as place:
             json_length = header_length(request)
             limit = model.body_limit
             if json_length is not None:
                 limit = protocol.binary_limit(model.spec, model.rows)
-            body = await read_body(request, limit, self._settings.body_seconds)
-            parsed = await self._handler.parse(model, body, json_length)
-            del body
+            with self._handler.arriving.one() as arriving:
+                body = await read_body(request, limit, self._settings.body_seconds, arriving)
+                place.enter_context(self._handler.place(model))
+                parsed = await unless_gone(request, self._handler.parse(model, body, json_length))
+                del body
             answer = await unless_gone(request, self._handler.infer(model, parsed))
             content, length = protocol.encode_response(answer.outputs, parsed, model.name, model.version, model.labels)
         request.scope["dualtoken"] |= {
@@ -222,12 +238,12 @@ class Endpoints:
         text = request.query_params.get("top", "5")
         if not (text.isascii() and text.isdecimal() and len(text) < 6):
             raise BadRequest("top is not a number")
-        with self._handler.admit(model):
+        with self._handler.enter(model), self._handler.arriving.one() as arriving:
             limit = int(self._settings.max_image_mib * 2**20)
-            body = await read_body(request, limit, self._settings.body_seconds)
+            body = await read_body(request, limit, self._settings.body_seconds, arriving)
             content_type = request.headers.get("content-type", "")
-            picture = picture_of(body, content_type) if is_multipart(content_type) else body
-            result = await unless_gone(request, self._handler.classify(model, picture, int(text)))
+            with self._handler.place(model):
+                result = await unless_gone(request, self._handler.classify(model, body, content_type, int(text)))
         request.scope["dualtoken"] |= {"model": f"{model.name}:{model.version}"} | {
             f"{name}_ms": value for name, value in result["timing_ms"].items()
         }
@@ -262,8 +278,8 @@ class Endpoints:
         """Another site's page may post here from a browser: it would say so in Origin."""
         if not self._settings.admin:
             raise Forbidden("control of the repository is off; start the server with --admin")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+        if not _same_origin(origin, request.headers.get("host")) or site not in ("none", "same-origin"):
             raise Forbidden("a page of another origin may not control the repository")
 
     async def _no_parameters(self, request: Request) -> None:
@@ -273,9 +289,17 @@ class Endpoints:
             data = orjson.loads(body) if body.strip() else {}
         except orjson.JSONDecodeError as error:
             raise BadRequest(f"the request is not JSON ({error})") from error
-        parameters = data.get("parameters") if isinstance(data, dict) else None
-        if not isinstance(data, dict) or any(key == "config" or key.startswith("file:") for key in parameters or {}):
+        parameters = (data.get("parameters") or {}) if isinstance(data, dict) else None
+        if not isinstance(parameters, dict) or any(key == "config" or key.startswith("file:") for key in parameters):
             raise BadRequest("a load takes no configuration and no files; change the bundle on disk")
+
+
+def _same_origin(origin: str | None, host: str | None) -> bool:
+    """Whether a page that says where it is from is of this server; other clients say nothing."""
+    try:
+        return origin is None or urlsplit(origin).netloc == host
+    except ValueError:  # no address at all
+        return False
 
 
 class _Closing(Response):
@@ -285,6 +309,7 @@ class _Closing(Response):
         self.headers["connection"] = "close"
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        scope.get(LINGER, _nothing)()
         left = THROWN_AWAY_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
@@ -320,9 +345,13 @@ def _answer_unexpected(request: Request, error: Exception) -> Response:
 def _refusal(request: Request, text: str, code: int, headers: dict[str, str]) -> Response:
     content = orjson.dumps({"error": text.encode("utf-8", "replace").decode()})
     chunked = "transfer-encoding" in request.headers
-    unread = chunked or (content_length(request) or 0) > THROWN_AWAY_BYTES or code == CODES[TooSlow]
+    unread = chunked or (content_length(request) or 0) > SMALL_BYTES or code == CODES[TooSlow]
     kind = _Closing if unread and not request.scope.get("dualtoken.read") else Response
     return kind(content, code, headers, "application/json")
+
+
+def _nothing() -> None:
+    """Where the server in front of the application has no connections of ours."""
 
 
 def _json(data: Any, code: int = 200) -> Response:

@@ -9,6 +9,7 @@ Source: open-inference-protocol, specification/protocol/inference_rest.md; Trito
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -44,6 +45,11 @@ MAX_ID = 256  # characters of a request's id
 MAX_ITEMS = 16  # inputs or outputs that a request may list
 JSON_BYTES_AN_ELEMENT = 26  # "-1.2345678901234567e-308, " is the longest that a float64 prints as
 JSON_ENVELOPE = 64 * 1024  # names, shapes, parameters
+MAX_SIGNS = 4096  # of each kind of bracket, comma or quote beside the values
+
+
+SHORT = reprlib.Repr()  # does not follow what is nested a thousand deep
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxstring, SHORT.maxother = 3, 8, 60, 60
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ def parse_request(body: bytes | memoryview, header_length: int | None, spec: Ten
     size = len(view) if header_length is None else header_length
     if not 0 < size <= len(view):
         raise BadRequest(f"the JSON header is said to have {size} bytes of a body of {len(view)}")
+    _check_counts(body, size, spec, rows)
     data = _json(view[:size])
     raw = None if header_length is None else view[size:]
     parameters = _parameters(data, "the request")
@@ -116,6 +123,19 @@ def parse_request(body: bytes | memoryview, header_length: int | None, spec: Ten
         outputs=_wanted(data.get("outputs"), _flag(parameters, "binary_data_output")),
         binary_default=_flag(parameters, "binary_data_output"),
     )
+
+
+def _check_counts(body: bytes | memoryview, size: int, spec: TensorSpec, rows: int) -> None:
+    """Before anything is parsed: brackets and commas cost their reader up to a hundred times their bytes."""
+    if size <= JSON_ENVELOPE:
+        return
+    text = bytes(body) if isinstance(body, memoryview) else body
+    values, lists = elements(spec, rows), 1
+    for length in (rows, *spec.shape[1:-1]):
+        lists = lists * int(length) + 1
+    for sign, most in ((b"[", lists), (b"{", 0), (b",", values), (b'"', 0)):
+        if text.count(sign, 0, size) > most + MAX_SIGNS:
+            raise BadRequest(f"the JSON has more {sign.decode()!r} than this model's largest request can need")
 
 
 def check_id(value: Any) -> str:
@@ -336,6 +356,6 @@ def _expected(spec: TensorSpec, rows: int) -> str:
 
 
 def _short(value: Any) -> str:
-    """A client's value inside our sentence: bounded."""
-    text = repr(value)
+    """A client's value inside our sentence: bounded in length and depth."""
+    text = SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

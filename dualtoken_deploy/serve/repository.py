@@ -6,8 +6,11 @@ What can be loaded was named when the server started: no path ever comes from a 
 from __future__ import annotations
 
 import asyncio
+import stat
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,13 +21,27 @@ from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate
 from dualtoken_deploy.serve.batcher import Answer, Batcher
 from dualtoken_deploy.serve.errors import NotFound
+from dualtoken_deploy.serve.messages import message_limit
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.pool import Launch
 from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
 from dualtoken_deploy.serve.settings import Settings, Source
+from dualtoken_deploy.targets.load import check_native
 from dualtoken_deploy.targets.table import get_target
 
-Stamp = tuple[int, int, int] | None
+Stamp = tuple[tuple[str, int, int, int], ...] | None
+LOST_SECONDS = 2.0  # between looks at a model that lost its worker, where changes are not looked for
+RETRY_SECONDS_MOST = 60.0
+MAX_FILES = 4096  # a Core ML package has a few dozen
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What could not be loaded: its stamp, how often in a row, and when it is tried again."""
+
+    stamp: Stamp
+    tries: int
+    again: float
 
 
 class Engine(Protocol):
@@ -53,6 +70,7 @@ class Model:
         self.spec = self.contract.tensor
         self.rows = settings.request_rows(self.contract.batch)
         self.body_limit = body_limit(self.spec, self.rows)
+        self.message_limit = message_limit(self.spec, self.rows)
         running = settings.workers * max(1, settings.merge_rows(self.contract.batch) // (self.contract.batch or 1))
         self.gate = Gate(f"model {source.name}:{source.version}", settings.queue + running)
 
@@ -84,7 +102,9 @@ class Repository:
         self._models: dict[tuple[str, str], Model] = {}
         self._reasons: dict[tuple[str, str], str] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._failures: dict[tuple[str, str], _Failure] = {}
         self._lock = asyncio.Lock()
+        self.loaded = asyncio.Event()  # set at each load, for who follows what is served
         self.make_engine = local_engine
 
     @property
@@ -140,22 +160,53 @@ class Repository:
                 self._retire(model)
 
     async def watch(self) -> None:
-        """Loads a bundle anew when its manifest on disk changes; a bundle that cannot be loaded leaves the old one."""
-        failed: dict[tuple[str, str], Stamp] = {}
-        while self._settings.reload_seconds:
-            await asyncio.sleep(self._settings.reload_seconds)
-            for key, model in list(self._models.items()):
-                now = _stamp(model.source.path)
-                if now is None or now == model.stamp or now == failed.get(key):
-                    continue
+        """Loads a bundle anew when it changes on disk, and tries again until what lies there is whole.
+
+        The old one answers meanwhile. Where its worker is gone it cannot come back, since its files are: then what is
+        there is loaded even if changes are not looked for.
+        """
+        while True:
+            await asyncio.sleep(self._settings.reload_seconds or LOST_SECONDS)
+            for key in list(self._models):
                 try:
-                    async with self._lock:
-                        await self._load(model.source)
-                    self._metrics.reloads.labels("loaded").inc()
-                except DualTokenError as error:
-                    failed[key] = now
-                    self._metrics.reloads.labels("failed").inc()
-                    logs.warning("reload failed; the old bundle still answers", model=":".join(key), reason=str(error))
+                    await self._look(key)
+                except Exception as error:  # noqa: BLE001  # whatever lies on a disk, the next look has to come
+                    self._failed_to_load(key, None, error)
+
+    async def _look(self, key: tuple[str, str]) -> None:
+        """Loads one bundle anew if it is another than the one that is served, and due."""
+        model = self._models.get(key)
+        if model is None or (not self._settings.reload_seconds and model.engine.ready):
+            return
+        now, failed = time.monotonic(), self._failures.get(key)
+        try:
+            stamp = await asyncio.to_thread(stamp_of, model.source.path)
+        except DualTokenError as error:
+            if failed is None or now >= failed.again:
+                self._failed_to_load(key, None, error)
+            return
+        if stamp is None or stamp == model.stamp or (failed and failed.stamp == stamp and now < failed.again):
+            return
+        try:
+            async with self._lock:
+                await self._load(model.source)
+        except DualTokenError as error:
+            self._failed_to_load(key, stamp, error)
+        else:
+            self._failures.pop(key, None)
+            self._metrics.reloads.labels("loaded").inc()
+
+    def _failed_to_load(self, key: tuple[str, str], stamp: Stamp, error: Exception) -> None:
+        """Counted, logged, and tried again: at once where the files change, and after a while where they do not."""
+        before = self._failures.get(key)
+        tries = 1 if before is None or before.stamp != stamp else before.tries + 1
+        wait = min(RETRY_SECONDS_MOST, max(self._settings.reload_seconds, LOST_SECONDS) * 2**tries)
+        self._failures[key] = _Failure(stamp, tries, time.monotonic() + wait)
+        self._metrics.reloads.labels("failed").inc()
+        self._metrics.reload_failures.labels(*key).inc()
+        model = self._models.get(key)
+        state = "the old bundle still answers" if model is not None and model.engine.ready else "no worker is up"
+        logs.warning(f"reload failed; {state}", model=":".join(key), reason=str(error), again_seconds=wait)
 
     async def close(self) -> None:
         """Ends every engine, those that retire included."""
@@ -165,25 +216,39 @@ class Repository:
         await asyncio.gather(*(model.engine.close() for model in self._models.values()))
 
     async def _load(self, source: Source) -> None:
-        """Swaps a bundle in once its first worker is up; the one before is retired."""
+        """Swaps a bundle in once its first worker is up; the one before is retired. Raises DualTokenError alone."""
         key = source.name, source.version
-        stamp = _stamp(source.path)
+        try:
+            model = await self._open(source)
+        except DualTokenError as error:
+            self._reasons[key] = str(error)
+            raise
+        except Exception as error:
+            self._reasons[key] = f"{type(error).__name__}: {error}"
+            raise BundleError(
+                f"{source.path} cannot be served ({type(error).__name__}: {error}); export the bundle again"
+            ) from error
+        before = self._models.get(key)
+        self._models[key] = model
+        self._reasons.pop(key, None)
+        self.loaded.set()
+        logs.info("model loaded", model=":".join(key), target=model.bundle.manifest.target, again=before is not None)
+        if before is not None:
+            self._retire(before)
+
+    async def _open(self, source: Source) -> Model:
+        """A model whose first worker is up. On every other way out its engine is ended."""
+        stamp = await asyncio.to_thread(stamp_of, source.path)
         bundle = await asyncio.to_thread(Bundle.open, source.path)
         check_servable(bundle)
         engine = self.make_engine(bundle, source, self._settings, self._metrics)
         try:
+            model = Model(source, bundle, engine, self._settings, stamp)
             await engine.wait_ready()
-        except BaseException as error:
-            await engine.close()
-            if isinstance(error, DualTokenError):
-                self._reasons[key] = str(error)
+        except BaseException:
+            await asyncio.shield(engine.close())
             raise
-        before = self._models.get(key)
-        self._models[key] = Model(source, bundle, engine, self._settings, stamp)
-        self._reasons.pop(key, None)
-        logs.info("model loaded", model=":".join(key), target=bundle.manifest.target, again=before is not None)
-        if before is not None:
-            self._retire(before)
+        return model
 
     def _known(self, name: str) -> list[Source]:
         found = [s for s in self._sources.values() if name in (s.name, f"{s.name}:{s.version}")]
@@ -213,22 +278,38 @@ def check_servable(bundle: Bundle) -> None:
         raise MissingError(
             f"{bundle.path} needs the extra [{target.extra}]; run: pip install 'dualtoken-deploy[{target.extra}]'"
         )
+    check_native(bundle)
     for spec in (manifest.input.tensor, *manifest.outputs):
         if spec.dtype not in DATATYPES:
             raise BundleError(f"{bundle.path} has a tensor of {spec.dtype}, which the protocol has no name for")
     try:
-        elements(manifest.input.tensor, 1)
+        if elements(manifest.input.tensor, 1) < 1:
+            raise BundleError(f"{bundle.path} has an input of shape {manifest.input.tensor.shape}, without values")
+    except BundleError:
+        raise
     except DualTokenError as error:
         raise UsageError(f"{bundle.path} cannot be served: {error}") from error
 
 
-def _stamp(path: Path) -> Stamp:
-    """What changes when a bundle is replaced or written again; None while it is not there."""
+def stamp_of(path: Path) -> Stamp:
+    """What changes when any file of a bundle is replaced or written again; None while its manifest is not there.
+
+    Raises BundleError on what is neither a file nor a folder: to read a pipe would wait for its writer.
+    """
+    rows = []
     try:
-        found = (path / MANIFEST).stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        if not (path / MANIFEST).exists():
+            return None
+        for file in sorted(path.rglob("*")):
+            found = file.stat()
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise BundleError(f"{file} is neither a file nor a folder; export the bundle again")
+            rows.append((str(file.relative_to(path)), found.st_ino, found.st_mtime_ns, found.st_size))
+            if len(rows) > MAX_FILES:
+                raise BundleError(f"{path} has more than {MAX_FILES} files, which no bundle has")
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror or error}); copy the whole folder") from error
+    return tuple(rows)
 
 
 def _version_order(version: str) -> tuple[int, int, str]:

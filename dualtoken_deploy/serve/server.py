@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import resource
 import signal
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import grpc
 import uvicorn
 
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.connection import bounded_protocol
-from dualtoken_deploy.serve.grpc import make_server
+from dualtoken_deploy.serve.door import Listener
+from dualtoken_deploy.serve.grpc import Rpc
 from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.http import make_app
 from dualtoken_deploy.serve.memory import keep_freed_memory
@@ -27,6 +30,9 @@ from dualtoken_deploy.serve.settings import Settings, Source
 
 BACKLOG = 512
 GRPC_GRACE_SECONDS = 1.0  # for answers that are written and not yet sent
+FORCED_SECONDS = 4.5  # after the drain's time, when the process ends whatever it still waits for
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+OTHER_DESCRIPTORS = 256  # beside connections: workers, decoders, libraries
 
 
 class _Uvicorn(uvicorn.Server):
@@ -42,15 +48,15 @@ def run(sources: Sequence[Source], settings: Settings, tell: Callable[[str], Non
 
     Raises UsageError (a port that is taken), BundleError, MissingError, InputError (TLS files).
     """
-    logs.set_up()
-    keep_freed_memory()
-    asyncio.run(_serve(sources, settings, tell))
+    with logs.on_stderr():
+        keep_freed_memory()
+        room_for_descriptors(settings)
+        with _Stop(settings.drain_seconds) as stop:
+            asyncio.run(_serve(sources, settings, tell, stop))
 
 
-async def _serve(sources: Sequence[Source], settings: Settings, tell: Callable[[str], None]) -> None:
-    stop = _Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.ask)
+async def _serve(sources: Sequence[Source], settings: Settings, tell: Callable[[str], None], stop: _Stop) -> None:
+    stop.attach(asyncio.get_running_loop())
     for text in settings.warnings():
         logs.warning(text)
     metrics = Metrics()
@@ -68,24 +74,30 @@ async def _serve(sources: Sequence[Source], settings: Settings, tell: Callable[[
 
 
 async def _answer(
-    handler: Handler, settings: Settings, listener: socket.socket, stop: _Stop, tell: Callable[[str], None]
+    handler: Handler, settings: Settings, listener: Listener, stop: _Stop, tell: Callable[[str], None]
 ) -> None:
     """Both transports, from ready to drained."""
-    http = _Uvicorn(_config(handler, settings))
-    rpc, grpc_port = _grpc(handler, settings)
+    http = _Uvicorn(_config(handler, settings, listener))
+    rpc = None if settings.grpc_port is None else Rpc(handler, settings)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     watching = asyncio.create_task(handler.repository.watch())
+    warming: asyncio.Task[None] | None = None
+    grpc_port = None
     try:
         if rpc is not None:
             await rpc.start()
+            grpc_port = rpc.port
         while not http.started and not serving.done():
             await asyncio.sleep(0.005)
         handler.metrics.ready.set(1)
+        warming = asyncio.create_task(handler.decoders.warm())
         tell(_addresses(handler, settings, listener.getsockname()[1], grpc_port))
         await asyncio.wait({serving, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         await _drain(handler, settings, stop)
     finally:
         watching.cancel()
+        if warming is not None:
+            await warming
         http.should_exit = True
         if rpc is not None:
             await rpc.stop(GRPC_GRACE_SECONDS)
@@ -108,13 +120,61 @@ async def _drain(handler: Handler, settings: Settings, stop: _Stop) -> None:
 
 
 class _Stop:
-    """The first signal asks for a drain, the second ends it."""
+    """The first signal asks for a drain, the second ends it; more say nothing new, until the process is gone.
 
-    def __init__(self) -> None:
+    asyncio's own handlers end with its loop: a signal that came after that would kill a process that is about to exit
+    with 0. And whatever may hang, a thread ends the process.
+    """
+
+    def __init__(self, drain_seconds: float) -> None:
         self.asked, self.again = asyncio.Event(), asyncio.Event()
+        self._seconds = drain_seconds + FORCED_SECONDS
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._before: dict[int, Any] = {}
+        self._told = False
 
-    def ask(self) -> None:
+    def __enter__(self) -> _Stop:
+        self._before = {number: signal.signal(number, self._hear) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._told else handler)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        if self._told:
+            self._ask()
+
+    def _hear(self, _number: int, _frame: Any) -> None:
+        if not self._told:
+            self._told = True
+            forced = threading.Timer(self._seconds, self._force)
+            forced.daemon = True
+            forced.start()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._ask)
+
+    def _ask(self) -> None:
         (self.again if self.asked.is_set() else self.asked).set()
+
+    def _force(self) -> None:
+        logs.warning("ended by force: something did not end in its time", seconds=self._seconds)
+        if logs.WRITER is not None:
+            logs.WRITER.end()
+        os._exit(1)
+
+
+def room_for_descriptors(settings: Settings) -> None:
+    """Raises the soft limit of open files as far as it may be, and warns where the connections allowed do not fit."""
+    need = 4 * settings.connections + OTHER_DESCRIPTORS
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = need if hard == resource.RLIM_INFINITY else min(need, hard)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < need:
+        logs.warning("fewer files may be open than --connections need", allowed=most, needed=need)
 
 
 async def _unless(event: asyncio.Event, work: Any) -> bool:
@@ -130,12 +190,10 @@ async def _unless(event: asyncio.Event, work: Any) -> bool:
     return False
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: Settings) -> Listener:
     """Bound before anything is loaded, so that a port that is taken is said at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only where the protocol is named; without it each answer waits 40 ms for an ACK
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = Listener(family, settings.header_seconds, settings.connections)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:
@@ -145,19 +203,10 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _grpc(handler: Handler, settings: Settings) -> tuple[grpc.aio.Server | None, int | None]:
-    if settings.grpc_port is None:
-        return None, None
-    try:
-        return make_server(handler, settings)
-    except OSError as error:
-        raise UsageError(f"{error}; give another --grpc-port, or --no-grpc") from error
-
-
-def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
+def _config(handler: Handler, settings: Settings, listener: Listener) -> uvicorn.Config:
     config = uvicorn.Config(
         make_app(handler),
-        http=bounded_protocol(settings),
+        http=bounded_protocol(settings, listener.speaks),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -166,7 +215,7 @@ def _config(handler: Handler, settings: Settings) -> uvicorn.Config:
         proxy_headers=False,  # nothing here asks for the client's address
         backlog=BACKLOG,
         timeout_keep_alive=settings.idle_seconds,  # type: ignore[arg-type]  # call_later's argument and nothing else
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=1,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )

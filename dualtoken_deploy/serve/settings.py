@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dualtoken_deploy.data.images import FORMATS
 from dualtoken_deploy.errors import InputError, UsageError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 ROWS_UNLESS_TOLD = 8  # rows of a request, or of a batch on an accelerator, where the bundle leaves them open
 
 
@@ -54,6 +56,7 @@ class Settings:
     workers: int = 1
     device: str | None = None
     admin: bool = False
+    allowed_hosts: tuple[str, ...] = ()  # by which the server may be called; on loopback its own names unless given
     api_key: str | None = field(default=None, repr=False)
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -67,13 +70,18 @@ class Settings:
     reload_seconds: float = 2.0  # 0: changed bundles are not looked for
     max_image_mib: float = 16.0
     max_megapixels: float = 24.0
-    decode_threads: int = field(default_factory=lambda: max(2, os.cpu_count() or 1))
+    decoders: int = field(default_factory=lambda: min(8, max(2, os.cpu_count() or 1)))  # processes, started when needed
+    decode_seconds: float = 10.0  # a picture that takes longer is none
+    picture_formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")  # what photo apps send; the others when asked for
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("TLS needs both --tls-cert and --tls-key")
         if self.port == self.grpc_port != 0:
             raise UsageError(f"HTTP and gRPC cannot share port {self.port}; give another --grpc-port")
+
+        if self.admin and self.api_key is None and self.known_hosts is None:
+            raise UsageError(f"--admin on {self.host} needs --api-key-file, or the server's names: --allowed-host NAME")
 
     @property
     def loopback(self) -> bool:
@@ -84,6 +92,14 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def known_hosts(self) -> frozenset[str] | None:
+        """The names that a request's Host may have, lower case and without brackets; None: any."""
+        if not self.loopback and not self.allowed_hosts:
+            return None
+        own = {self.host, *(LOOPBACK_NAMES if self.loopback else ())}
+        return frozenset(name.lower().strip("[]").rstrip(".") for name in (*own, *self.allowed_hosts))
 
     def warnings(self) -> list[str]:
         """What is risky about these settings, one sentence each."""
@@ -121,6 +137,15 @@ def parse_sources(texts: Sequence[str]) -> tuple[Source, ...]:
                 f"give one another version: {source.name}:2={source.path}"
             )
     return sources
+
+
+def parse_formats(names: Sequence[str]) -> tuple[str, ...]:
+    """Pillow's names of the formats that may be decoded; those of photo apps where none is named. Raises UsageError."""
+    found = tuple(dict.fromkeys(name.upper() for name in names)) or Settings.picture_formats
+    for name in found:
+        if name not in FORMATS:
+            raise UsageError(f"unknown picture format {name.lower()!r}; valid: {', '.join(FORMATS).lower()}")
+    return found
 
 
 def read_api_key(path: Path | None) -> str | None:

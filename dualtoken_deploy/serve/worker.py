@@ -1,18 +1,13 @@
 """A worker: one process that holds one runner, so that a runtime that dies or hangs can be replaced.
 
-It speaks frames over a socket that it inherits: two big-endian lengths (JSON, payload), the JSON, the payload. Input
-tensors lie in memory that it shares with the server, so that a batch is copied once. Nothing is pickled.
+It speaks frames (frames.py). Input tensors lie in memory that it shares with the server: a batch is copied once.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
-import os
-import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,20 +17,17 @@ import numpy as np
 
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle, sha256
 from dualtoken_deploy.errors import BundleError, DualTokenError
+from dualtoken_deploy.serve.frames import belong_to, receive, send
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.load import Runner, load_runner
 
-FRAME = struct.Struct(">IQ")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Array = np.ndarray[Any, Any]
 
 
 def main() -> None:
     """Entry point of the process: its one argument is JSON (socket, memory, parent, bundle, digest, ...)."""
     task = json.loads(sys.argv[1])
-    _die_with(task["parent"])
-    for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when a worker ends, also after Ctrl-C
-        signal.signal(number, signal.SIG_IGN)
+    belong_to(task["parent"])
     with socket.socket(fileno=task["socket"]) as link:
         try:
             bundle = open_unchanged(task["bundle"], task["digest"])
@@ -47,6 +39,9 @@ def main() -> None:
                 serve(link, runner, spec, memory)
         except DualTokenError as error:
             send(link, {"error": str(error), "exit_code": error.exit_code})
+        except Exception as error:  # noqa: BLE001  # what a runtime or a damaged bundle raises is the operator's to read
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            send(link, {"error": f"the runtime could not load it ({said})", "exit_code": BundleError.exit_code})
 
 
 def open_unchanged(path: str, digest: str) -> Bundle:
@@ -80,38 +75,6 @@ def run(call: Callable[[Mapping[str, Array]], Mapping[str, Array]], name: str, b
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}, []
     rows = [{"name": key, "dtype": str(value.dtype), "shape": value.shape} for key, value in outputs.items()]
     return {"seconds": time.perf_counter() - start, "outputs": rows}, [value.tobytes() for value in outputs.values()]
-
-
-def send(link: socket.socket, message: Any, payload: list[bytes] | None = None) -> None:
-    text, data = json.dumps(message).encode(), b"".join(payload or [])
-    link.sendall(FRAME.pack(len(text), len(data)) + text + data)
-
-
-def receive(link: socket.socket) -> Any:
-    """The JSON of the next frame, or None where the server has closed the socket."""
-    head = _read(link, FRAME.size)
-    if head is None:
-        return None
-    length, _ = FRAME.unpack(head)
-    text = _read(link, length)
-    return None if text is None else json.loads(text)
-
-
-def _read(link: socket.socket, size: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < size:
-        part = link.recv(size - len(data))
-        if not part:
-            return None
-        data += part
-    return bytes(data)
-
-
-def _die_with(parent: int) -> None:
-    """Has the kernel end this process with its server: a runtime that hangs would not notice the closed socket."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        sys.exit(0)
 
 
 if __name__ == "__main__":

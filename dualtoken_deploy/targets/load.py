@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
 from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.bundle.trust import check_trusted
 from dualtoken_deploy.errors import MissingError
 from dualtoken_deploy.targets.runner import AsyncRunner, Execution, Runner, RunnerOptions, choose_reference, engine_of
 from dualtoken_deploy.targets.table import get_target
@@ -17,6 +17,7 @@ __all__ = [
     "Runner",
     "RunnerOptions",
     "check_latency",
+    "check_native",
     "choose_reference",
     "engine_of",
     "load_runner",
@@ -36,15 +37,23 @@ def load_runner(
     device is not here, BundleError where the bundle is not whole.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    target = get_target(opened.manifest.target)
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.runner")
+    check_native(opened)
+    module = get_target(opened.manifest.target).part("runner")
     runner: Runner = module.load(opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None))
     return runner
 
 
+def check_native(bundle: Bundle) -> None:
+    """Raises BundleError where loading a bundle would run native code of whoever made it, and nobody allowed that."""
+    native = getattr(get_target(bundle.manifest.target).part("runner"), "native_code", None)
+    what: str | None = None if native is None else native(bundle.manifest)
+    if what is not None:
+        check_trusted(bundle.manifest, f"{bundle.path}: {what}")
+
+
 def why_no_latency(bundle: Bundle, device: str | None = None) -> str | None:
     """Why the time of a bundle here would not be its device's; None where it is."""
-    module = importlib.import_module(f"dualtoken_deploy.targets.{get_target(bundle.manifest.target).folder}.runner")
+    module = get_target(bundle.manifest.target).part("runner")
     reason = getattr(module, "why_no_latency", None)
     why: str | None = None if reason is None else reason(device)
     return why

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dualtoken_deploy.bundle.blocks import Build, Calibration
-from dualtoken_deploy.bundle.manifest import CLASSIFY
+from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPILED, Manifest
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet
@@ -68,9 +67,23 @@ class Artifact:
 
 def run_exporter(target: Target, model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
     """Writes `target.files` into `folder`. Raises ConversionError where the vendor's tool fails."""
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.export")
-    artifact: Artifact = module.export(model, request, folder, tell)
+    artifact: Artifact = target.part("export").export(model, request, folder, tell)
     return artifact
+
+
+def check_compiler(target: Target, precision: str, opset: int | None, settings: Mapping[str, str]) -> None:
+    """What the compiler of a target that has one can tell before anything is made. Raises UsageError, MissingError."""
+    if target.compiler:
+        target.part("export").check(precision, opset, settings)
+
+
+def compile_files(target: Target, request: Request, folder: Path, manifest: Manifest, tell: Tell) -> Manifest:
+    """The manifest of exported files after the target's compiler, where it has one that needs no device: compiled
+    from what lies in `folder`, and not executed. Raises ConversionError."""
+    if not target.compiler:
+        return manifest
+    build: Build = target.part("export").compile_files(folder, manifest, request.settings, tell)
+    return replace(manifest, state=COMPILED, build=build)
 
 
 @dataclass(frozen=True)
@@ -91,8 +104,7 @@ def run_quantizer(
         raise UsageError(
             f"unknown quantizer {name!r} for {target.name}; valid quantizers: {', '.join(target.quantizers)}"
         )
-    module = importlib.import_module(f"dualtoken_deploy.targets.{target.folder}.quantize")
-    prepared: Prepared = module.prepare(model, request, calibration, name, options.method, tell)
+    prepared: Prepared = target.part("quantize").prepare(model, request, calibration, name, options.method, tell)
     return prepared
 
 

@@ -5,10 +5,11 @@ A row's name is also the name of the folder with its exporter, its runner, and w
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.spec import Tolerance
@@ -31,7 +32,8 @@ class Target:
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
     then needs none of `modules`, and the files are checked with the runner of the target `checked_by` instead. `vendor`
-    is what running needs besides the extra, from no package index.
+    is what running needs besides the extra, from no package index. `compiler`: modules of a compiler that needs no
+    device; exporting then ends with the target's `compile_files`, and the bundle is "compiled", not "prepared".
     """
 
     name: str
@@ -47,6 +49,7 @@ class Target:
     built_by: str | None = None
     checked_by: str | None = None
     vendor: str | None = None
+    compiler: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     check_images: int | None = None
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -69,6 +72,10 @@ class Target:
         """The package under dualtoken_deploy.targets with its exporter and runner."""
         return self.name.replace("-", "_")
 
+    def part(self, name: str) -> ModuleType:
+        """One of its modules: "export", "runner", ... Loaded when it is needed, and here alone."""
+        return importlib.import_module(f"dualtoken_deploy.targets.{self.folder}.{name}")
+
     def missing(self, modules: tuple[str, ...] | None = None) -> list[str]:
         """Modules that are not installed here; those that running needs unless others are named."""
         return [m for m in modules or self.modules if importlib.util.find_spec(m) is None]
@@ -77,7 +84,7 @@ class Target:
     def export_modules(self) -> tuple[str, ...]:
         """Modules that exporting needs: those of its source, and of the target itself where that takes part."""
         source = EXPORT_MODULES if self.source == "onnx" else ("torch",)
-        return source if self.built_by else tuple(dict.fromkeys((*source, *self.modules)))
+        return (*source, *self.compiler) if self.built_by else tuple(dict.fromkeys((*source, *self.modules)))
 
 
 EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
@@ -85,10 +92,13 @@ EXPORT_MODULES = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 # fp32 measured 118-125 dB and fp16 54-75 dB on S over photographs; the gates leave room for other weights.
 _FP32 = Precision("fp32", "float32", "float32", Tolerance(100.0))
 _FP16 = Precision("fp16", "float16", "float16", Tolerance(45.0))
+_FP16_WEIGHTS = Precision("fp16", "float16", "float32", Tolerance(45.0))
 # bf16 keeps 8 bits of a number; measured 46 dB on S, 19 dB less than fp16 with its 11, as three bits should be.
 _BF16 = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0))
 # int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
 _INT8 = Precision("int8", "int8", "int8", Tolerance(3.0, 0.0), SEARCH)
+_FP8 = Precision("fp8", "float8", "float8", Tolerance(3.0, 0.0), SEARCH)
+_INT4 = Precision("int4", "int4", "float16", Tolerance(3.0, 0.0), SEARCH)
 
 W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
@@ -194,6 +204,24 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 quantizers=("qdq-symmetric",),
             ),
             Target(
+                name="tensorrt-rtx",
+                title="TensorRT for RTX",
+                files=("model.engine", "model.onnx"),
+                extra="tensorrt-rtx",
+                source="onnx",
+                modules=("tensorrt_rtx_bindings", "cuda"),
+                precisions=by_name(_FP32, _FP16, _BF16, _INT8, _FP8, _INT4),
+                aliases=("rtx",),
+                portable=False,
+                built_by="build",
+                checked_by="onnxruntime",
+                compiler=("tensorrt_rtx_bindings",),
+                heads=_RAW_DENSE,
+                settings=("compute_capability", "weightless", "batches"),
+                libraries=("tensorrt-rtx-cu13-libs", "cuda-bindings"),
+                quantizers=("qdq-symmetric",),
+            ),
+            Target(
                 name="aotinductor",
                 title="AOTInductor",
                 files=("model.pt2",),
@@ -232,6 +260,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 check_images=2,  # float16 takes 38 s an image on two cores
                 product_kinds=("batch_matmul", "conv2d"),
                 libraries=("coreai-core", "coreai-torch"),
+            ),
+            Target(
+                name="litert",
+                title="LiteRT",
+                files=("model.tflite",),
+                extra="litert",
+                source="torch",
+                modules=("ai_edge_litert", "ai_edge_quantizer"),
+                precisions=by_name(_FP32, _FP16_WEIGHTS),
+                aliases=("tflite",),
+                heads=_RAW_DENSE,
+                product_kinds=("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D", "DEPTHWISE_CONV_2D"),
+                libraries=("ai-edge-litert", "ai-edge-quantizer"),
+                looks=_LOOKS,
             ),
         )
     }

@@ -118,6 +118,16 @@ def worst_of(expected: Outputs, actual: Outputs) -> tuple[float, float]:
     return found.sqnr_db, found.max_abs_error
 
 
+@dataclass(frozen=True)
+class OutputKind:
+    """An output that a model of the task gives: its name, its number of axes, whether it holds indices, its layout."""
+
+    name: str
+    rank: int
+    indices: bool = False
+    layout: str = ""
+
+
 class Answer(Protocol):
     """One line of what a picture was answered with; a frozen dataclass, whose fields are those of --json."""
 
@@ -151,7 +161,8 @@ class Task:
     `describe(found, labels, size, ask)`: the answers for one picture, best first, and what of `found` they are.
     `paint(picture, found, answers)`: the answers drawn over the picture; None where there is nothing to draw.
     `tolerance(base, precision, outputs)`: what a saved file must reach, from that of its target and precision and the
-    names of the outputs. `check_images`: photographs that export checks
+    names of the outputs. `outputs`: of a model of the user's, in the alternatives that the task takes; empty: any.
+    `check_images`: photographs that export checks
     on, where outputs are large; None: all. `held_out`: pictures that the loss of int8 is measured on at most.
     """
 
@@ -173,6 +184,7 @@ class Task:
     describe: Callable[[Found, Sequence[str], Size, Ask], tuple[tuple[Answer, ...], Found]]
     paint: Callable[[Pixels, Found, Sequence[Any]], Pixels] | None
     tolerance: Callable[[Tolerance, str, Sequence[str]], Tolerance]
+    outputs: tuple[tuple[OutputKind, ...], ...] = ()
     check_images: int | None = None
     held_out: int | None = None
 

@@ -13,7 +13,7 @@ from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.numerics import Array, softmax, top_k_hits
 from dualtoken_deploy.spec import CROP
-from dualtoken_deploy.tasks.base import Ask, Found, JointMeter, Outputs, Pair, Size, Task, same_tolerance
+from dualtoken_deploy.tasks.base import Ask, Found, JointMeter, OutputKind, Outputs, Pair, Size, Task, same_tolerance
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,5 @@ CLASSIFY = Task(
     describe=describe,
     paint=None,
     tolerance=same_tolerance,
+    outputs=((OutputKind("logits", 2, layout="NC"),),),
 )

@@ -20,6 +20,7 @@ from dualtoken_deploy.tasks.base import (
     Ask,
     Found,
     Likeness,
+    OutputKind,
     Outputs,
     Pair,
     Size,
@@ -195,6 +196,13 @@ DETECT = Task(
     describe=describe,
     paint=paint_objects,
     tolerance=tolerance,
+    outputs=(
+        (
+            OutputKind("boxes", 3, layout="ND4"),
+            OutputKind("scores", 2, layout="ND"),
+            OutputKind("classes", 2, indices=True, layout="ND"),
+        ),
+    ),
     check_images=4,  # an image has as many values as a thousand classifications
     held_out=100,  # a metric of fewer jumps by points
 )

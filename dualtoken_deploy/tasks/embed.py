@@ -11,7 +11,18 @@ from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import DatasetError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.spec import CROP
-from dualtoken_deploy.tasks.base import Ask, Found, JointMeter, Outputs, Pair, Size, Task, any_labels, same_tolerance
+from dualtoken_deploy.tasks.base import (
+    Ask,
+    Found,
+    JointMeter,
+    OutputKind,
+    Outputs,
+    Pair,
+    Size,
+    Task,
+    any_labels,
+    same_tolerance,
+)
 
 ALIKE = 0.99  # cosine from which two vectors count as one direction
 
@@ -101,4 +112,5 @@ EMBED = Task(
     describe=describe,
     paint=None,
     tolerance=same_tolerance,
+    outputs=((OutputKind("embedding", 2, layout="NC"),),),
 )

@@ -17,6 +17,7 @@ from dualtoken_deploy.tasks.base import (
     Ask,
     Found,
     Likeness,
+    OutputKind,
     Outputs,
     Pair,
     Size,
@@ -127,6 +128,7 @@ SEGMENT = Task(
     describe=describe,
     paint=paint_areas,
     tolerance=tolerance,
+    outputs=((OutputKind("logits", 4, layout="NCHW"),), (OutputKind("labels", 3, indices=True, layout="NHW"),)),
     check_images=4,  # an image has as many values as a thousand classifications
     held_out=100,  # a metric of fewer jumps by points
 )

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dualtoken_deploy.errors import WeightsError
 from dualtoken_deploy.files import write_atomically
-from dualtoken_deploy.models.weights import HEADER
+from dualtoken_deploy.models.published import split_token_norms
+from dualtoken_deploy.models.weights import DAMAGE, HEADER
 from dualtoken_deploy.train.config import TrainConfig
 
 CONFIG, LAST, BEST, METRICS, CURVE = "config.json", "last.safetensors", "best.safetensors", "metrics.csv", "curve.svg"
@@ -52,7 +53,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise WeightsError(f"{path} is no whole checkpoint of a training run ({error}); train anew") from error
 
 
@@ -77,7 +78,7 @@ def unpack(
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     try:
-        model.load_state_dict(parts["model"])
+        model.load_state_dict(split_token_norms(parts["model"]))
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit the model of its run; train anew") from error
     for name, parameter in model.named_parameters():
@@ -86,7 +87,7 @@ def unpack(
             if owner == name:
                 where = "cpu" if key == "step" else parameter.device
                 optimiser.state[parameter][key] = tensor.to(where)
-    return parts["ema"]
+    return split_token_norms(parts["ema"])
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -95,7 +96,7 @@ def read_config(run: Path) -> TrainConfig:
         return TrainConfig.from_json(json.loads((run / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise WeightsError(f"{run} is no training run: it has no {CONFIG}; start one with --output {run}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{run / CONFIG} cannot be read as a recipe ({error}); train anew") from error
 
 

@@ -18,6 +18,7 @@ from dualtoken_deploy.targets.coreml.export import make_form, trace_named
 from dualtoken_deploy.targets.coreml.mil import load_program
 from dualtoken_deploy.targets.coreml.runner import ENGINE, PACKAGE, MilReferenceRunner
 from dualtoken_deploy.targets.inner import Insides, Last, Look, Tell
+from dualtoken_deploy.targets.recorder import Recorder
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.targets.runner import planar
 
@@ -37,7 +38,7 @@ def coreml_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
     tell("running the float program")
     nodes = [node for node in program.graph.nodes if node.name in names]
     kinds = {names[n.name]: operation(n) for n in nodes if n.name in outputs or operation(n) not in MOVES}
-    recorder = _Recorder(program.module(), {graph: name for graph, name in names.items() if name in kinds})
+    recorder = Recorder(program.module(), {graph: name for graph, name in names.items() if name in kinds})
     with torch.no_grad():
         batches = [torch.from_numpy(planar(_batch(bundle, image), manifest.input.tensor)) for image in inputs]
         runs = [recorder.record(batch) for batch in batches]
@@ -53,7 +54,8 @@ def float_program(
 
     def trace() -> tuple[torch.export.ExportedProgram, dict[str, str]]:
         tell("tracing the float program")
-        request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
+        said = {"variant": manifest.variant}
+        request = Request("fp32", manifest.input, manifest.outputs, None, said, task=manifest.task)
         module, _ = make_form(rebuild(manifest), request, deployment, layout)
         return trace_named(module, request)
 
@@ -78,26 +80,6 @@ def probe_coreml(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[st
     for image in inputs:
         runner.run_all({manifest.input.tensor.name: _batch(bundle, image)}, observe)
     return {name: np.concatenate(values) for name, values in found.items() if len(values) == len(inputs)}
-
-
-class _Recorder(torch.fx.Interpreter):
-    """Runs a program and keeps the values of the operations in `names`, by the names that these stand for."""
-
-    def __init__(self, module: torch.nn.Module, names: dict[str, str]) -> None:
-        super().__init__(module)
-        self._names = names
-        self._found: dict[str, Array] = {}
-
-    def record(self, image: torch.Tensor) -> dict[str, Array]:
-        self._found = {}
-        self.run(image)
-        return self._found
-
-    def run_node(self, n: torch.fx.Node) -> object:
-        result = super().run_node(n)
-        if n.name in self._names:
-            self._found[self._names[n.name]] = result.numpy().copy()
-        return result
 
 
 def _batch(bundle: Bundle, image: Array) -> Array:

@@ -1,9 +1,10 @@
-"""The tensorrt module, full or lean, and a logger that keeps what it complains of."""
+"""TensorRT's two libraries behind one door: the module, its version, and a logger that keeps what it complains of."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dualtoken_deploy.errors import MissingError
@@ -11,29 +12,55 @@ from dualtoken_deploy.errors import MissingError
 if TYPE_CHECKING:
     import tensorrt
 
-FULL, LEAN = "tensorrt", "tensorrt_lean"
-OLDEST = (10, 0)  # strongly typed networks with all that is used here; 10.3, 10.16 and 11.4 are held against it
 
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's inference libraries. Their Python API is one; `lean`: a runtime without builder, if there is one.
 
-def load_tensorrt(lean: bool = False) -> Any:
-    """The tensorrt module; with `lean`, the lean runtime's where the full one is not installed.
-
-    Raises MissingError where it is not installed, does not load, or is older than OLDEST.
+    `oldest`: the first version with all that is used here. `install`: how to come by it, the end of a sentence.
     """
-    names = (FULL, LEAN) if lean else (FULL,)
+
+    title: str
+    module: str
+    oldest: tuple[int, ...]
+    install: str
+    lean: str | None = None
+
+
+# Strongly typed networks came with 10.0; the recorded versions 10.3, 10.16 and 11.4 are held against what is used here.
+TENSORRT = Library(
+    title="TensorRT",
+    module="tensorrt",
+    oldest=(10, 0),
+    install="TensorRT comes with JetPack, NVIDIA's packages or `pip install tensorrt`, see docs/tensorrt.md",
+    lean="tensorrt_lean",
+)
+# The meta package `tensorrt-rtx` adds a module of another name around this one; the pinned wheels have it alone.
+RTX = Library(
+    title="TensorRT for RTX",
+    module="tensorrt_rtx_bindings",
+    oldest=(1, 7),
+    install="run: pip install 'dualtoken-deploy[tensorrt-rtx]'",
+)
+
+
+def load_library(library: Library, lean: bool = False) -> Any:
+    """The library's module; with `lean`, the lean runtime's where the full one is not installed.
+
+    Raises MissingError where it is not installed, does not load, or is too old.
+    """
+    names = (library.module, library.lean) if lean and library.lean else (library.module,)
     found = next((name for name in names if importlib.util.find_spec(name)), None)
     if found is None:
-        raise MissingError(
-            f"{' or '.join(names)} is not installed; TensorRT comes with JetPack, NVIDIA's packages or "
-            "`pip install tensorrt`, see docs/tensorrt.md"
-        )
+        raise MissingError(f"{' or '.join(names)} is not installed; {library.install}")
     try:
         module = importlib.import_module(found)
     except (ImportError, OSError) as error:  # the libraries beside it are missing, or need a driver
         raise MissingError(f"{found} is installed but does not load here: {str(error).splitlines()[0]}") from error
     version = version_tuple(module.__version__)
-    if version < OLDEST:
-        raise MissingError(f"{found} {module.__version__} is too old; {'.'.join(map(str, OLDEST))} is the oldest taken")
+    if version < library.oldest:
+        oldest = ".".join(map(str, library.oldest))
+        raise MissingError(f"{found} {module.__version__} is too old; {oldest} is the oldest taken")
     return module
 
 
@@ -48,16 +75,20 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger that keeps errors in `.errors` and says nothing: they go into the one line that the user sees."""
+    """A logger that prints nothing and keeps `.errors`, which go into the one line that the user sees, and
+    `.warnings`, which go into the manifest."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # made when the module is there
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # the binding's own __init__ must run, and super() does not reach it
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: tensorrt.ILogger.Severity, msg: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(msg)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(msg)
 
     return Logger()
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtoken_deploy.errors import ConversionError, MissingError, UsageError
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.nvidia.binding import complaint, load_tensorrt, make_logger
+from dualtoken_deploy.targets.nvidia.binding import TENSORRT, complaint, load_library, make_logger
 from dualtoken_deploy.targets.nvidia.engine import HARDWARE_LEVELS
+from dualtoken_deploy.targets.nvidia.network import (
+    Batches,
+    Tell,
+    add_profile,
+    check_batches,
+    make_monitor,
+    read_network,
+)
 
 if TYPE_CHECKING:
     import tensorrt
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,14 @@ class BuildOptions:
     optimization_level: int = 3  # TensorRT's own default; 5 searches longest
     version_compatible: bool = False
     hardware_compatibility: str = "none"
-    batches: tuple[int, int, int] = (1, 1, 8)
+    batches: Batches = (1, 1, 8)
 
     def __post_init__(self) -> None:
         if self.hardware_compatibility not in HARDWARE_LEVELS:
             raise UsageError(
                 f"unknown hardware compatibility {self.hardware_compatibility!r}; valid: {', '.join(HARDWARE_LEVELS)}"
             )
-        if not 1 <= self.batches[0] <= self.batches[1] <= self.batches[2]:
-            raise UsageError(f"batches {self.batches} are not MIN,BEST,MAX with 1 <= MIN <= BEST <= MAX")
+        check_batches(self.batches)
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,15 @@ def build_engine(onnx: bytes, inputs: tuple[TensorSpec, ...], options: BuildOpti
 
     Raises MissingError where TensorRT lacks an option, ConversionError where it does not parse or build.
     """
-    trt = load_tensorrt()
+    trt = load_library(TENSORRT)
     logger = make_logger(trt)
     builder: tensorrt.Builder = trt.Builder(logger)
-    network: tensorrt.INetworkDefinition = builder.create_network(
-        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    )
-    _parse(trt, onnx, network, logger)
+    network: tensorrt.INetworkDefinition = read_network(trt, TENSORRT, builder, onnx, logger)
     config: tensorrt.IBuilderConfig = builder.create_builder_config()
     monitor = make_monitor(trt, tell)
     config.progress_monitor = monitor
     _configure(trt, config, options)
-    _add_profile(builder, config, inputs, options)
+    add_profile(builder, config, inputs, options.batches)
     timings = _read_timings(config, cache)
     plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -75,17 +76,6 @@ def build_engine(onnx: bytes, inputs: tuple[TensorSpec, ...], options: BuildOpti
     _keep_timings(timings, cache)
     data = bytes(plan)
     return Engine(data, _inspect(trt, data, logger, options.version_compatible))
-
-
-def _parse(trt: Any, onnx: bytes, network: tensorrt.INetworkDefinition, logger: Any) -> None:
-    parser: tensorrt.OnnxParser = trt.OnnxParser(network, logger)
-    if parser.parse(onnx):
-        return
-    reasons = []
-    for index in range(parser.num_errors):
-        error: tensorrt.ParserError = parser.get_error(index)
-        reasons.append(f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip())
-    raise ConversionError(f"TensorRT {trt.__version__} does not take the ONNX: {'; '.join(reasons[:3])}")
 
 
 def _configure(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions) -> None:
@@ -106,22 +96,6 @@ def _configure(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions)
                 "use none or ampere-plus, or a later TensorRT"
             )
         config.hardware_compatibility_level = level
-
-
-def _add_profile(
-    builder: tensorrt.Builder, config: tensorrt.IBuilderConfig, inputs: tuple[TensorSpec, ...], options: BuildOptions
-) -> None:
-    """A dynamic batch needs a range; a network of fixed shapes takes no profile."""
-    dynamic = [spec for spec in inputs if any(not isinstance(size, int) for size in spec.shape)]
-    if not dynamic:
-        return
-    profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
-    for spec in dynamic:
-        least, best, most = (
-            tuple(size if isinstance(size, int) else batch for size in spec.shape) for batch in options.batches
-        )
-        profile.set_shape(spec.name, least, best, most)
-    config.add_optimization_profile(profile)
 
 
 def _read_timings(config: tensorrt.IBuilderConfig, cache: Path) -> Any:
@@ -150,36 +124,3 @@ def _inspect(trt: Any, plan: bytes, logger: Any, version_compatible: bool) -> st
         raise ConversionError(f"TensorRT cannot load the engine that it built: {complaint(logger)}")
     inspector: tensorrt.EngineInspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def make_monitor(trt: Any, tell: Tell) -> Any:
-    """Tells each top phase with its steps. Ctrl-C ends the build at its next step and sets `interrupted`: an exception
-    must not pass through the builder's C++ frames."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # made when the module is there
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)  # the binding's own __init__ must run, and super() does not reach it
-            self.steps: dict[str, int] = {}
-            self.interrupted = False
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-            if not parent_phase:
-                self.say(phase_name)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            total = self.steps.get(phase_name, 0)
-            if total > 1:
-                self.say(f"{phase_name} {step + 1}/{total}")
-            return not self.interrupted  # False asks the builder to stop
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
-
-        def say(self, text: str) -> None:
-            try:
-                tell(f"TensorRT: {text}")
-            except KeyboardInterrupt:
-                self.interrupted = True
-
-    return Monitor()

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dualtoken_deploy.targets.nvidia.binding import load_tensorrt, version_tuple
+from dualtoken_deploy.targets.nvidia.binding import TENSORRT, Library, load_library, version_tuple
 from dualtoken_deploy.targets.nvidia.cuda import find_gpu
 
 ENGINE, INSPECTION = "model.engine", "engine.json"
@@ -20,7 +20,7 @@ NEXT_MAJOR = {8: 10, 10: 11}
 
 @dataclass(frozen=True)
 class Host:
-    """What an engine depends on. `system` as "linux-x86_64"."""
+    """What an engine depends on. `tensorrt`: the library's version; `system` as "linux-x86_64"."""
 
     tensorrt: str
     system: str
@@ -42,9 +42,9 @@ class EngineBuild:
     hardware_compatibility: str
 
 
-def this_host(device: str | None = None, lean: bool = False) -> Host:
-    """This machine. Raises MissingError where TensorRT or a GPU is not here."""
-    trt = load_tensorrt(lean)
+def this_host(device: str | None = None, lean: bool = False, library: Library = TENSORRT) -> Host:
+    """This machine. Raises MissingError where the library or a GPU is not here."""
+    trt = load_library(library, lean)
     gpu = find_gpu(device)
     system = f"{platform.system().lower()}-{platform.machine().lower()}"
     return Host(trt.__version__, system, gpu.name, gpu.compute_capability, gpu.multiprocessors, gpu.driver)

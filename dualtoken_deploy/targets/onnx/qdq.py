@@ -34,7 +34,7 @@ from dualtoken_deploy.targets.onnx.migrate import (
     plan_migration,
 )
 from dualtoken_deploy.targets.onnx.noise import measure
-from dualtoken_deploy.targets.onnx.ranges import Range, check_method, collect_extremes, collect_ranges
+from dualtoken_deploy.targets.onnx.ranges import Range, check_method, collect_extremes, collect_ranges, cut_by_readers
 from dualtoken_deploy.targets.request import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
@@ -135,6 +135,7 @@ class QdqQuantizer:
         self.ranges = collect_ranges(
             self.migrated, _activations(self.migrated), calibration.inputs, method, tell, self.ranges
         ) | {k: v for k, v in self.ranges.items() if method == "minmax"}
+        self.ranges = cut_by_readers(self.migrated, self.ranges)
 
     def _migrate(self, chosen: Iterable[str]) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(migrate(self.model, self._plan, chosen))

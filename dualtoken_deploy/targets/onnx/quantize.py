@@ -50,7 +50,9 @@ class OnnxBackend:
         self._quantizer = QdqQuantizer(model, calibration, style, method, tell)
         self.products = self._quantizer.products
         self.described = f"Q/DQ {style.name}, {method}"
-        self.source = graph_sha256(model)
+        # ranges too, for what was measured with others says nothing of these
+        ranges = repr(sorted(self._quantizer.ranges.items())).encode()
+        self.source = hashlib.sha256(graph_sha256(model).encode() + ranges).hexdigest()
 
     def sensitivity(self) -> Sensitivity:
         return self._quantizer.sensitivity()

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.numerics import Array
@@ -129,3 +130,34 @@ def _whole(_counts: Array, bounds: Range) -> Range:
 METHODS: Mapping[str, Callable[[Array, Range], Range]] = MappingProxyType(
     {"minmax": _whole, "entropy": entropy_range, "percentile": percentile_range}
 )
+
+
+def cut_by_readers(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges, without what a Relu or a Clip that alone reads a value throws away.
+
+    Integers saturate at the ends of their range, as those operators do, so nothing is lost; a range with the rest in it
+    spends most of its 256 steps on values that count as one (MobileNet's: -20..40 for 0..6).
+    """
+    constants = {t.name: t for t in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {output.name: [] for output in model.graph.output}
+    kept = set(readers)
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def bound(node: onnx.NodeProto, place: int, default: float) -> float:
+        if len(node.input) <= place or not node.input[place]:
+            return default
+        constant = constants.get(node.input[place])
+        return default if constant is None else float(numpy_helper.to_array(constant))
+
+    out = dict(ranges)
+    for name, (low, high) in ranges.items():
+        nodes = readers.get(name, [])
+        if name in kept or len(nodes) != 1 or nodes[0].op_type not in ("Relu", "Clip") or nodes[0].input[0] != name:
+            continue
+        least = 0.0 if nodes[0].op_type == "Relu" else bound(nodes[0], 1, -np.inf)
+        most = np.inf if nodes[0].op_type == "Relu" else bound(nodes[0], 2, np.inf)
+        if max(low, least) < min(high, most):
+            out[name] = max(low, least), min(high, most)
+    return out

@@ -14,6 +14,7 @@ from torch import nn
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.targets.onnx.bfloat16 import to_bfloat16
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
 
@@ -24,7 +25,7 @@ OPSET = DECOMPOSED_OPSET
 
 PRODUCTS = ("MatMul", "Conv", "Gemm")
 
-FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
+FLOAT16_PRECISIONS = ("fp16", "int8", "fp8", "int4")  # the narrow ones are Q/DQ around float16
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -41,21 +42,23 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     return Artifact(exported.rules, {**exported.operators, "typed": operator_counts(typed)})
 
 
-def type_onnx(source: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+def type_onnx(source: onnx.ModelProto, precision: str, opset: int = OPSET) -> onnx.ModelProto:
     """`source`, float32 with or without Q/DQ pairs, as the ONNX that a strongly typed network takes; source is kept.
 
     fp32 leaves the types; fp16 and int8 make all but softmax and normalisation float16 (a quantized source keeps its
-    int8 tensors, their scales become float16). Products are named by the value they make, "<layer>/<operator>" or
-    "<layer>@<operator>": TensorRT's inspector tells the origin of a layer by those names. Raises UsageError on another
-    opset than OPSET, ConversionError where the result does not check.
+    int8 tensors, their scales become float16), bf16 makes it bfloat16. Products are named by the value they make,
+    "<layer>/<operator>" or "<layer>@<operator>": TensorRT's inspector tells the origin of a layer by those names.
+    Raises UsageError on another opset than `opset`, ConversionError where the result does not check.
     """
     version = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
-    if version != OPSET:
-        raise UsageError(f"opset {version} is not offered for tensorrt; its parsers from 10.0 on take {OPSET}")
+    if version != opset:
+        raise UsageError(f"opset {version} is not offered for tensorrt; its parsers from 10.0 on take {opset}")
     typed = onnx.ModelProto()
     typed.CopyFrom(source)
     if precision in FLOAT16_PRECISIONS:
         typed = to_float16(typed)
+    elif precision == "bf16":
+        typed = to_bfloat16(source)
     for node in typed.graph.node:
         if node.op_type in PRODUCTS:
             value = node.output[0]

@@ -1,27 +1,23 @@
-"""Runs the engine of a TensorRT bundle: own stream, pinned buffers, a captured CUDA graph where shapes are fixed."""
+"""Runs the engine of a TensorRT bundle, after a preflight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-from dualtoken_deploy.bundle.manifest import COMPLETE
+from dualtoken_deploy.bundle.manifest import COMPLETE, Manifest
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
-from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.nvidia.binding import complaint, load_tensorrt, make_logger
-from dualtoken_deploy.targets.nvidia.cuda import Buffer, Stream, find_gpu
+from dualtoken_deploy.errors import MissingError
+from dualtoken_deploy.targets.nvidia.binding import TENSORRT
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, EngineBuild, doubts, obstacles, this_host
-from dualtoken_deploy.targets.nvidia.inspector import read_layers
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
-
-if TYPE_CHECKING:
-    import tensorrt
+from dualtoken_deploy.targets.nvidia.runner import EngineRunner
+from dualtoken_deploy.targets.runner import RunnerOptions
 
 
-def load(bundle: Bundle, options: RunnerOptions) -> TensorRtRunner:
+def native_code(manifest: Manifest) -> str | None:
+    """What loading an engine runs on the host; None for one that carries no code of its own for it."""
+    own = manifest.build is not None and manifest.build.details.get("version_compatible") is not False
+    return "model.engine carries a runtime of its own, which runs with your rights" if own else None
+
+
+def load(bundle: Bundle, options: RunnerOptions) -> EngineRunner:
     """A runner for model.engine of the bundle, after a preflight.
 
     Raises MissingError where the bundle is not built yet, TensorRT or the GPU is not here, or the engine is for another
@@ -39,118 +35,5 @@ def load(bundle: Bundle, options: RunnerOptions) -> TensorRtRunner:
             f"dualtoken build {bundle.path} --rebuild"
         )
     specs = (manifest.input.tensor,), manifest.outputs
-    return TensorRtRunner(bundle.path / ENGINE, *specs, options, lean, tuple(doubts(built, here)))
-
-
-class TensorRtRunner(Bordered):
-    """One engine with one execution context. Its memory is the device's: use it as a context manager."""
-
-    def __init__(
-        self,
-        path: Path,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        options: RunnerOptions,
-        version_compatible: bool,
-        notes: tuple[str, ...] = (),
-    ) -> None:
-        self._inputs, self._outputs, self._notes = inputs, outputs, notes
-        self._trt = load_tensorrt(version_compatible)
-        self._logger = make_logger(self._trt)
-        self._stream = Stream(find_gpu(options.device).index)
-        self._buffers: dict[str, Buffer] = {}
-        self._launch: Callable[[], None] | None = None
-        try:
-            self._engine: tensorrt.ICudaEngine = self._load(path, version_compatible)
-            self._context: tensorrt.IExecutionContext = self._engine.create_execution_context()
-            self._allocate(path)
-            if all(isinstance(size, int) for spec in inputs for size in spec.shape):
-                self._work()  # once before capturing: TensorRT sets up lazily, and that cannot be captured
-                self._stream.synchronize()
-                self._launch = self._stream.capture(self._work)
-        except BaseException:
-            self._close()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        batch = 1
-        for spec in self._inputs:
-            value, buffer = feeds[spec.name], self._buffers[spec.name]
-            batch = len(value)
-            if value.shape[1:] != buffer.host.shape[1:] or batch > len(buffer.host):
-                raise UsageError(f"input {spec.name} of shape {value.shape} does not fit {buffer.host.shape}")
-            buffer.host[:batch] = value
-            if self._launch is None and not self._context.set_input_shape(spec.name, tuple(value.shape)):
-                raise UsageError(
-                    f"the engine takes no input {spec.name} of shape {value.shape}: rebuild with --batches"
-                )
-        if self._launch is not None:
-            self._launch()
-        else:
-            self._work(batch)
-        self._stream.synchronize()
-        return {spec.name: self._buffers[spec.name].host[:batch].copy() for spec in self._outputs}
-
-    def execution(self) -> Execution:
-        """Layers as TensorRT's engine inspector lists them; those with matrix products under their ONNX operator."""
-        inspector: tensorrt.EngineInspector = self._engine.create_engine_inspector()
-        layers = read_layers(str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)))
-        return Execution(layers.operators, layers.precision, layers.nodes, layers.float32_share, self._notes)
-
-    def _load(self, path: Path, version_compatible: bool) -> Any:
-        trt = self._trt
-        self._runtime: tensorrt.Runtime = trt.Runtime(self._logger)
-        # host code in a plan runs with our rights: allowed only where the plan carries its own runtime
-        self._runtime.engine_host_code_allowed = version_compatible
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            raise BundleError(f"TensorRT {trt.__version__} refuses {path}: {complaint(self._logger)}; rebuild it")
-        return engine
-
-    def _allocate(self, path: Path) -> None:
-        """One buffer for each tensor, as large as the profile's largest batch, and its address in the context."""
-        trt = self._trt
-        dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16"}
-        dtypes[trt.DataType.INT32] = "int32"
-        wanted = {spec.name: spec for spec in (*self._inputs, *self._outputs)}
-        found = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        if set(found) != set(wanted):
-            raise BundleError(f"{path} has the tensors {', '.join(found)}, the manifest says {', '.join(wanted)}")
-        largest = 1
-        for name in (spec.name for spec in self._inputs):
-            if any(size < 0 for size in self._engine.get_tensor_shape(name)):
-                largest = self._engine.get_tensor_profile_shape(name, 0)[2][0]  # smallest, best, largest
-        for name, spec in wanted.items():
-            dtype = dtypes.get(self._engine.get_tensor_dtype(name))
-            if dtype != spec.dtype:
-                raise BundleError(f"{path}: {name} is {dtype or 'of an unknown type'}, the manifest says {spec.dtype}")
-            shape = tuple(size if size >= 0 else largest for size in self._engine.get_tensor_shape(name))
-            self._buffers[name] = Buffer(shape, dtype)
-            self._context.set_tensor_address(name, self._buffers[name].device)
-
-    def _work(self, batch: int | None = None) -> None:
-        """Puts copies and kernels for the first `batch` rows (None: all) on the stream."""
-        for spec in self._inputs:
-            self._stream.upload(self._buffers[spec.name], self._bytes(spec.name, batch))
-        if not self._context.execute_async_v3(int(self._stream.handle)):
-            raise ConversionError(f"TensorRT could not run the engine: {complaint(self._logger)}")
-        for spec in self._outputs:
-            self._stream.download(self._buffers[spec.name], self._bytes(spec.name, batch))
-
-    def _bytes(self, name: str, batch: int | None) -> int:
-        host = self._buffers[name].host
-        return int(host[:batch].nbytes)
-
-    def _close(self) -> None:
-        """Context and engine before the memory that they read, the stream last."""
-        for name in ("_context", "_engine", "_runtime"):
-            if hasattr(self, name):
-                delattr(self, name)
-        while self._buffers:
-            self._buffers.popitem()[1].free()
-        self._stream.close()
+    notes = tuple(doubts(built, here))
+    return EngineRunner(TENSORRT, bundle.path / ENGINE, *specs, options, lean, notes)

@@ -1,0 +1,96 @@
+"""LiteRT: a .tflite of builtin operators, NHWC, converted by litert-torch in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dualtoken_deploy.deploy.traced import TRACED_RULES
+from dualtoken_deploy.errors import ConversionError
+from dualtoken_deploy.targets.litert import changes, flat
+from dualtoken_deploy.targets.litert.environment import converter_python
+from dualtoken_deploy.targets.litert.metadata import add_metadata
+from dualtoken_deploy.targets.litert.structure import structure
+from dualtoken_deploy.targets.mobile.source import Source, check_fixed, make_source
+from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
+
+WORKER = Path(__file__).with_name("worker.py")
+CONVERSION_SECONDS = 1800  # S took 62 s on two busy cores; a conversion that hangs is to end
+MODEL = "model.tflite"
+
+
+def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
+    """Writes model.tflite. Raises UsageError on an opset or a dynamic batch, MissingError without the converter's
+    environment, ConversionError where litert-torch fails or leaves an operator that no plain runtime has."""
+    check_fixed(request, "LiteRT")
+    converter_python()  # said before minutes of work
+    source = make_source(model, request, TRACED_RULES, tell)
+    tell("converting to LiteRT")
+    path = folder / MODEL
+    convert(source, path)
+    finish(path, request, source)
+    return describe(path, source)
+
+
+def finish(path: Path, request: Request, source: Source) -> None:
+    """Gives the converter's file the model's names, the request's precision, metadata. Raises ConversionError."""
+    converted = flat.read(path)
+    check_operators(converted)
+    changes.equal_ranks(converted)
+    names = list(source.names.values())
+    changes.name_values(converted, names, source.biased, (request.contract.tensor,), request.outputs)
+    if request.precision == "fp16":
+        flat.write(converted, path)
+        from dualtoken_deploy.targets.litert.quantize import to_half
+
+        converted = to_half(path)
+    flat.write(converted, path, add_metadata(converted, request))
+
+
+def describe(path: Path, source: Source) -> Artifact:
+    """What was made, read from the file."""
+    saved = flat.read(path)
+    kinds = Counter(op.kind for op in flat.operators(saved))
+    return Artifact(source.rules, {"tflite": dict(kinds.most_common()), "structure": structure(saved)})
+
+
+def convert(source: Source, output: Path) -> None:
+    """Runs the worker on a saved program whose nodes carry their names. Raises ConversionError."""
+    named = {node.name: node for node in source.program.graph.nodes}
+    for node, name in source.names.items():
+        named[node].meta["nn_module_stack"] = {"d": (name.replace(".", ":"), "d")}
+    with tempfile.TemporaryDirectory(prefix="dualtoken-litert.") as scratch:
+        program = Path(scratch) / "program.pt2"
+        with quiet():
+            torch.export.save(source.program, program)
+        own = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        command = [str(converter_python()), str(WORKER), str(program), str(output)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=CONVERSION_SECONDS, check=False, env=own, cwd=scratch
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConversionError(f"litert-torch did not end within {CONVERSION_SECONDS} s") from error
+    if done.returncode != 0 or not output.is_file():
+        raise ConversionError(f"litert-torch cannot convert the model: {_reason(done.stderr, done.returncode)}")
+
+
+def check_operators(model: object) -> None:
+    """Raises ConversionError where the converter left what only an interpreter with additions would run."""
+    foreign = sorted({op.kind for op in flat.operators(model) if op.kind.startswith(("CUSTOM", "operator"))})
+    if foreign:
+        raise ConversionError(
+            f"litert-torch left {', '.join(foreign)}, which no plain LiteRT runtime has; no file was written"
+        )
+
+
+def _reason(text: str, code: int) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if "Error" in line or "error:" in line]
+    return (said or lines or [f"it ended with {code}"])[-1][:300]
