@@ -138,7 +138,9 @@ class Decoders:
     async def warm(self) -> None:
         """Starts the first decoder, so that no picture waits for it. One that cannot start is tried again later."""
         try:
-            self._idle.append(await Decoder.start(self._max_pixels))
+            async with self._places:  # a picture may have come meanwhile, and no more are started than there are places
+                if not self._idle:
+                    self._idle.append(await Decoder.start(self._max_pixels))
         except Unavailable as error:
             logs.warning("no decoder yet", reason=str(error))
 

@@ -26,6 +26,7 @@ SERVER_NAME = "dualtoken"
 MAX_TOP = 1000
 PARSE_ON_LOOP_BYTES = 64 * 1024  # JSON or protobuf below this is parsed faster than a decoder is woken
 ARRIVING_BYTES = 64 * 2**20  # of bodies in memory, or four of the largest where those are more
+ARRIVING_AT_LEAST = 8
 ARRIVING_FOR_EACH_PLACE = 4  # bodies that may be on their way
 
 
@@ -63,7 +64,8 @@ class Handler:
         """The bodies of all transports, bounded by what the models that are loaded can use."""
         models = self.repository.models
         largest = max([int(self.settings.max_image_mib * 2**20), *(model.body_limit for model in models)])
-        self._arriving.most = ARRIVING_FOR_EACH_PLACE * (self.gate.limit + 1)
+        connections = max(ARRIVING_AT_LEAST, self.settings.connections // 2)  # the other half is for all else
+        self._arriving.most = min(connections, ARRIVING_FOR_EACH_PLACE * (self.gate.limit + 1))
         self._arriving.most_bytes = max(ARRIVING_BYTES, 4 * largest)
         return self._arriving
 

@@ -147,7 +147,10 @@ class _Stop:
             self._ask()
 
     def _hear(self, _number: int, _frame: Any) -> None:
-        if not self._told:
+        if self._told:  # many in a row would leave this thread no time for anything else
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
+        else:
             self._told = True
             forced = threading.Timer(self._seconds, self._force)
             forced.daemon = True
