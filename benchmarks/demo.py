@@ -1,33 +1,47 @@
-"""`make demo`: from PyTorch to verified bundles for ONNX Runtime and OpenVINO, in two parts.
+"""`make demo`: two models, from PyTorch to bundles that are checked, asked and held against each other.
 
-S with random weights, checked against eager on photographs, asked and timed: what the size that matters costs. Then
-T (mix) with the trained digits weights in fp32, fp16 and int8: what each precision loses on the held-out digits.
+EfficientNet-Lite0 with ImageNet weights, somebody else's model: exported for ONNX Runtime and OpenVINO by a reference
+to the function that makes it, and asked what is on four photographs. Then T (mix) with the trained digits weights in
+fp32 and gated INT8: what is lost, how much runs in integers, how large and how fast it is.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dualtoken_deploy import bench, export, predict, validate
+from dualtoken_deploy import export, predict, validate
 from dualtoken_deploy.data.folders import open_dataset
-from dualtoken_deploy.errors import DualTokenError
+from dualtoken_deploy.errors import DualTokenError, missing_extra
+from dualtoken_deploy.models.source import Preprocessing
+from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.use.compare import compare
-from dualtoken_deploy.use.report import comparison_table, prediction_table, share, table
+from dualtoken_deploy.use.report import comparison_table, export_table, prediction_table, validation_table
 
+ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("bundles")
 TARGETS = ("onnxruntime", "openvino")
+PHOTOGRAPHS = ("coffee.png", "chelsea.png", "motorcycle_left.png", "camera.png")
+EXAMPLE = ROOT / "examples" / "python" / "efficientnet_lite0.py"
 INT8 = Int8Options("digits", size=100)
+Tell = Callable[[str], None]
 
 
 def main() -> None:
     errors, console = Console(stderr=True), Console()
     if not console.is_terminal:  # a pipe has no width; 80 columns would cut the figures to pieces
         console = Console(width=200)
+    words = (
+        "Four exports, each checked on its saved files, then predictions and a comparison: some minutes on two cores."
+    )
+    print(words, file=sys.stderr)
+    began = time.monotonic()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("starting", total=None)
@@ -37,43 +51,46 @@ def main() -> None:
             if not errors.is_terminal:
                 print(text, file=sys.stderr)
 
-        exported = [
-            export("s", target, output=OUTPUT / f"s-{target}-fp32", force=True, command="make demo", progress=tell)
-            for target in TARGETS
-        ]
-        bundles = [Path(e.bundle) for e in exported]
-        checked = validate(bundles, "photographs", progress=tell)
-        guesses = predict(bundles[-1], open_dataset("photographs").images[:2], top=2)
-        report = bench(bundles, against="eager", progress=tell)
-        trained = []
-        for target in TARGETS:
-            for precision in ("fp32", "fp16", "int8"):
-                folder = OUTPUT / f"t-mix-{target}-{precision}"
-                int8 = INT8 if precision == "int8" else None
-                made = export("t-mix", target, precision, weights="digits", output=folder, force=True, int8=int8,
-                              command="make demo", progress=tell)  # fmt: skip
-                trained.append(made.bundle)
-        compared = compare(trained, "digits", rounds=3, seconds=0.5, progress=tell)
+        known = photographs(tell)
+        console.print(export_table(known))
+        bundles = [Path(made.bundle) for made in known]
+        console.print(validation_table(validate(bundles, "photographs", progress=tell)))
+        pictures = [path for path in open_dataset("photographs").images if path.name in PHOTOGRAPHS]
+        console.print(prediction_table(predict(bundles[0], pictures, top=2)))
+        trained = [digits(precision, tell) for precision in ("fp32", "int8")]
+        console.print(export_table(trained))
+        compared = compare([made.bundle for made in trained], "digits", rounds=3, seconds=0.5, progress=tell)
+        console.print(comparison_table(compared))
+    console.print(
+        f"{time.monotonic() - began:.0f} s; the bundles are in {OUTPUT}/. Next: dualtoken inspect {bundles[0]}"
+    )
 
-    console.print(prediction_table(guesses))
-    timed = {Path(c.name).name: c for c in report.contestants}
-    rows = []
-    for result in checked:
-        row = timed[Path(result.bundle).name]
-        ratio = f"{row.ratio.median:.2f}x ({row.ratio.low:.2f}-{row.ratio.high:.2f})"
-        rows.append(
-            (result.bundle, f"{result.sqnr_db:.1f}", share(result.top1_agreement), f"{row.p50_ms:.1f}", ratio,
-             f"{row.size_mib or 0:.1f}")
-        )  # fmt: skip
-    eager = timed["eager"]
-    rows.append(("eager PyTorch", "-", "-", f"{eager.p50_ms:.1f}", "1.00x", "-"))
-    names = ("bundle", "SQNR (dB)", "equal top-1", "p50 (ms)", "against eager", "MiB")
-    console.print(table(names, rows, f"S, 224x224, batch 1, {report.threads} threads, 16 photographs"))
-    console.print(comparison_table(compared))
-    console.print(report.machine_line())
-    for line in (*dict.fromkeys(w for e in exported for w in e.warnings), *report.notes):
-        console.print(f"note: {line}")
-    console.print(f"the bundles are in {OUTPUT.resolve()}")
+
+def photographs(tell: Tell) -> list[ExportResult]:
+    """EfficientNet-Lite0 for each of TARGETS, by reference."""
+    sys.path.insert(0, str(EXAMPLE.parent))
+    try:
+        import efficientnet_lite0 as example
+
+        labels = example.labels()
+    except ModuleNotFoundError as error:
+        raise missing_extra("dev", "the demo's photograph model") from error
+    preprocess = Preprocessing(example.MEAN, example.STD)
+    return [
+        export(
+            f"{EXAMPLE}:make", target, labels=labels, preprocess=preprocess, force=True, command="make demo",
+            output=OUTPUT / f"efficientnet-lite0-{target}-fp32", progress=tell,
+        )
+        for target in TARGETS
+    ]  # fmt: skip
+
+
+def digits(precision: str, tell: Tell) -> ExportResult:
+    """T (mix) with its trained weights for ONNX Runtime."""
+    return export(
+        "t-mix", "onnxruntime", precision, weights="digits", int8=INT8 if precision == "int8" else None, force=True,
+        output=OUTPUT / f"t-mix-digits-onnxruntime-{precision}", command="make demo", progress=tell,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

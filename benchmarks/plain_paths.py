@@ -20,7 +20,8 @@ import onnxsim
 import openvino as ov
 import torch
 
-from dualtoken_deploy import Bundle, bench, export
+from dualtoken_deploy import Bundle, export
+from dualtoken_deploy.bench import bench
 from dualtoken_deploy.bundle.store import write_bundle
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.targets.openvino.runner import has_bfloat16

@@ -15,7 +15,7 @@ from pathlib import Path
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
 from dualtoken_deploy.train import checkpoint
-from dualtoken_deploy.use.evaluate import evaluate, evaluate_dense, holds_dense_model
+from dualtoken_deploy.use.evaluate import evaluate
 
 
 def main(run: str, name: str, *commands: str) -> None:
@@ -23,12 +23,9 @@ def main(run: str, name: str, *commands: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "half.safetensors"
         checkpoint.save_weights(draft, tensors, header, half=True)
-        if holds_dense_model(draft):
-            judged = evaluate_dense(draft, name.partition("-")[0])
-            images, figures = judged.images, judged.scores | {"per_class": judged.per_class}
-        else:
-            found = evaluate(draft, name)
-            images, figures = found.images, {"top1": found.top1, "top5": found.top5}
+        found = evaluate(draft, name.partition("-")[0])
+        figures = {**found.scores, **({} if found.confusion else {"per_class": found.per_class})}
+        images = found.images
     machine = {key: describe_machine()[key] for key in ("cpu", "isa", "cores", "os", "python")}
     header |= {"commands": list(commands), "machine": machine, "float16": figures}
     header["config"].pop("init")  # a path of the machine it ran on; the commands say it

@@ -16,6 +16,10 @@ DualTokenError
 from __future__ import annotations
 
 
+class Note(UserWarning):
+    """What a user should know though nothing fails by it; the command line prints it as one line on stderr."""
+
+
 class DualTokenError(Exception):
     """Base of every error that is part of the product."""
 

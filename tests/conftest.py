@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import pytest
 
-from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets.litert import environment
 from dualtoken_deploy.targets.litert import export as litert_export
@@ -31,6 +31,11 @@ TINY_DUAL = Variant(
     "one block a stage",
     replace(dualformer.T, channels=(32, 48, 64, 96), blocks=(1, 1, 1, 1), expansion=(2, 2, 2, 2), heads=4),
 )
+TINY_VIM = Variant(
+    "tiny-vim2",
+    "one pair of layers in the last two stages, whose scans are short",
+    replace(vim2.T, channels=(32, 32, 48, 64), blocks=(0, 0, 2, 2), channel_width=(64, 64, 96, 64), states=4),
+)
 SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 
@@ -38,7 +43,7 @@ SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 def tiny_variant() -> Iterator[None]:
     """Makes the small variants known to this process; tests that start another use a real variant."""
     real = registry.VARIANTS
-    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL)}})
+    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL, TINY_VIM)}})
     yield
     registry.VARIANTS = real
 

@@ -65,7 +65,8 @@ def test_all_options_keep_what_they_compute(options: dict[str, Any], size: tuple
 @pytest.mark.parametrize("options", [{}, {"global_tokens": 3}, {"local_attention": "window"}], ids=str)
 def test_each_rule_alone_keeps_what_the_model_computes(rule: str, options: dict[str, Any]) -> None:
     counts = parity(random_model("t-mix", num_classes=10, **options).double(), (96, 160), [rule])
-    expected_none = rule in ("one_hot_partitions", "pool_by_convolution") or (  # the second builds on fold_pooling
+    others = ("one_hot_partitions", "own_global_query")  # of other families
+    expected_none = rule in (*others, "pool_by_convolution") or (  # which builds on fold_pooling
         rule == "fold_layer_scale" and options.get("local_attention") == "window"
     )
     assert (counts[rule] == 0) is expected_none
@@ -76,10 +77,11 @@ def test_counts_of_s() -> None:
     form = deploy_form(random_model("s"), list(RULES))
     assert form.rules == {
         "fold_batch_norm": 4,
+        "own_global_query": 0,
         "fold_layer_scale": 8,
         "fold_attention_scale": 28,
         "fold_fusion": 14,
-        "fold_norm_affine": 8 + 14 + 14 + 2 + 2 + 1 + 12,
+        "fold_norm_affine": 8 + 14 + 14 + 2 + 2 + 1 + 14,
         "split_bidim": 14,
         "reshape_merge": 2,
         "constant_tokens": 1,

@@ -101,7 +101,76 @@ def attention_case(shape: tuple[int, ...], keys: int, width: int, mask: str | No
     return "scaled_dot_product_attention", arguments, want
 
 
+def transposed_case(
+    x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, dilation: int, groups: int, extra: int = 0
+) -> Case:
+    n = len(x) - 2
+    arguments: dict[str, Any] = {
+        "x": r(*x), "weight": r(*w, seed=1), "bias": r(groups * w[1], seed=2), "pad_type": "custom",
+        "pad": i(*[pad] * 2 * n), "strides": i(*[stride] * n), "dilations": i(*[dilation] * n), "groups": np.int32(groups),
+    }  # fmt: skip
+    function = {1: F.conv_transpose1d, 2: F.conv_transpose2d}[n]
+
+    def want(a: dict[str, Any]) -> Tensor:
+        return function(t(a["x"]), t(a["weight"]), t(a["bias"]), stride, pad, extra, groups, dilation)
+
+    if extra:
+        arguments["output_shape"] = i(*want(arguments).shape)
+    return "conv_transpose", arguments, want
+
+
 CASES: list[Case] = [
+    transposed_case((2, 3, 5, 4), (3, 6, 2, 2), 2, 0, 1, 1),
+    transposed_case((1, 4, 5, 6), (4, 2, 3, 3), 2, 1, 1, 2),
+    transposed_case((1, 4, 5, 6), (4, 3, 3, 3), 2, 1, 1, 1, extra=1),
+    transposed_case((2, 4, 5, 6), (4, 1, 4, 4), 2, 1, 1, 4),
+    transposed_case((1, 3, 7), (3, 5, 3), 1, 2, 2, 1),
+    ("conv_transpose", {"x": r(1, 2, 3, 3), "weight": r(2, 3, 2, 2)}, lambda a: F.conv_transpose2d(t(a["x"]), t(a["weight"]))),
+    ("clamped_relu", {"x": 3 * r(4, 5), "alpha": np.float32(0.5), "beta": np.float32(1.5)},
+     lambda a: torch.where(t(a["x"]) >= 0, t(a["x"]), 0.5 * t(a["x"])).clamp(max=1.5)),
+    ("elu", {"x": 9 * r(4, 5), "alpha": np.float32(0.5)}, lambda a: F.elu(t(a["x"]), 0.5)),
+    ("linear_activation", {"x": r(4, 5), "alpha": np.float32(0.5), "beta": np.float32(2)}, lambda a: 0.5 * t(a["x"]) + 2),
+    ("prelu", {"x": r(2, 3, 4, 5), "alpha": r(3, seed=1)}, lambda a: F.prelu(t(a["x"]), t(a["alpha"]))),
+    ("scaled_tanh", {"x": r(4, 5), "alpha": np.float32(2), "beta": np.float32(0.5)}, lambda a: 2 * torch.tanh(0.5 * t(a["x"]))),
+    ("sigmoid_hard", {"x": 9 * r(4, 5), "alpha": np.float32(1 / 6), "beta": np.float32(0.5)}, lambda a: F.hardsigmoid(t(a["x"]))),
+    ("softplus", {"x": np.array([-200, -5, 0, 5, 200], np.float32)}, lambda a: F.softplus(t(a["x"]), threshold=1e9)),
+    ("softplus_parametric", {"x": r(2, 3, 4, 5), "alpha": r(3, seed=1), "beta": r(3, seed=2)},
+     lambda a: t(a["alpha"])[:, None, None] * F.softplus(t(a["beta"])[:, None, None] * t(a["x"]))),
+    ("thresholded_relu", {"x": r(4, 5), "alpha": np.float32(0.25)}, lambda a: torch.where(t(a["x"]) >= 0.25, t(a["x"]), 0.0)),
+    *((kind, {"x": r(2, 3, 4) ** 2 + 0.1, "axes": i(*axes), "keep_dims": np.bool_(keep)},
+       lambda a, f=f: f(t(a["x"]), tuple(a["axes"].tolist()), bool(a["keep_dims"])))
+      for kind, f in (
+          ("reduce_l1_norm", lambda x, d, k: x.abs().sum(d, k)), ("reduce_l2_norm", lambda x, d, k: torch.linalg.vector_norm(x, 2, d, k)),
+          ("reduce_log_sum", lambda x, d, k: x.sum(d, k).log()), ("reduce_log_sum_exp", lambda x, d, k: x.logsumexp(d, k)),
+          ("reduce_sum_square", lambda x, d, k: x.square().sum(d, k)))
+      for axes in ((1,), (-1, 0)) for keep in (True, False)),
+    ("reduce_log_sum_exp", {"x": 200 * r(2, 3)}, lambda a: t(a["x"]).flatten().logsumexp(0)),
+    ("floor_div", {"x": 9 * r(3, 4), "y": r(4, seed=1) ** 2 + 0.5}, lambda a: torch.floor(t(a["x"]) / t(a["y"]))),
+    ("mod", {"x": i(7, -7, 8), "y": i(3, 3, 4)}, lambda a: t(a["x"]) % t(a["y"])),
+    *((kind, {"x": r(3, 4) > 0, "y": r(4, seed=1) > 0}, lambda a, f=f: f(t(a["x"]), t(a["y"]))) for kind, f in (
+        ("logical_and", torch.logical_and), ("logical_or", torch.logical_or), ("logical_xor", torch.logical_xor))),
+    ("logical_not", {"x": r(3, 4) > 0}, lambda a: ~t(a["x"])),
+    ("gather_along_axis", {"x": r(2, 5), "indices": np.array([[0, 3, 4], [1, 1, 2]], np.int32), "axis": np.int32(1)},
+     lambda a: t(a["x"]).gather(1, t(a["indices"]).long())),
+    ("gather_nd", {"x": r(4, 5, 2), "indices": np.array([[0, 3], [3, 1]], np.int32)}, lambda a: t(a["x"])[[0, 3], [3, 1]]),
+    ("reverse", {"x": r(2, 3, 4), "axes": i(0, -1)}, lambda a: t(a["x"]).flip(0, 2)),
+    ("reverse", {"x": r(2, 3)}, lambda a: t(a["x"]).flip(0, 1)),
+    ("slice_update", {"x": r(4, 6), "update": r(2, 3, seed=1), "begin": i(1, 0), "end": i(3, 6), "stride": i(1, 2)},
+     lambda a: t(a["x"]).slice_scatter(t(a["x"])[1:3].slice_scatter(t(a["update"]), 1, 0, 6, 2), 0, 1, 3)),
+    ("slice_update", {"x": r(4, 6), "update": r(6, seed=1), "begin": i(2, 0), "end": i(0, 0), "end_mask": np.array([False, True]),
+                      "squeeze_mask": np.array([True, False])},
+     lambda a: t(a["x"]).select_scatter(t(a["update"]), 0, 2)),
+    ("cumsum", {"x": r(2, 4, 3), "axis": np.int32(1)}, lambda a: t(a["x"]).cumsum(1)),
+    ("cumsum", {"x": r(2, 4), "axis": np.int32(-1), "exclusive": np.bool_(True)}, lambda a: F.pad(t(a["x"]).cumsum(1), (1, 0))[:, :-1]),
+    ("cumsum", {"x": r(2, 4), "axis": np.int32(-1), "reverse": np.bool_(True)}, lambda a: t(a["x"]).flip(1).cumsum(1).flip(1)),
+    *(("reduce_argmin", {"x": r(2, 5, 3), "axis": np.int32(1), "keep_dims": np.bool_(keep), "output_dtype": "int32"},
+       lambda q, keep=keep: t(q["x"]).argmin(1, keep).int()) for keep in (False, True)),
+    *(("resize_bilinear", {"x": r(1, 2, 5, 7), "target_size_height": np.int32(h), "target_size_width": np.int32(w), "sampling_mode": mode},
+       lambda q, h=h, w=w, mode=mode: F.interpolate(t(q["x"]), (h, w), mode="bilinear", align_corners=mode != "UNALIGN_CORNERS"))
+      for h, w in ((10, 14), (3, 9)) for mode in ("UNALIGN_CORNERS", "STRICT_ALIGN_CORNERS", "ALIGN_CORNERS")),
+    *(("resize_bilinear", {"x": np.array([[[0.0, 1.0]]], np.float32), "target_size_width": np.int32(len(want)), "sampling_mode": mode},
+       lambda q, want=want: torch.tensor([[want]]).double())  # the examples of its documentation, unrounded
+      for mode, want in (("DEFAULT", (0, 0.4, 0.8, 1, 1)), ("OFFSET_CORNERS", (0.1, 0.3, 0.5, 0.7, 0.9)), ("ALIGN_CORNERS", (0.5,)))),
     ("linear", {"x": r(2, 5, 7), "weight": r(3, 7), "bias": r(3)}, lambda a: F.linear(t(a["x"]), t(a["weight"]), t(a["bias"]))),
     ("linear", {"x": r(7), "weight": r(3, 7)}, lambda a: F.linear(t(a["x"]), t(a["weight"]))),
     ("linear", {"x": r(1, 2, 3, 4, 5), "weight": r(1, 5)}, lambda a: F.linear(t(a["x"]), t(a["weight"]))),
@@ -253,7 +322,8 @@ def test_operation(kind: str, arguments: dict[str, Any], want: Callable[..., Any
 
 
 TORCH_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf, "exp": torch.exp, "floor": torch.floor,
+    "abs": torch.abs, "acos": torch.acos, "asin": torch.asin, "atan": torch.atan, "ceil": torch.ceil, "cos": torch.cos,
+    "cosh": torch.cosh, "exp2": torch.exp2, "sinh": torch.sinh, "erf": torch.erf, "exp": torch.exp, "floor": torch.floor,
     "relu": torch.relu, "relu6": F.relu6, "round": torch.round, "sigmoid": torch.sigmoid, "sign": lambda x: torch.where(x.isnan(), x, x.sign()),
     "silu": F.silu, "sin": torch.sin, "softsign": F.softsign, "sqrt": torch.sqrt, "square": torch.square, "tanh": torch.tanh,
     "EXACT": F.gelu, "TANH_APPROXIMATION": lambda x: F.gelu(x, approximate="tanh"),

@@ -34,7 +34,13 @@ from dualtoken_deploy.targets.onnx.qdq import (
     without_zero_points,
 )
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend
-from dualtoken_deploy.targets.onnx.ranges import PERCENTILE, collect_ranges, entropy_range, percentile_range
+from dualtoken_deploy.targets.onnx.ranges import (
+    PERCENTILE,
+    collect_ranges,
+    cut_by_readers,
+    entropy_range,
+    percentile_range,
+)
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.openvino.ir import save_ir, squeeze
 from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer
@@ -488,3 +494,30 @@ def test_random_calibration_is_only_had_by_its_name() -> None:
     assert calibration.name == "random"
     assert held.name == "photographs"
     assert len(open_dataset("photographs")) == len(held.inputs)
+
+
+CUT = {
+    "relu": ([("Relu", ["c"])], (0.0, 40.0)),
+    "relu6": ([("Clip", ["c", "zero", "six"])], (0.0, 6.0)),
+    "clip without an end": ([("Clip", ["c", "zero", ""])], (0.0, 40.0)),
+    "another reader": ([("Relu", ["c"]), ("Sigmoid", ["c"])], (-20.0, 40.0)),
+    "another operator": ([("Sigmoid", ["c"])], (-20.0, 40.0)),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_a_range_ends_where_its_only_reader_saturates(case: str) -> None:
+    readers, wanted = CUT[case]
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"])]
+    nodes += [helper.make_node(op, inputs, [f"y{i}"]) for i, (op, inputs) in enumerate(readers)]
+    outputs = [helper.make_tensor_value_info(f"y{i}", kind, None) for i in range(len(readers))]
+    constants = {"w": np.ones((1, 1, 1, 1)), "zero": np.array(0.0), "six": np.array(6.0)}
+    initializers = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in constants.items()]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", kind, [1, 1, 2, 2])], outputs, initializers
+    )
+    ranges = {"x": (-20.0, 40.0), "c": (-20.0, 40.0)}
+    assert cut_by_readers(helper.make_model(graph), ranges) == {"x": (-20.0, 40.0), "c": wanted}
+    graph.output.append(helper.make_tensor_value_info("c", kind, None))  # seen from outside, it keeps its range
+    assert cut_by_readers(helper.make_model(graph), ranges) == ranges

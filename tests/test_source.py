@@ -391,7 +391,7 @@ WEIGHTS: dict[str, tuple[Any, str]] = {
     "unexpected": (lambda s: {**s, "head.weight": torch.zeros(1)}, "1 unexpected: head.weight"),
     "mis-shaped": (lambda s: {**s, "conv.bias": torch.zeros(9)}, r"1 mis-shaped: conv.bias \(9,\) instead of \(6,\)"),
     "many": (lambda s: {**s, **{f"x{i}": torch.zeros(1) for i in range(90)}}, "90 unexpected: x0, .* and 84 more$"),
-    "wrapped": (lambda s: {f"module.{k}": v for k, v in s.items()}, "begin with 'module.', which is a wrapper's"),
+    "wrapped": (lambda s: {f"model.{k}": v for k, v in s.items()}, "begin with 'model.', which is a wrapper's"),
     "not finite": (lambda s: {**s, "conv.bias": torch.full((6,), torch.nan)}, "NaN or infinity in conv.bias"),
     "code": (lambda s: {**s, "run": print}, "could run code"),
 }  # fmt: skip

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import typer
 
 from dualtoken_deploy.cli import checking, making, using
 from dualtoken_deploy.cli.common import say, take_any_text
-from dualtoken_deploy.errors import DualTokenError, InputError, out_of_memory
+from dualtoken_deploy.errors import DualTokenError, InputError, Note, out_of_memory
 from dualtoken_deploy.serve.command import serve
 from dualtoken_deploy.use.text import printable
 
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: maps errors to one line and the documented exit code."""
     take_any_text()
     stop = _Stop()
+    _show_notes()
     for number in (signal.SIGINT, signal.SIGTERM):  # a stopped export clears up as an interrupted one does
         signal.signal(number, stop)
     try:
@@ -85,6 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(code)
     if stop.asked:
         _end_interrupted()
+
+
+def _show_notes() -> None:
+    """Notes become lines like all others; what libraries warn of stays theirs."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            say(f"warning: {message}")
+        else:
+            shown(message, category, *where, **more)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", Note)
 
 
 def _end_interrupted() -> None:

@@ -34,6 +34,7 @@ from dualtoken_deploy.models.layers import (
     TokenMerge,
 )
 from dualtoken_deploy.models.lightvit import BroadcastAttention
+from dualtoken_deploy.models.vim2 import ChannelMixer, Merge, TokenMixer
 
 
 def fold_batch_norm(model: ImageModel, size: Size | None) -> int:
@@ -69,7 +70,9 @@ def fold_attention_scale(model: ImageModel, size: Size | None) -> int:
     attentions: list[Any] = [m for m in model.modules() if type(m) in queries]
     for attention in attentions:
         for name in queries[type(attention)]:
-            layer = attention.get_submodule(name)
+            layer = getattr(attention, name)
+            if layer is None:  # global tokens whose query is that of the image tokens
+                continue
             scale_rows(layer, 0, layer.in_features, attention.scale)
         attention.scale = 1.0
     return len(attentions)
@@ -96,8 +99,8 @@ def fold_norm_affine(model: ImageModel, size: Size | None) -> int:
     """W (gamma z + beta) + b = (W diag(gamma)) z + (W beta + b): LayerNorm's gain and shift go into what reads it.
 
     Average pooling and the mean over tokens commute with both. A zero-padded convolution or window does not: its
-    border would see beta. Stage 1's token module (its downsampling has a convolution) and windows that do not fill the
-    map keep their affine.
+    border would see beta. Windows that do not fill the map keep their affine; in front of the convolution of stage 1's
+    downsampling gamma and beta go behind the average. A token module's two norms are one normalisation after that.
     """
     readers: list[tuple[nn.Module, str, list[tuple[nn.Module, str]]]] = []
     for encoder in modules_of(model, ConvEncoder):
@@ -112,30 +115,55 @@ def fold_norm_affine(model: ImageModel, size: Size | None) -> int:
         readers.append((token_merge, "norm", [(token_merge, "proj")]))
     for mlp in modules_of(model, Mlp):
         readers.append((mlp, "norm", [(mlp, "fc1")]))
+    for token_mixer in modules_of(model, TokenMixer):
+        readers.append((token_mixer, "norm", [(token_mixer, "expand")]))
+        readers.append((token_mixer, "norm_out", [(token_mixer, "project")]))
+    for channel_mixer in modules_of(model, ChannelMixer):
+        readers.append((channel_mixer, "norm", [(channel_mixer, "enter")]))
+        readers.append((channel_mixer, "norm_out", [(channel_mixer, "leave")]))
+    for swin_merge in modules_of(model, Merge):
+        readers.append((swin_merge, "norm", [(swin_merge, "reduce")]))
     for head in modules_of(model, ClassifierHead):
         readers.append((head, "norm", [(head, "neck")]))
     for pooled in modules_of(model, PooledHead):
         readers.append((pooled, "norm", [(pooled, "fc")]))
-    for module in modules_of(model, PositionAwareTokenModule):
-        if not _has_convolution(module.downsample):
-            readers.append((module, "norm", [(module.aggregate, "qkv"), (module.broadcast, "q")]))
-    for normal in modules_of(model, NormalTokenModule):
-        if not _has_convolution(normal.downsample):
-            source = (normal.fuse, "kv") if normal.aggregate is None else (normal.aggregate, "qkv")
-            readers.append((normal, "norm", [source, (normal.broadcast, "q")]))
     for window, grid in _on_grids(model, size, WindowAttention):
         if _fills(grid, window.window):
             readers.append((window, "norm", [(window, "qkv")]))
     for block, grid in _on_grids(model, size, lightvit.Block):
         if _fills(grid, block.attention.window):
-            readers.append((block, "norm", [(block.attention, "qkv"), (block.attention, "q_global")]))
+            names = ("qkv",) if block.attention.q_global is None else ("qkv", "q_global")
+            readers.append((block, "norm", [(block.attention, name) for name in names]))
     for owner, name, layers in readers:
         _move_affine(owner, name, layers)
-    return len(readers)
+    tokens: list[Any] = [*modules_of(model, PositionAwareTokenModule), *modules_of(model, NormalTokenModule)]
+    for module in tokens:
+        share_normalisation(module)
+    return len(readers) + len(tokens)
 
 
-def _has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Conv2d) for m in module.modules())
+def share_normalisation(module: Any) -> None:
+    """norm goes into the image tokens' query, norm_g into what makes the global tokens: the same is left of both.
+
+    `module`: a PositionAwareTokenModule or a NormalTokenModule; nothing where it was done before.
+    """
+    norm, norm_g = module.norm, module.norm_g or module.norm
+    if not norm.elementwise_affine:  # done
+        return
+    module.broadcast.q = _folded(module.broadcast.q, norm)
+    convs = getattr(module.downsample, "convs", ())
+    if len(convs):
+        module.downsample.pool = forms.AffinePool(norm_g.weight, norm_g.bias)
+    elif module.aggregate is None:
+        module.fuse.kv = _folded(module.fuse.kv, norm_g)
+    else:
+        module.aggregate.qkv = _folded(module.aggregate.qkv, norm_g)
+    module.norm = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+    module.norm_g = None
+
+
+def _folded(layer: nn.Linear, norm: nn.LayerNorm) -> nn.Linear:
+    return linear(*algebra.affine_into_linear(layer.weight, layer.bias, norm.weight, norm.bias))
 
 
 def _on_grids(model: ImageModel, size: Size | None, kind: type[M]) -> list[tuple[M, Size | None]]:
@@ -172,7 +200,7 @@ def fold_pooling(model: ImageModel, size: Size | None) -> int:
 
     def make(module: nn.Module) -> nn.Module:
         assert isinstance(module, Downsample)  # noqa: S101
-        return forms.FoldedDownsample(nn.AvgPool2d(2), [_pooled(conv) for conv in module.convs])
+        return forms.FoldedDownsample(module.pool, [_pooled(conv) for conv in module.convs])
 
     return replace(model, Downsample, make)
 

@@ -47,6 +47,21 @@ class SplitBiDim(nn.Module):
         return x * c_attn * s_attn
 
 
+class AffinePool(nn.Module):
+    """The average over 2x2 of gain x + shift, which is gain and shift of the average. (B, C, H, W) -> a half each."""
+
+    gain: Tensor
+    shift: Tensor
+
+    def __init__(self, gain: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("gain", gain.detach().reshape(-1, 1, 1).clone())
+        self.register_buffer("shift", shift.detach().reshape(-1, 1, 1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, 2) * self.gain + self.shift
+
+
 class FoldedDownsample(nn.Module):
     """Downsample with each convolution and the average after it in one. (B, N, C) -> (B, N/4^(convs+1), C)."""
 

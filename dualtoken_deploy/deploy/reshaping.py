@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dualtoken_deploy.deploy import algebra, forms
+from dualtoken_deploy.deploy.folding import share_normalisation
 from dualtoken_deploy.deploy.modules import Size, linear, modules_of, replace
 from dualtoken_deploy.models import lightvit
 from dualtoken_deploy.models.base import ImageModel
@@ -56,7 +57,8 @@ def constant_tokens(model: ImageModel, size: Size | None) -> int:
         return 0
     block: Any = model.get_submodule("stage1.block1")
     if type(block) is lightvit.Block:
-        block.attention.set_submodule("q_global", forms.ConstantQuery(block.attention.q_global(block.norm(g))))
+        query = block.attention.global_query(block.norm(g))
+        block.attention.q_global = forms.ConstantQuery(query)
     elif type(block.token) is NormalTokenModule:
         fuse = block.token.fuse
         fuse.set_submodule("q", forms.ConstantQuery(fuse.q(fuse.mlp(g))))
@@ -90,9 +92,10 @@ def join_queries(model: ImageModel, size: Size | None) -> int:
 
     def make(module: nn.Module) -> nn.Module | None:
         assert isinstance(module, PositionAwareTokenModule)  # noqa: S101
-        aggregate, broadcast = module.aggregate, module.broadcast
         if not isinstance(module.downsample, NoDownsample):
             return None
+        share_normalisation(module)  # what they read is the same without the affine of their norms
+        aggregate, broadcast = module.aggregate, module.broadcast
         joined = linear(
             torch.cat((aggregate.qkv.weight, broadcast.q.weight)), torch.cat((aggregate.qkv.bias, broadcast.q.bias))
         )
@@ -102,6 +105,18 @@ def join_queries(model: ImageModel, size: Size | None) -> int:
         )  # fmt: skip
 
     return replace(model, PositionAwareTokenModule, make)
+
+
+def own_global_query(model: ImageModel, size: Size | None) -> int:
+    """q = (W_qkv g)[:C] = W_q g: the query of LightViT's global tokens as a layer of its own, of qkv's first C rows.
+
+    A slice of a weight is no layer that a quantizer knows.
+    """
+    attentions = [m for m in modules_of(model, lightvit.BroadcastAttention) if m.q_global is None]
+    for attention in attentions:
+        qkv, c = attention.qkv, attention.qkv.in_features
+        attention.q_global = linear(qkv.weight[:c].clone(), qkv.bias[:c].clone())
+    return len(attentions)
 
 
 def one_hot_partitions(model: ImageModel, size: Size | None) -> int:
@@ -120,6 +135,7 @@ def one_hot_partitions(model: ImageModel, size: Size | None) -> int:
 def pool_by_convolution(model: ImageModel, size: Size | None) -> int:
     """avg2(x) = a depth-wise 2x2 convolution of stride 2 with every weight 1/4, after `fold_pooling` alone.
 
+    A gain and a shift of the average go into its weights and its bias.
     OpenVINO runs it channels-last, as the tokens lie; for its pooling it transposes them there and back.
     """
     folded = 0
@@ -127,8 +143,13 @@ def pool_by_convolution(model: ImageModel, size: Size | None) -> int:
     for module in modules:
         if isinstance(module.downsample, forms.FoldedDownsample):
             channels = module.norm.normalized_shape[0]
-            pool = nn.Conv2d(channels, channels, 2, stride=2, groups=channels, bias=False, dtype=torch.float64)
+            affine = module.downsample.pool if isinstance(module.downsample.pool, forms.AffinePool) else None
+            bias = affine is not None
+            pool = nn.Conv2d(channels, channels, 2, stride=2, groups=channels, bias=bias, dtype=torch.float64)
             pool.weight = nn.Parameter(torch.full_like(pool.weight, 0.25), False)
+            if affine is not None:
+                pool.weight = nn.Parameter(pool.weight * affine.gain[..., None], False)
+                pool.bias = nn.Parameter(affine.shift.flatten(), False)
             module.downsample.pool = pool
             folded += 1
     return folded

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dualtoken_deploy.deploy import folding, reshaping
+from dualtoken_deploy.deploy.general import apply_general
 from dualtoken_deploy.deploy.modules import Size
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.base import ImageModel
@@ -47,13 +48,14 @@ def deploy_form(
     `rules`: names from RULES, applied in the order of that table whatever the order given; None: DEFAULT_RULES.
     Folding is done in float64, the result has the model's dtype. Raises UsageError on an unknown rule.
 
-    A dense model, or a form of one, comes back whole with the classifier in its Backbone rewritten.
+    A dense model, or a form of one, comes back whole with the classifier in its Backbone rewritten. Of any other module
+    the general rules (general.py) apply where they are proved to hold at `image_size`; without one, none does.
     """
-    if not isinstance(model, ImageModel):
-        return _dense_form(model, rules, image_size)
     wanted = set(DEFAULT_RULES if rules is None else rules)
     if unknown := wanted - set(RULES):
         raise UsageError(f"unknown deploy rules {', '.join(sorted(unknown))}; valid rules: {', '.join(RULES)}")
+    if not isinstance(model, ImageModel):
+        return _other_form(model, wanted, None if any_size else image_size)
     dtype = next(model.parameters()).dtype
     working = copy.deepcopy(model).eval().requires_grad_(False).double()
     size = None if any_size else image_size or model.config.image_size
@@ -62,12 +64,18 @@ def deploy_form(
     return DeployForm(working.to(dtype), MappingProxyType(counts))
 
 
-def _dense_form(model: nn.Module, rules: Iterable[str] | None, image_size: Size | None) -> DeployForm:
-    whole = copy.deepcopy(model).eval().requires_grad_(False)
-    backbone = next(m for m in whole.modules() if isinstance(m, Backbone))
-    form = deploy_form(backbone.model, rules, image_size)
-    backbone.set_submodule("model", form.module)
-    return DeployForm(whole, form.rules)
+def _other_form(model: nn.Module, rules: set[str], image_size: Size | None) -> DeployForm:
+    backbone = next((m for m in model.modules() if isinstance(m, Backbone)), None)
+    if backbone is not None:
+        whole = copy.deepcopy(model).eval().requires_grad_(False)
+        inner = next(m for m in whole.modules() if isinstance(m, Backbone))
+        form = deploy_form(backbone.model, rules, image_size)
+        inner.set_submodule("model", form.module)
+        return DeployForm(whole, form.rules)
+    if image_size is None:
+        return DeployForm(model, MappingProxyType({name: 0 for name in RULES if name in rules}))
+    module, counts = apply_general(model, rules, image_size)
+    return DeployForm(module, MappingProxyType({name: counts.get(name, 0) for name in RULES if name in rules}))
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -75,6 +83,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         function.__name__: Rule(function.__name__, function)
         for function in (
             folding.fold_batch_norm,
+            reshaping.own_global_query,
             folding.fold_layer_scale,
             folding.fold_attention_scale,
             folding.fold_fusion,

@@ -3,7 +3,8 @@
 The whole model, to be read from top to bottom; equation and section numbers are the paper's. Image tokens X are
 (B, N, C) with N = H * W in row-major order, `grid` is (H, W); global tokens G are (B, T, C) and lie in front of X along
 the token axis (the (c) of Figure 3), so that one LayerNorm and one feed-forward network take both.
-Where the paper's appendix and its tables leave a choice, docs/models-family.md says what was counted.
+The paper's appendix and the authors' code (hunto/LightViT) differ; `form` says which one a model follows: "published",
+for which weights exist, or "appendix". docs/models-family.md says what else was left to choose.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from dualtoken_deploy.models.layers import (
     to_windows,
 )
 
+FORMS = ("published", "appendix")
+PUBLISHED_EPS = 1e-6  # of the LayerNorms in blocks and before the neck; stem, BiDim, merges and neck have torch's 1e-5
+
 
 @dataclass(frozen=True)
 class LightViTConfig:
@@ -43,22 +47,29 @@ class LightViTConfig:
     global_tokens: int  # T, a number and not a side: they have no place in the image (Table 6)
     ffn_ratio: tuple[int, int, int] = (8, 4, 4)
     window: int = 7
+    neck: int = 1280  # width in front of the classes
+    form: str = "published"  # or "appendix" (the pseudo-code of 7.3)
     drop_path: float = 0.0
     num_classes: int = 1000
     image_size: tuple[int, int] = (224, 224)  # (H, W) that export uses; eager takes any size >= 64
 
 
 class BroadcastAttention(nn.Module):
-    """Aggregated self-attention with local-global broadcast (section 3.1, Figure 6). X (B, N, C), G (B, T, C)."""
+    """Aggregated self-attention with local-global broadcast (section 3.1, Figure 6). X (B, N, C), G (B, T, C).
+
+    Published: global tokens have the image tokens' query, and what comes out is projected. Appendix: they have a query
+    of their own, and nothing is projected. Both have the same number of parameters.
+    """
 
     relative_index: Tensor
 
-    def __init__(self, channels: int, heads: int, window: int) -> None:
+    def __init__(self, channels: int, heads: int, window: int, form: str = "published") -> None:
         super().__init__()
         self.heads, self.window = heads, window
         self.scale = (channels // heads) ** -0.5
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.q_global = nn.Linear(channels, channels)
+        self.q_global: nn.Module | None = nn.Linear(channels, channels) if form == "appendix" else None
+        self.proj = nn.Linear(channels, channels) if form == "published" else None
         self.kv_global = nn.Linear(channels, 2 * channels)
         self.position_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.register_buffer("relative_index", relative_index(window), persistent=False)
@@ -72,11 +83,20 @@ class BroadcastAttention(nn.Module):
         qkv = self.qkv(z)  # (B, N', 3C), N' >= N where windows do not fill the map
         local = crop_to_grid(self.local(qkv, padded), padded, grid)  # eq. 1
         q, k, v = (split_heads(t, self.heads) for t in crop_to_grid(qkv, padded, grid).chunk(3, dim=-1))
-        g_q = split_heads(self.q_global(g), self.heads)  # (B, heads, T, d)
+        g_q = split_heads(self.global_query(g), self.heads)  # (B, heads, T, d)
         g_new = merge_heads(F.scaled_dot_product_attention(g_q, k, v, scale=self.scale))  # eq. 2
         g_k, g_v = (split_heads(t, self.heads) for t in self.kv_global(g_new).chunk(2, dim=-1))
         broadcast = merge_heads(F.scaled_dot_product_attention(q, g_k, g_v, scale=self.scale))  # eq. 3
-        return local + broadcast, g_new  # eq. 4
+        x_new = local + broadcast  # eq. 4
+        return (x_new, g_new) if self.proj is None else (self.proj(x_new), self.proj(g_new))
+
+    def global_query(self, g: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.q_global is not None:
+            out: Tensor = self.q_global(g)
+            return out
+        c = self.qkv.in_features
+        return F.linear(g, self.qkv.weight[:c], self.qkv.bias[:c])
 
     def local(self, qkv: Tensor, grid: Grid) -> Tensor:
         """Self-attention within windows: (B, N', 3C) -> (B, N', C)."""
@@ -94,8 +114,10 @@ class Block(nn.Module):
         channels = config.channels[stage]
         self.tokens = config.global_tokens
         self.norm = nn.LayerNorm(channels)
-        self.attention = BroadcastAttention(channels, config.heads[stage], config.window)
+        self.attention = BroadcastAttention(channels, config.heads[stage], config.window, config.form)
         self.ffn = FeedForward(channels, config.ffn_ratio[stage])
+        if config.form == "published":
+            self.norm.eps = self.ffn.norm.eps = PUBLISHED_EPS
         self.drop_path = DropPath(drop_path)
 
     def forward(self, y: Tensor, grid: Grid) -> Tensor:
@@ -110,6 +132,7 @@ class LightViT(ImageModel):
     """LightViT; stages of strides 8, 16 and 32."""
 
     strides = (8, 16, 32)
+    config: LightViTConfig
 
     def __init__(self, config: LightViTConfig) -> None:
         super().__init__()
@@ -124,12 +147,24 @@ class LightViT(ImageModel):
                 here, there = config.channels[stage], config.channels[stage + 1]
                 self.add_module(f"merge{stage + 1}", PatchMerge(here, there))
                 self.add_module(f"token_merge{stage + 1}", TokenMerge(here, there))
-        self.head = ClassifierHead(config.channels[2], config.num_classes)
+        self.head = ClassifierHead(config.channels[2], config.num_classes, config.neck)
+        if config.form == "published":
+            self.head.norm.eps = PUBLISHED_EPS
         self.apply(init_weights)
         nn.init.trunc_normal_(self.global_tokens, std=0.02)
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Grid]]:
         """Image tokens and grid at the end of each stage."""
+        return [(y[:, self.tokens :], grid) for y, grid in self.both(image)]
+
+    def forward(self, image: Tensor) -> Tensor:
+        y, _ = self.both(image)[-1]
+        # the published head takes the mean over global and image tokens, the appendix says "image features"
+        logits: Tensor = self.head(y if self.config.form == "published" else y[:, self.tokens :])
+        return logits
+
+    def both(self, image: Tensor) -> list[tuple[Tensor, Grid]]:
+        """Global and image tokens (B, T+N, C) at the end of each stage, and the grid of the image tokens."""
         image = self.pad(image)
         grid = image.shape[2] // 8, image.shape[3] // 8
         x = self.stem(image)  # (B, N, C1)
@@ -138,9 +173,9 @@ class LightViT(ImageModel):
         for stage in (1, 2, 3):
             for block in self.get_submodule(f"stage{stage}").children():
                 y = block(y, grid)
-            g, x = y[:, : self.tokens], y[:, self.tokens :]
-            ends.append((x, grid))
+            ends.append((y, grid))
             if stage < 3:
+                g, x = y[:, : self.tokens], y[:, self.tokens :]
                 merged = self.get_submodule(f"token_merge{stage}")(g), self.get_submodule(f"merge{stage}")(x, grid)
                 y = torch.cat(merged, dim=1)
                 grid = grid[0] // 2, grid[1] // 2

@@ -25,7 +25,7 @@ _LAYOUTS = MappingProxyType({1: "N", 2: "NC", 3: "NLC", 4: "NCHW"})
 
 
 class NamedOutputs(nn.Module):
-    """The user's `model` with its outputs as a tuple: float32, or int32 where it gives integers or truths.
+    """The user's `model` with its outputs as a tuple: of the picture's dtype, or int32 for integers and truths.
 
     `picks`: (place among the model's outputs, name), in the order of the tuple. Paths of the model's own modules start
     with "model."; exporters take that off.
@@ -44,7 +44,8 @@ class NamedOutputs(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         given = self.model(image) if self._keyword is None else self.model(**{self._keyword: image})
         found = flatten(given)
-        return tuple(_plain(found[place][1]) for place, _ in self.picks)
+        values = (found[place][1] for place, _ in self.picks)
+        return tuple(v.to(image.dtype if v.is_floating_point() else torch.int32) for v in values)
 
 
 def picture_keyword(model: nn.Module) -> str | None:
@@ -207,10 +208,6 @@ def describe(model: NamedOutputs, task: str, image_size: tuple[int, int], batch:
         dtype = str(value.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name, dtype, layout, (batch, *value.shape[1:])))
     return tuple(specs)
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.to(torch.float32) if value.is_floating_point() else value.to(torch.int32)
 
 
 def _identifier(name: str, place: int, count: int) -> str:

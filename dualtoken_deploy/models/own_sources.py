@@ -17,6 +17,7 @@ from dualtoken_deploy.models.heads.neck import Backbone
 from dualtoken_deploy.models.heads.output_forms import DETECTED, FORMS, LABELS, choose_form, outputs_of
 from dualtoken_deploy.models.heads.rebuild import random_dense_model
 from dualtoken_deploy.models.heads.table import check_same, create_dense_model, describe_head, get_head
+from dualtoken_deploy.models.published import join_token_norms
 from dualtoken_deploy.models.registry import (
     DEFAULT_SEED,
     create_model,
@@ -88,7 +89,7 @@ def variant_source(
         weights=weights_origin(weights, seed),
         described={"variant": variant, "options": options_of(config)},
         any_size=takes_any_size(config),
-        why_one_size=f"{variant} with window attention",
+        why_one_size=f"{variant} with {'its scans' if variant.startswith('vim2') else 'window attention'}",
     )
 
 
@@ -183,7 +184,8 @@ def rebuild(manifest: Manifest) -> nn.Module:
     """
     source = source_of(manifest)
     module = source.make()
-    if weights_sha256(inner_model(module)) != manifest.weights.sha256:
+    inner = inner_model(module)
+    if manifest.weights.sha256 not in (weights_sha256(inner), weights_sha256(inner, join_token_norms)):
         raise WeightsError(
             f"the eager weights of {source.name} from {manifest.weights.source!r} are not those that the bundle was "
             "made from (sha256 differs); export it again, or validate with --reference golden"
@@ -198,6 +200,8 @@ def source_of(manifest: Manifest) -> Source:
         return _foreign_source(manifest, origin)
     weights, seed = (None, manifest.weights.random_seed) if where == RANDOM else (where, DEFAULT_SEED)
     options = {k: v for k, v in manifest.options.items() if k != "image_size"}
+    if manifest.variant.startswith("lightvit"):
+        options.setdefault("form", "appendix")  # what there was when manifests did not say it
     if manifest.head is None:
         return variant_source(manifest.variant, weights, manifest.options.get("image_size"), seed=seed, **options)
     dense, size = manifest.dense or {}, manifest.input.size

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from dualtoken_deploy.errors import UsageError, WeightsError
-from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit
+from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, vim2
 from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.dualformer import DualFormer, DualFormerConfig
 from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
+from dualtoken_deploy.models.published import State
+from dualtoken_deploy.models.vim2 import ViM2, ViM2Config
 from dualtoken_deploy.models.weights import read_tensors, weights_path
 
 MIN_IMAGE_SIZE = 64
@@ -66,14 +68,20 @@ FAMILIES = (
     Family(
         LightViTConfig,
         LightViT,
-        sizes=("channels", "blocks", "heads", "ffn_ratio", "window"),
-        choices={"global_tokens": (2, 4, 8, 16, 24, 32)},  # Table 6, and 24 for B
+        sizes=("channels", "blocks", "heads", "ffn_ratio", "window", "neck"),
+        choices={"global_tokens": (2, 4, 8, 16, 24, 32), "form": lightvit.FORMS},  # Table 6, and 24 for B
     ),
     Family(
         DualFormerConfig,
         DualFormer,
         sizes=("channels", "blocks", "ffn_ratio", "expansion", "reduction", "conv_kernel", "heads"),
         choices={"hyperplanes": (1, 2, 3, 4)},
+    ),
+    Family(
+        ViM2Config,
+        ViM2,
+        sizes=("channels", "blocks", "channel_width", "expansion", "states"),
+        choices={},
     ),
 )
 
@@ -97,6 +105,9 @@ VARIANTS = _table(
     Variant("dualformer-xs", "DualFormer-XS", dualformer.XS, 10.5, 2.3),
     Variant("dualformer-s", "DualFormer-S", dualformer.S, 22.6, 4.4),
     Variant("dualformer-b", "DualFormer-B", dualformer.B, 74.0, 15.8),
+    Variant("vim2-t", "ViM2-T", vim2.T, 20.0),
+    Variant("vim2-s", "ViM2-S", vim2.S, 43.0),
+    Variant("vim2-b", "ViM2-B", vim2.B, 74.0),
 )
 
 
@@ -155,8 +166,9 @@ def make_config(variant: str, **options: Any) -> ModelConfig:
 
 
 def takes_any_size(config: ModelConfig) -> bool:
-    """Whether one graph can serve every image size: windows cannot be cut out of a map whose sides are symbols."""
-    return not isinstance(config, LightViTConfig) and getattr(config, "local_attention", "") != "window"
+    """Whether one graph can serve every image size: neither windows nor a scan can be cut from a map whose sides
+    are symbols."""
+    return not isinstance(config, LightViTConfig | ViM2Config) and getattr(config, "local_attention", "") != "window"
 
 
 def build(config: ModelConfig) -> ImageModel:
@@ -239,6 +251,10 @@ def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False,
         ],
     }
     if any(problems.values()):
+        if any(k.endswith(".attention.q_global.weight") for k in problems["unexpected"]):
+            raise WeightsError(
+                f"{path} holds LightViT in the form of its paper's appendix; give the option form=appendix"
+            )
         if (other := _variant_of(given)) is not None and other != variant:
             raise WeightsError(f"{path} holds weights of variant {other}, not of {variant}; give --variant {other}")
         listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
@@ -266,10 +282,13 @@ def _only_head(problems: Mapping[str, list[str]]) -> bool:
     return bool(shaped) and not problems["missing"] and all(k.startswith("head.fc.") for k in shaped)
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Hash over the names, dtypes, shapes and bytes of a model's state, in the order of the names."""
+def weights_sha256(model: torch.nn.Module, view: Callable[[State], State] = dict) -> str:
+    """Hash over the names, dtypes, shapes and bytes of a model's state, in the order of the names.
+
+    `view`: what of the state is hashed; all of it unless given.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(view(model.state_dict()).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +20,12 @@ from dualtoken_deploy.bundle.check import MAX_SIDE, strange_option
 from dualtoken_deploy.bundle.decode import decode, parse
 from dualtoken_deploy.bundle.labels import check_labels
 from dualtoken_deploy.bundle.manifest import CLASSIFY
-from dualtoken_deploy.errors import InputError, WeightsError, first_line
+from dualtoken_deploy.errors import InputError, Note, WeightsError, first_line
 from dualtoken_deploy.files import is_file, is_folder
+from dualtoken_deploy.models import published
 
+# Keys under which training programs keep a state dict: the network before its running average.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_ema", "ema_model", "state_dict_ema", "ema")
 HEADER = "dualtoken"  # key of our JSON in a safetensors header
 _FOLDER = Path(__file__).parents[1] / "weights"
 
@@ -117,14 +122,14 @@ def damaged(path: Path, error: Exception) -> WeightsError:
 
 
 def describe_weights(weights: str | Path, task: str | None = None) -> WeightsInfo | None:
-    """What the header of a safetensors file says; None where it says nothing (other programs' files).
+    """What the header of a safetensors file says, or what a LightViT of its authors is; None: nothing is known of it.
 
     Raises WeightsError where the file is missing or damaged, or is for another task than the one given.
     """
     path = weights_path(weights)
     data = read_header(path)
     if data is None:
-        return None
+        return _describe_published(path)
     said = decode(data, _Said, _header(path), *WRONG)
     try:
         check_labels(said.labels, _header(path))
@@ -135,13 +140,49 @@ def describe_weights(weights: str | Path, task: str | None = None) -> WeightsInf
     if (bad := strange_option(said.options)) is not None:
         raise WeightsError(f"{_header(path)} has the option {bad!r}, which is none of a model; {WRONG[1]}")
     info = WeightsInfo(path=path, **{field.name: getattr(said, field.name) for field in fields(said)})
+    if "form" not in info.options and ".attention.q_global.weight" in "".join(_keys(path)):
+        info = replace(info, options={**info.options, "form": "appendix"})  # LightViT of when there was no other
     if task not in (None, info.task):
         raise WeightsError(f"{weights} holds a model for the task {info.task}, not {task}; give weights for {task}")
     return info
 
 
+def _keys(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _describe_published(path: Path) -> WeightsInfo | None:
+    found = published.published_variant(_read_file(path)) if path.is_file() else None
+    if found is None:
+        return None
+    variant, classes = found
+    labels = tuple(f"class {i}" for i in range(classes))
+    return WeightsInfo(path, CLASSIFY, variant, {}, (224, 224), labels, "its authors' training")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a torch checkpoint. Never runs code from the file; else WeightsError."""
+    """The tensors of a safetensors file or of a torch checkpoint. Never runs code from the file; else WeightsError.
+
+    Those of other makers and of earlier versions come under the names of today, and a Note is issued of what was done.
+    """
+    state = _read_file(path)
+    if published.is_published_lightvit(state):
+        return published.rename_lightvit(state)
+    current = published.split_token_norms(state)
+    if len(current) > len(state):
+        warnings.warn(
+            f"{path} has one LayerNorm in each token module, where there are two now: both begin as the one, and the "
+            "model computes what it did",
+            Note,
+            stacklevel=2,
+        )
+    return current
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     _need_file(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -162,7 +203,8 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     import pickle
 
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of arguments; a bag of values, and no code
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds more than tensors, and loading it could run code; save model.state_dict() instead"
@@ -171,11 +213,25 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a whole torch checkpoint ({first_line(error)}); copy or save it again"
         ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
+    data = _unwrap(data, path)
     if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
     if odd := [k for k, t in data.items() if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized]:
         raise WeightsError(f"{path}: {odd[0]} is no plain tensor of the CPU; save model.state_dict() of a float model")
-    return {str(k): v for k, v in data.items()}
+    state = {str(k): v for k, v in data.items()}
+    while state and all(k.startswith("module.") for k in state):  # of torch's data parallelism and of averages
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    return state
+
+
+def _unwrap(data: Any, path: Path) -> Any:
+    """The state dict in a training checkpoint; where it has several, the first of WRAPPERS, and a Note says so."""
+    while isinstance(data, dict):
+        held = [key for key in WRAPPERS if isinstance(data.get(key), dict)]
+        if not held:
+            break
+        if len(held) > 1:
+            text = f"{path} holds several state dicts ({', '.join(held)}); {held[0]} was taken"
+            warnings.warn(text, Note, stacklevel=2)
+        data = data[held[0]]
+    return data

@@ -24,6 +24,7 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import protocol
 from dualtoken_deploy.serve.frames import belong_to, receive, send
 from dualtoken_deploy.serve.memory import keep_freed_memory
+from dualtoken_deploy.serve.multipart import is_multipart, picture_of
 from dualtoken_deploy.spec import InputContract, TensorSpec
 
 Job = Mapping[str, Any]
@@ -37,6 +38,7 @@ def main() -> None:
     keep_freed_memory()
     limit_memory(task["bytes"])
     with socket.socket(fileno=task["socket"]) as link:
+        send(link, {"ready": True})
         while (job := receive(link)) is not None:
             send(link, answer(job, task["memory"]))
 
@@ -66,7 +68,9 @@ def answer(job: Job, memory: int) -> dict[str, Any]:
 
 
 def picture(data: bytes, job: Job) -> Answer:
-    """A picture as a row of the contract, without the batch axis."""
+    """A picture, alone or in a form, as a row of the contract, without the batch axis."""
+    if is_multipart(job["type"]):
+        data = picture_of(data, job["type"])
     image = load_image(data, job["max_pixels"], job["formats"])
     return {}, preprocess(image, InputContract.from_json(job["contract"]))
 

@@ -22,6 +22,7 @@ from dualtoken_deploy.serve.errors import BadRequest, ModelFailed, Overloaded, U
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.settings import Settings
 
+START_SECONDS = 60.0  # of a decoder: it imports numpy and Pillow
 HURRIED_SECONDS = 2.0  # of a job, while others wait; an ordinary picture of 24 megapixels takes a half
 KEPT_BYTES = 4 * 2**20  # of shared memory that a decoder keeps between jobs
 MEMORY_BYTES = 256 * 2**20  # of a decoder, beside its pixels
@@ -37,15 +38,25 @@ class Decoder:
 
     @staticmethod
     async def start(max_pixels: int) -> Decoder:
-        """Raises OSError."""
+        """A decoder that has imported what it needs: no job's time goes by meanwhile. Raises Unavailable."""
         memory = os.memfd_create("dualtoken-picture")
         try:
             task = {"memory": memory, "bytes": MEMORY_BYTES + MEMORY_BYTES_A_PIXEL * max_pixels}
             child = await Child.start("dualtoken_deploy.serve.decoder", "a decoder", task, (memory,))
-        except BaseException:
+        except OSError as error:
             os.close(memory)
+            raise Unavailable(f"no decoder could be started ({error})") from error
+        decoder = Decoder(child, memory)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await child.receive()
+        except (ChildDied, TimeoutError) as error:
+            await decoder.close()
+            raise Unavailable(f"no decoder could be started ({error or 'it took too long'})") from error
+        except BaseException:
+            await asyncio.shield(decoder.close())
             raise
-        return Decoder(child, memory)
+        return decoder
 
     @property
     def alive(self) -> bool:
@@ -96,10 +107,10 @@ class Decoders:
         self._waiting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def picture(self, data: bytes, contract: Mapping[str, Any], room: int) -> Array:
-        """A picture as a row of the contract, of `room` bytes. Raises BadRequest, Overloaded, Unavailable."""
-        job = {"kind": "picture", "max_pixels": self._max_pixels, "formats": self._formats, "contract": contract}
-        _, array = await self.run(job, data, room)
+    async def picture(self, data: bytes, content_type: str, contract: Mapping[str, Any], room: int) -> Array:
+        """A picture, or the one in a form, as a row of the contract, of `room` bytes. Raises as `run` does."""
+        job = {"kind": "picture", "max_pixels": self._max_pixels, "formats": self._formats}
+        _, array = await self.run({**job, "type": content_type, "contract": contract}, data, room)
         return array
 
     async def run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array]:
@@ -128,8 +139,8 @@ class Decoders:
         """Starts the first decoder, so that no picture waits for it. One that cannot start is tried again later."""
         try:
             self._idle.append(await Decoder.start(self._max_pixels))
-        except OSError as error:
-            logs.warning("no decoder could be started", reason=str(error))
+        except Unavailable as error:
+            logs.warning("no decoder yet", reason=str(error))
 
     async def close(self) -> None:
         """Ends every decoder, whatever it does."""
@@ -180,10 +191,7 @@ class Decoders:
                 return decoder
             self._metrics.decoders_lost.inc()
             await decoder.close()
-        try:
-            return await Decoder.start(self._max_pixels)
-        except OSError as error:
-            raise Unavailable(f"no decoder could be started ({error})") from error
+        return await Decoder.start(self._max_pixels)
 
     def _hurry(self) -> None:
         """Others wait from now on: what runs for long already has to make room."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 SWEEP_SECONDS = 0.25
+REQUEST_BYTES = 1024  # of HTTP/2 with its preface, settings and the headers of one call, and a tensor
+BYTES_RECEIVED = 128  # of struct tcp_info: 64 bits, since Linux 4.1
 LAST_DATA_RECEIVED = 52  # of struct tcp_info, linux/tcp.h: milliseconds, 32 bits
 
 
@@ -64,12 +66,14 @@ class _Accepted(socket.socket):
 
 
 async def sweep(port: int, most: int) -> None:
-    """For ever keeps the connections to a port of this process to at most `most`: the one that sent nothing for the
-    longest time is shut first. Its owner, grpc, sees the end of the stream and closes it."""
+    """For ever keeps the connections to a port of this process to at most `most`: the most useless is shut first.
+
+    Its owner, grpc, sees the end of the stream and closes it.
+    """
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         links = connections(port)
-        links.sort(key=_idle_ms, reverse=True)
+        links.sort(key=_uselessness, reverse=True)
         for index, link in enumerate(links):
             if index < len(links) - most:
                 with suppress(OSError):
@@ -98,9 +102,12 @@ def connections(port: int) -> list[socket.socket]:
     return found
 
 
-def _idle_ms(link: socket.socket) -> int:
+def _uselessness(link: socket.socket) -> tuple[bool, int]:
+    """Who never sent a request leaves before those who wait for an answer, and the idlest of them first."""
     try:
         info = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     except OSError:
-        return 0
-    return int(struct.unpack_from("I", info, LAST_DATA_RECEIVED)[0])
+        return False, 0
+    (idle_ms,) = struct.unpack_from("I", info, LAST_DATA_RECEIVED)
+    (received,) = struct.unpack_from("Q", info, BYTES_RECEIVED)
+    return received < REQUEST_BYTES, idle_ms

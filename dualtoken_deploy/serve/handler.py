@@ -116,12 +116,12 @@ class Handler:
                 raise BadRequest(f"unknown output {want.name[:60]!r}; this model has {', '.join(sorted(names))}")
         return await model.engine.run(request.inputs[model.spec.name])
 
-    async def classify(self, model: Model, picture: bytes, top: int) -> dict[str, Any]:
-        """The `top` most likely classes of a picture's bytes. Raises BadRequest for what is no picture."""
+    async def classify(self, model: Model, body: bytes, content_type: str, top: int) -> dict[str, Any]:
+        """The `top` most likely classes of a picture, or of the one in a form. Raises BadRequest for what is none."""
         if not 1 <= top <= MAX_TOP:
             raise BadRequest(f"top is {top}; give 1 to {MAX_TOP}")
         start = time.perf_counter()
-        batch = await self._decode(picture, model)
+        batch = await self._decode(body, content_type, model)
         decoded = time.perf_counter()
         answer = await model.engine.run(batch)
         logits = answer.outputs[model.outputs[0].name]
@@ -154,9 +154,9 @@ class Handler:
         await self.decoders.close()
         await self.repository.close()
 
-    async def _decode(self, picture: bytes, model: Model) -> Array:
+    async def _decode(self, body: bytes, content_type: str, model: Model) -> Array:
         """A picture as a batch of the contract: (batch or 1, ...), the picture repeated where the batch is fixed."""
-        row = await self.decoders.picture(picture, model.contract.to_json(), _bytes(model, 1))
+        row = await self.decoders.picture(body, content_type, model.contract.to_json(), _bytes(model, 1))
         return np.broadcast_to(
             row, (model.contract.batch or 1, *row.shape)
         )  # a view: the worker's memory gets the copies

@@ -42,7 +42,6 @@ from dualtoken_deploy.serve.errors import (
     Unsupported,
 )
 from dualtoken_deploy.serve.handler import Handler
-from dualtoken_deploy.serve.multipart import is_multipart, picture_of
 from dualtoken_deploy.serve.openapi import document
 from dualtoken_deploy.serve.repository import Model
 
@@ -186,7 +185,7 @@ class Endpoints:
         metrics.ready.set(self._handler.ready)
         metrics.inside.set(self._handler.gate.inside)
         metrics.log_dropped.set(logs.dropped())
-        return Response(metrics.text(), headers={"content-type": metrics.content_type})
+        return Response(await metrics.text(), headers={"content-type": metrics.content_type})
 
     async def server_metadata(self, request: Request) -> Response:
         return _json(self._handler.server_metadata())
@@ -244,9 +243,7 @@ class Endpoints:
             body = await read_body(request, limit, self._settings.body_seconds, arriving)
             content_type = request.headers.get("content-type", "")
             with self._handler.place(model):
-                picture = picture_of(body, content_type) if is_multipart(content_type) else body
-                del body
-                result = await unless_gone(request, self._handler.classify(model, picture, int(text)))
+                result = await unless_gone(request, self._handler.classify(model, body, content_type, int(text)))
         request.scope["dualtoken"] |= {"model": f"{model.name}:{model.version}"} | {
             f"{name}_ms": value for name, value in result["timing_ms"].items()
         }

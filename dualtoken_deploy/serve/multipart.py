@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -9,6 +10,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from dualtoken_deploy.serve.errors import BadRequest
 
+LIBRARY = logging.getLogger("python_multipart")
+LIBRARY.addHandler(logging.NullHandler())
+LIBRARY.propagate = False  # it warns of every damaged form; the answer says it
 MAX_PARTS = 8
 MAX_HEADER_BYTES = 4096
 

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 WHY = {
     400: "the request does not fit the protocol or the model",
     401: "no API key, or a wrong one",
-    403: "switched off here; start the server with --admin",
+    403: "switched off here (start the server with --admin), or asked for by a name that is not the server's",
     404: "unknown model, version or path",
     408: "the body did not arrive in time",
     413: "the body is larger than this model's largest request",

@@ -97,6 +97,8 @@ _FP16_WEIGHTS = Precision("fp16", "float16", "float32", Tolerance(45.0))
 _BF16 = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0))
 # int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
 _INT8 = Precision("int8", "int8", "int8", Tolerance(3.0, 0.0), SEARCH)
+_FP8 = Precision("fp8", "float8", "float8", Tolerance(3.0, 0.0), SEARCH)
+_INT4 = Precision("int4", "int4", "float16", Tolerance(3.0, 0.0), SEARCH)
 
 W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
@@ -208,7 +210,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="tensorrt-rtx",
                 source="onnx",
                 modules=("tensorrt_rtx_bindings", "cuda"),
-                precisions=by_name(_FP32, _FP16, _BF16, _INT8),
+                precisions=by_name(_FP32, _FP16, _BF16, _INT8, _FP8, _INT4),
                 aliases=("rtx",),
                 portable=False,
                 built_by="build",

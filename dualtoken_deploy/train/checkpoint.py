@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dualtoken_deploy.errors import WeightsError
 from dualtoken_deploy.files import write_atomically
+from dualtoken_deploy.models.published import split_token_norms
 from dualtoken_deploy.models.weights import DAMAGE, HEADER
 from dualtoken_deploy.train.config import TrainConfig
 
@@ -77,7 +78,7 @@ def unpack(
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     try:
-        model.load_state_dict(parts["model"])
+        model.load_state_dict(split_token_norms(parts["model"]))
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit the model of its run; train anew") from error
     for name, parameter in model.named_parameters():
@@ -86,7 +87,7 @@ def unpack(
             if owner == name:
                 where = "cpu" if key == "step" else parameter.device
                 optimiser.state[parameter][key] = tensor.to(where)
-    return parts["ema"]
+    return split_token_norms(parts["ema"])
 
 
 def read_config(run: Path) -> TrainConfig:

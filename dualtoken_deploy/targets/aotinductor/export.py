@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import shutil
@@ -17,26 +19,32 @@ from dualtoken_deploy.bundle.decode import plain
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, MissingError, first_line
+from dualtoken_deploy.errors import ConversionError, MissingError
 from dualtoken_deploy.targets.aotinductor.runner import NativeCode
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
+from dualtoken_deploy.targets.tracing import Around, why
 
 RULES = DEFAULT_RULES
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Typed(nn.Module):
-    """The network in one dtype behind its input contract; logits are float32."""
+class Typed(Around):
+    """The network in one dtype behind its input contract; what it gives is float32."""
+
+    inside = "network"
 
     def __init__(self, network: nn.Module, image: nn.Module | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.image, self.dtype = network.to(dtype), image, dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         # mean and std are applied in float32: 255 levels times a gain do not survive bfloat16's 8 bits
         x = x if self.image is None else self.image(x)
-        logits: Tensor = self.network(x.to(self.dtype))
-        return logits.float()
+        found = self.network(x.to(self.dtype))
+        if isinstance(found, tuple):
+            return tuple(value.float() if value.is_floating_point() else value for value in found)
+        logits: Tensor = found.float()
+        return logits
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -86,10 +94,10 @@ def trace(module: nn.Module, request: Request, device: str) -> torch.export.Expo
     example = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
     dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},) if fixed is None else None
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), contextlib.redirect_stderr(io.StringIO()):
             return torch.export.export(module, (example,), dynamic_shapes=dynamic)
-    except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ConversionError(f"torch.export cannot trace the model: {first_line(error)}") from error
+    except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
+        raise ConversionError(f"torch.export cannot export {why(error, module)}") from error
 
 
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -100,7 +108,7 @@ def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
         with torch.no_grad(), quiet(), fresh_cache():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's exceptions share no base but this
-        raise ConversionError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
+        raise ConversionError(f"AOTInductor cannot compile {why(error)}") from error
 
 
 def describe(device: str, compiler: str) -> Build:

@@ -12,23 +12,24 @@ from collections.abc import Sequence
 
 import torch
 
-INPUT, ROOT = "input", "model"
+from dualtoken_deploy.targets.tracing import INPUT, ROOT, path_below
+
 _STACK = "nn_module_stack"
 
 
-def name_after_modules(program: torch.export.ExportedProgram, wrapped: bool, outputs: Sequence[str]) -> dict[str, str]:
+def name_after_modules(program: torch.export.ExportedProgram, inside: str, outputs: Sequence[str]) -> dict[str, str]:
     """Renames the operations of the graph in place; returns {name in the graph: the model's name}, in their order.
 
     A module of one operation gives it its path, `stage1.block1.local.pw1`; in others the operation follows,
     `stage1.block1/add`, numbered from the second on. A MIL name has letters, digits and underscores alone, so in the
     graph dots and slashes are underscores. What makes an output has the output's name, of `outputs`, and keeps its own
     in the graph, where the converter renames it.
-    `wrapped`: the model is the module `model` of an ImageClassifier.
+    `inside`: where in what was traced the model itself lies; what is beside it prepares the image (`input`).
     """
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     specs = program.graph_signature.output_specs
     made = {str(spec.arg.name): name for spec, name in zip(specs, outputs, strict=True)}
-    paths = [_path(node, wrapped) for node in nodes]
+    paths = [path_of(node, inside) for node in nodes]
     counts = Counter(paths)
     parents = {path[:at] for path in paths for at, letter in enumerate(path) if letter == "."}
     names: dict[str, str] = {}
@@ -53,10 +54,6 @@ def operation(node: torch.fx.Node) -> str:
     return name
 
 
-def _path(node: torch.fx.Node, wrapped: bool) -> str:
+def path_of(node: torch.fx.Node, inside: str) -> str:
     stack = node.meta.get(_STACK)
-    path: str = "" if not stack else next(reversed(stack.values()))[0]
-    if wrapped:
-        head, _, rest = path.partition(".")
-        path = INPUT if head == "pixels" else rest
-    return path or ROOT
+    return path_below("" if not stack else next(reversed(stack.values()))[0], inside)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualtoken_deploy.errors import ConversionError, first_line
+from dualtoken_deploy.errors import ConversionError
 from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.targets.tracing import Around, why
 
 PROBABILITIES = "probabilities"  # second output of a program with image input
 
@@ -36,7 +37,7 @@ class PixelInput(nn.Module):
         return (pixels - self.shift) * self.gain
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(Around):
     """Pixels -> logits and probabilities, both (B, classes)."""
 
     def __init__(self, model: nn.Module, contract: InputContract) -> None:
@@ -44,11 +45,12 @@ class ImageClassifier(nn.Module):
         self.pixels, self.model = PixelInput(contract.mean, contract.std), model
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(self.pixels(image))
+        found = self.model(self.pixels(image))
+        logits = found[0] if isinstance(found, tuple) else found
         return logits, torch.softmax(logits, dim=-1)
 
 
-class ImageDense(nn.Module):
+class ImageDense(Around):
     """Pixels -> whatever a dense model gives."""
 
     def __init__(self, model: nn.Module, contract: InputContract) -> None:
@@ -74,7 +76,7 @@ def trace(module: nn.Module, contract: InputContract) -> torch.export.ExportedPr
         with quiet(), torch.no_grad():
             program = torch.export.export(module.eval(), (example_input(contract),))
     except Exception as error:  # torch.export has no common base for what it raises
-        raise ConversionError(f"torch.export cannot export the model: {first_line(error)}") from error
+        raise ConversionError(f"torch.export cannot export {why(error, module)}") from error
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default and "scale" in node.kwargs:
             width = node.args[0].meta["val"].shape[-1]

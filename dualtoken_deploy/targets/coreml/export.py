@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,11 +21,13 @@ from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
-from dualtoken_deploy.targets.apple.names import name_after_modules
+from dualtoken_deploy.targets.apple.constants import fold_constants
+from dualtoken_deploy.targets.apple.names import name_after_modules, operation, path_of
 from dualtoken_deploy.targets.apple.source import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
 from dualtoken_deploy.targets.coreml.activations import quantize_activations
 from dualtoken_deploy.targets.coreml.compress import COMPRESSIONS, compress
-from dualtoken_deploy.targets.coreml.mil.program import load_program
+from dualtoken_deploy.targets.coreml.mil.ops import OPERATIONS
+from dualtoken_deploy.targets.coreml.mil.program import Program, load_program
 from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.coreml.package import OUTPUTS, describe, save
 from dualtoken_deploy.targets.coreml.passes import teach
@@ -32,6 +35,7 @@ from dualtoken_deploy.targets.coreml.structure import structure
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
 from dualtoken_deploy.targets.runner import planar
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS, W8A8, get_target
+from dualtoken_deploy.targets.tracing import is_foreign, own_path, place_in, stack_names
 
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
 W8A8_SINCE = "iOS17"
@@ -50,7 +54,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
         raise UsageError("the ane layout is for DualToken-ViT with position-aware tokens alone; give --layout plain")
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
-    program = convert(ct, module, request, deployment, tell)
+    program, names = convert(ct, module, request, deployment, tell)
     calibration: Calibration | None = None
     if request.precision == W8A8:
         samples = calibration_samples(request)
@@ -63,8 +67,9 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     describe(program, request.contract, {**request.metadata, "deployment_target": deployment, "layout": layout})
     package = folder / "model.mlpackage"
     labels = request.labels if request.contract.kind == "image" and request.task == CLASSIFY else None
-    save(program, package, labels, OUTPUTS[request.task])
+    save(program, package, labels, OUTPUTS.get(request.task, {}))
     saved = load_program(package)
+    check_executed_here(saved, names)
     kinds = Counter(op.kind for op in saved.operations if op.kind != "const")
     return Artifact(rules, {"mil": dict(kinds.most_common()), "structure": structure(saved)}, calibration=calibration)
 
@@ -147,16 +152,19 @@ def trace_named(module: nn.Module, request: Request) -> tuple[torch.export.Expor
         wrapper = ImageClassifier if request.task == CLASSIFY else ImageDense
         module = wrapper(module, contract)
     program = trace(module, contract).run_decompositions({})
-    return program, name_after_modules(program, image, output_names(request))
+    if is_foreign(module):
+        fold_constants(program)
+    return program, name_after_modules(program, own_path(module), output_names(request))
 
 
-def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> Any:
-    """The coremltools model of `module` behind the input contract, with uncompressed weights."""
+def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell: Tell) -> tuple[Any, Mapping[str, str]]:
+    """The coremltools model of `module` behind the input contract, with uncompressed weights, and the names of its
+    operations as trace_named gives them."""
     contract = request.contract
     image = contract.kind == "image"
     teach()
     tell("tracing with torch.export")
-    program, _ = trace_named(module, request)
+    program, names = trace_named(module, request)
     shape = (contract.batch, 3, *contract.size)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
@@ -167,7 +175,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
     tell(f"converting to Core ML for {deployment}")
     try:
         with quiet():
-            return ct.convert(
+            converted = ct.convert(
                 program,
                 source="pytorch",
                 convert_to="mlprogram",
@@ -177,8 +185,42 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
                 outputs=[ct.TensorType(name=name, dtype=dtype) for name, dtype in outputs],
                 skip_model_load=True,
             )
+            return converted, names
     except Exception as error:  # coremltools raises what its front end and its passes raise
-        raise ConversionError(f"coremltools cannot convert the model: {first_line(error)}") from error
+        raise ConversionError(
+            f"coremltools cannot convert {_where(program, _inside(module, request), error)}"
+        ) from error
+
+
+def _inside(module: nn.Module, request: Request) -> str:
+    """Where the model lies in what trace_named traces."""
+    path = own_path(module)
+    return ".".join(part for part in ("model" if request.contract.kind == "image" else "", path) if part)
+
+
+def _where(program: torch.export.ExportedProgram, inside: str, error: Exception) -> str:
+    """Which operation of the model coremltools stopped at, by the name that its message or its stack has, and why."""
+    text = first_line(error)
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
+    said = [word for word in re.findall(r"\w+", text) if word in nodes] or [n for n in stack_names(error) if n in nodes]
+    if not said:
+        return f"the model: {text}"
+    node = nodes[said[0]]
+    place = place_in(str(node.meta.get("stack_trace") or ""))
+    return f"{operation(node)} in {path_of(node, inside)}{f' ({place})' if place else ''}: {text}"
+
+
+def check_executed_here(program: Program, names: Mapping[str, str]) -> None:
+    """Raises ConversionError on operations that the reference does not execute: nothing could be checked."""
+    unknown = [op for op in program.operations if op.kind not in {*OPERATIONS, "const"}]
+    if unknown:
+        made = [op.outputs[0][0] for op in unknown]
+        own = max((n for n in names if any(name.startswith(n) for name in made)), key=len, default=made[0])
+        kinds = ", ".join(dict.fromkeys(op.kind for op in unknown))
+        raise ConversionError(
+            f"the Core ML program has {kinds} (in {names.get(own, own)}), which the reference here does not "
+            "execute, so nothing could be checked; write that part with other operations"
+        )
 
 
 def _since(deployment: str, first: str) -> bool:

@@ -54,7 +54,8 @@ def float_program(
 
     def trace() -> tuple[torch.export.ExportedProgram, dict[str, str]]:
         tell("tracing the float program")
-        request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
+        said = {"variant": manifest.variant}
+        request = Request("fp32", manifest.input, manifest.outputs, None, said, task=manifest.task)
         module, _ = make_form(rebuild(manifest), request, deployment, layout)
         return trace_named(module, request)
 

@@ -44,8 +44,10 @@ def describe(model: Any, contract: InputContract, metadata: Mapping[str, str]) -
     from dualtoken_deploy import __version__
 
     model.author, model.license, model.version = AUTHOR, LICENSE, __version__
+    own = metadata.get("origin", "variant") in ("variant", "head")
+    name = f"DualToken-ViT {metadata['variant']}" if own else metadata["variant"]
     model.short_description = (
-        f"DualToken-ViT {metadata['variant']}, {metadata.get('head', 'image classification')}; "
+        f"{name}, {metadata.get('head') or metadata.get('task') or 'image classification'}; "
         f"{metadata['precision']}; "
         f"weights: {metadata['weights']}"
     )
@@ -81,7 +83,7 @@ def save(model: Any, package: Path, labels: Sequence[str] | None, texts: Mapping
     if labels is not None:
         add_classifier(spec, labels, PROBABILITIES)
     for output in spec.description.output:
-        output.shortDescription = texts[output.name]
+        output.shortDescription = texts.get(output.name, f"Output {output.name} of the model")
     spec.description.metadata.userDefined.pop(_DATE, None)
     path.write_bytes(spec.SerializeToString(deterministic=True))
     allowed = package.parent.stat().st_mode & 0o777  # what the umask left of the bundle's own folder

@@ -16,11 +16,12 @@ from dualtoken_deploy.deploy.traced import Program, rewrite_program
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.targets.apple.names import name_after_modules
 from dualtoken_deploy.targets.request import Request, Tell, quiet
+from dualtoken_deploy.targets.tracing import Around, own_path
 
 _PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 
 
-class PixelModel(nn.Module):
+class PixelModel(Around):
     """uint8 NHWC RGB -> whatever the model gives."""
 
     def __init__(self, model: nn.Module, request: Request) -> None:
@@ -61,7 +62,7 @@ def make_source(model: nn.Module, request: Request, traced: Iterable[str], tell:
             program, counts = rewrite_program(torch.export.export(module.eval(), (example,)), traced)
     except Exception as error:  # torch.export has no common base for what it raises
         raise ConversionError(f"torch.export cannot trace the model: {first_line(error)}") from error
-    names = name_after_modules(program, image, [output.name for output in request.outputs])
+    names = name_after_modules(program, own_path(module), [output.name for output in request.outputs])
     applied = [name for name, count in {**form.rules, **counts}.items() if count]
     products = [node for node in program.graph.nodes if node.target in _PRODUCTS and len(node.args) > 2]
     biased = frozenset(names[node.name] for node in products if node.args[2] is not None and node.name in names)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +20,9 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
-from dualtoken_deploy.targets.onnx.naming import name_after_modules
+from dualtoken_deploy.targets.onnx.naming import name_after_modules, name_joined
 from dualtoken_deploy.targets.request import Request, Tell, quiet
+from dualtoken_deploy.targets.tracing import own_path, why
 from dualtoken_deploy.tasks.table import get_task
 
 ATTENTION_OPSET = 23  # the first with the Attention operator
@@ -37,6 +40,8 @@ SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_in
 # Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
 FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
 
+
+_OUTPUT = "dualtoken_output_"  # of a graph, until it has its own names
 
 _DIMS: Mapping[str, Any] = MappingProxyType(
     {
@@ -71,9 +76,10 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     module = with_input(form.module, request)
     tell(f"tracing to ONNX opset {opset}")
     exported = trace(module, request, opset)
-    name_after_modules(exported, wrapped=module is not form.module)
+    name_after_modules(exported, inside=own_path(module))
     tell("simplifying")
     simplified = simplify(exported, request)
+    name_joined(simplified)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
     if request.precision == "fp16":
         tell("converting to float16")
@@ -113,7 +119,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         "dynamo": True,
         "opset_version": opset,
         "input_names": [spec.name],
-        "output_names": [o.name for o in request.outputs],
+        "output_names": [f"{_OUTPUT}{place}" for place in range(len(request.outputs))],
         "dynamic_shapes": dynamic,
         "verbose": False,
         "optimize": True,
@@ -123,14 +129,29 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
 
         arguments["custom_translation_table"] = dict(TRANSLATIONS)
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it gave up on
             program = torch.onnx.export(module, (example,), **arguments)
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise ConversionError(f"torch.onnx cannot export the model: {first_line(error)}") from error
+    except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
+        raise ConversionError(f"torch.onnx cannot export {why(error, module)}") from error
     if program is None:
         raise ConversionError("torch.onnx returned no program")
     proto: onnx.ModelProto = program.model_proto
+    name_outputs(proto, [o.name for o in request.outputs])
     return proto
+
+
+def name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Gives the graph's outputs their names, in place. torch.onnx does not see where a value inside has one already: an
+    `embedding` of indices beside an output of that name."""
+    new = {name: f"{name}_inside" for name in names}
+    new |= {output.name: name for output, name in zip(model.graph.output, names, strict=True)}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for place, value in enumerate(values):
+                values[place] = new.get(value, value)
+    for held in (model.graph.value_info, model.graph.initializer, model.graph.output):
+        for one in held:
+            one.name = new.get(one.name, one.name)
 
 
 def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
@@ -197,20 +218,28 @@ def _finish(model: onnx.ModelProto, request: Request) -> None:
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     model.graph.name = request.metadata.get("variant", "model")
+    check_whole(model, "the exported ONNX")
+
+
+def check_whole(model: onnx.ModelProto, what: str) -> None:
+    """Raises ConversionError where onnx's checker does not take the model."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ConversionError(f"the exported ONNX does not check: {first_line(error)}") from error
+        raise ConversionError(f"{what} does not check: {first_line(error)}") from error
 
 
 def run_all(model: onnx.ModelProto, feeds: Mapping[str, numerics.Array]) -> list[numerics.Array]:
-    """Every output of the graph in its order, by ONNX Runtime on the CPU."""
+    """Every output of the graph in its order, by ONNX Runtime on the CPU. Raises ConversionError where it cannot."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    outputs: list[numerics.Array] = session.run(None, dict(feeds))
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        outputs: list[numerics.Array] = session.run(None, dict(feeds))
+    except Exception as error:  # ONNX Runtime's exceptions share no base but this
+        raise ConversionError(f"ONNX Runtime cannot run the exported graph: {first_line(error)}") from error
     return outputs
 
 

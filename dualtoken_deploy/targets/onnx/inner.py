@@ -31,7 +31,9 @@ def float_graph(manifest: Manifest, tell: Tell) -> onnx.ModelProto:
     opset = ATTENTION_OPSET if manifest.precision == "fp32" else DECOMPOSED_OPSET
 
     def trace() -> onnx.ModelProto:
-        request = Request("fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant})
+        request = Request(
+            "fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant}, task=manifest.task
+        )
         return export_onnx(rebuild(manifest), request, DEFAULT_RULES, opset, tell).model
 
     return _GRAPHS.get(manifest, [opset], trace)

@@ -13,19 +13,21 @@ from collections import Counter, defaultdict
 
 import onnx
 
+from dualtoken_deploy.targets.tracing import path_below
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_MADE = re.compile(r"_v_\d+$")  # onnxsim's own names
 _SHORT = {"scaled_dot_product_attention": "attention", "__to_copy": "cast", "_to_copy": "cast"}
-IMAGE_INPUT = "input"
 
 
-def name_after_modules(model: onnx.ModelProto, wrapped: bool) -> None:
+def name_after_modules(model: onnx.ModelProto, inside: str) -> None:
     """Renames nodes and values in place; graph inputs and outputs keep their names.
 
     The value that a module without further modules ends in takes the module's path; others the path and the operation
-    (`stage1.block1/add`), numbered from the second on. `wrapped`: the model is the second module of a sequence whose
-    first prepares the image (`input`).
+    (`stage1.block1/add`), numbered from the second on. `inside`: the path in what was traced at which the model itself
+    lies; what is beside it prepares the image (`input`).
     """
-    operations = [(node, *_origin(node, wrapped)) for node in model.graph.node]
+    operations = [(node, *_origin(node, inside)) for node in model.graph.node]
     by_path: dict[str, set[str]] = defaultdict(set)
     for _, path, operation in operations:
         if path is not None:
@@ -51,17 +53,35 @@ def name_after_modules(model: onnx.ModelProto, wrapped: bool) -> None:
     _rename_weights(model)
 
 
-def _origin(node: onnx.NodeProto, wrapped: bool) -> tuple[str | None, str]:
+def name_joined(model: onnx.ModelProto) -> None:
+    """Names what a simplifier put together, `_v_175` from a node without a name: after what it reads and what it does.
+
+    Runtimes tell by nodes' names which layers they run as integers.
+    """
+    fixed = {v.name for v in (*model.graph.input, *model.graph.output)}
+    taken = {v for node in model.graph.node for v in node.output} | {t.name for t in model.graph.initializer} | fixed
+    names: dict[str, str] = {}
+    for node in model.graph.node:
+        for index, output in enumerate(node.output):
+            if not _MADE.match(output) or output in fixed:
+                continue
+            source = names.get(node.input[0], node.input[0]) if node.input else "constant"
+            name = f"{source}/{node.op_type}" + (f".{index}" if len(node.output) > 1 else "")
+            while name in taken:
+                name += "_2"
+            taken.add(name)
+            names[output] = name
+    _rename(model, names)
+    _rename_weights(model)
+
+
+def _origin(node: onnx.NodeProto, inside: str) -> tuple[str | None, str]:
     """Path of the innermost module and name of the traced operation; None where the exporter left no note."""
     note = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
     if note is None:
         return None, ""
     *scopes, operation = ast.literal_eval(note)
-    path = scopes[-1] if scopes else ""
-    if wrapped:
-        head, _, rest = path.partition(".")
-        path = IMAGE_INPUT if head == "0" else rest
-    return path or "model", operation
+    return path_below(scopes[-1] if scopes else "", inside), operation
 
 
 def _short(operation: str) -> str:

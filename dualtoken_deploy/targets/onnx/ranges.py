@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.numerics import Array
@@ -23,18 +24,29 @@ LEVELS = 128  # of one sign of an int8
 Range = tuple[float, float]
 
 
+def check_method(method: str) -> None:
+    """Raises UsageError where METHODS has no such method."""
+    if method not in METHODS:
+        raise UsageError(f"unknown calibrator {method!r}; valid calibrators: {', '.join(METHODS)}")
+
+
 def collect_ranges(
-    model: onnx.ModelProto, names: Sequence[str], inputs: Array, method: str, tell: Callable[[str], None] | None = None
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    inputs: Array,
+    method: str,
+    tell: Callable[[str], None] | None = None,
+    extremes: Mapping[str, Range] | None = None,
 ) -> dict[str, Range]:
     """(lowest, highest) of each named value over float `inputs` (N, ...), by a method of METHODS.
 
-    Raises UsageError on another method.
+    `extremes`: those of the values, where they are known. Raises UsageError on another method.
     """
-    if method not in METHODS:
-        raise UsageError(f"unknown calibrator {method!r}; valid calibrators: {', '.join(METHODS)}")
-    prober, found = Prober(model, names), _extremes(model, names, inputs, tell)
+    check_method(method)
+    found = dict(extremes or collect_extremes(model, names, {}, inputs, tell)[0])
     if method == "minmax":
         return found
+    prober = Prober(model, names)
     counts = {name: np.zeros(BINS, dtype=np.int64) for name in names}
     for i in range(len(inputs)):
         if tell:
@@ -47,18 +59,28 @@ def collect_ranges(
     return {name: METHODS[method](counts[name], found[name]) for name in names}
 
 
-def _extremes(
-    model: onnx.ModelProto, names: Sequence[str], inputs: Array, tell: Callable[[str], None] | None
-) -> dict[str, Range]:
+def collect_extremes(
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    axes: Mapping[str, int],
+    inputs: Array,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Range], dict[str, tuple[Array, Array]]]:
+    """Lowest and highest of each named value, and of each of its channels where `axes` names their axis."""
     prober = Prober(model, names)
-    low, high = dict.fromkeys(names, np.inf), dict.fromkeys(names, -np.inf)
+    low: dict[str, Array] = {}
+    high: dict[str, Array] = {}
     for i in range(len(inputs)):
         if tell:
             tell(f"calibrating: image {i + 1} of {len(inputs)}")
         for name, value in prober.run(inputs[i : i + 1]).items():
-            low[name] = min(low[name], float(value.min()))
-            high[name] = max(high[name], float(value.max()))
-    return {name: (low[name], high[name]) for name in names}
+            kept = axes[name] % value.ndim if name in axes else None
+            others = tuple(k for k in range(value.ndim) if k != kept)
+            least, most = value.min(others), value.max(others)
+            low[name] = np.minimum(low.get(name, least), least)
+            high[name] = np.maximum(high.get(name, most), most)
+    whole = {name: (float(low[name].min()), float(high[name].max())) for name in names}
+    return whole, {name: (low[name], high[name]) for name in axes if name in low}
 
 
 def percentile_range(counts: Array, bounds: Range) -> Range:
@@ -108,3 +130,34 @@ def _whole(_counts: Array, bounds: Range) -> Range:
 METHODS: Mapping[str, Callable[[Array, Range], Range]] = MappingProxyType(
     {"minmax": _whole, "entropy": entropy_range, "percentile": percentile_range}
 )
+
+
+def cut_by_readers(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges, without what a Relu or a Clip that alone reads a value throws away.
+
+    Integers saturate at the ends of their range, as those operators do, so nothing is lost; a range with the rest in it
+    spends most of its 256 steps on values that count as one (MobileNet's: -20..40 for 0..6).
+    """
+    constants = {t.name: t for t in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {output.name: [] for output in model.graph.output}
+    kept = set(readers)
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def bound(node: onnx.NodeProto, place: int, default: float) -> float:
+        if len(node.input) <= place or not node.input[place]:
+            return default
+        constant = constants.get(node.input[place])
+        return default if constant is None else float(numpy_helper.to_array(constant))
+
+    out = dict(ranges)
+    for name, (low, high) in ranges.items():
+        nodes = readers.get(name, [])
+        if name in kept or len(nodes) != 1 or nodes[0].op_type not in ("Relu", "Clip") or nodes[0].input[0] != name:
+            continue
+        least = 0.0 if nodes[0].op_type == "Relu" else bound(nodes[0], 1, -np.inf)
+        most = np.inf if nodes[0].op_type == "Relu" else bound(nodes[0], 2, np.inf)
+        if max(low, least) < min(high, most):
+            out[name] = max(low, least), min(high, most)
+    return out

@@ -29,16 +29,15 @@ def attention_over_tokens(model: onnx.ModelProto) -> int:
     for node in [n for n in model.graph.node if n.op_type == "Attention"]:
         splits = [graph.source(graph.source(name, "Transpose"), "Reshape") for name in node.input[:3]]
         joined = graph.only_reader(graph.only_reader(node, "Transpose"), "Reshape")
-        shapes = [None if s is None else graph.constant(s.input[1]) for s in splits]
-        if joined is None or len(node.input) != 3 or any(s is None or s.size != 4 for s in shapes):
+        shapes = [graph.heads_of(split) for split in splits]
+        if joined is None or len(node.input) != 3 or any(shape is None for shape in shapes):
             continue
         for place, (split, shape) in enumerate(zip(splits, shapes, strict=True)):
             assert split is not None  # noqa: S101 (for the type checker)
             assert shape is not None  # noqa: S101
             node.input[place] = graph.reshape(split.input[0], [*shape[:2], shape[2] * shape[3]], before=node)
-        heads = int(shapes[0][2])  # type: ignore[index]
-        node.attribute.append(helper.make_attribute("q_num_heads", heads))
-        node.attribute.append(helper.make_attribute("kv_num_heads", heads))
+        node.attribute.append(helper.make_attribute("q_num_heads", shapes[0][2]))  # type: ignore[index]
+        node.attribute.append(helper.make_attribute("kv_num_heads", shapes[1][2]))  # type: ignore[index]
         node.output[0] = joined.output[0]
         model.graph.node.remove(joined)
         graph = _Graph(model)
@@ -100,7 +99,7 @@ def _is_rowwise(node: onnx.NodeProto, graph: _Graph, tokens: set[str]) -> bool:
 def _flatten(node: onnx.NodeProto, graph: _Graph) -> None:
     """Makes an operator over (1, N, C) one over (N, C)."""
     if node.op_type == "Reshape":
-        node.input[1] = graph.add(graph.shapes[node.output[0]], f"{node.output[0]}/shape")
+        node.input[1] = graph.add(graph.shapes[node.output[0]], f"{node.output[0]}/rows/shape")
         return
     if node.op_type == "ReduceMean":  # (N, C) -> (1, C), whether its dimension was kept in (1, 1, C) or not in (1, C)
         node.input[1] = graph.add([0], f"{node.output[0]}/axes")
@@ -150,6 +149,15 @@ class _Graph:
 
     def constant(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
         return numpy_helper.to_array(self.weights[name]) if name in self.weights else None
+
+    def heads_of(self, split: onnx.NodeProto | None) -> list[int] | None:
+        """(B, N, heads, d) of a Reshape to a constant shape of that rank, B or N perhaps open; None of another one."""
+        shape = None if split is None else self.constant(split.input[1])
+        if split is None or shape is None or shape.size != 4:
+            return None
+        known = self.shapes.get(split.output[0], [])
+        sides = [int(side) for side in (known if len(known) == 4 and all(known) else shape)]
+        return sides if min(sides[2:]) > 0 else None
 
     def attribute(self, node: onnx.NodeProto, name: str, default: object) -> object:
         return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)

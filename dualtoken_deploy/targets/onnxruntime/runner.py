@@ -21,6 +21,10 @@ from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOp
 # What its graph transformers and its profiler append to a node's name.
 _ADDED = re.compile(r"(/MatMulAddFusion|_token_\d+|_nchwc|/QDQ)*_kernel_time$")
 
+# Whose pairs run as they stand: onnxruntime 1.31 moves a DequantizeLinear of float8 behind operators that have none,
+# and joins one of int4 with its product to a kernel that rounds the activations to int8 too.
+PLAIN_PAIRS = ("fp8", "int4")
+
 IN_FLIGHT = 2  # asynchronous runs at a time
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -32,13 +36,13 @@ def load(bundle: Bundle, options: RunnerOptions) -> OnnxRuntimeRunner:
     # its asynchronous runs go to the pool of threads, which a session of one thread does not have
     pooled = (options.threads or os.cpu_count() or 1) > 1
     kind = PooledOnnxRuntimeRunner if pooled else OnnxRuntimeRunner
-    return kind(bundle.path / "model.onnx", *specs, options, rounds=bundle.manifest.precision == "bf16")
+    return kind(bundle.path / "model.onnx", *specs, options, bundle.manifest.precision)
 
 
 class OnnxRuntimeRunner(Bordered):
     """One inference session. Needs no `with`, but gives its memory back on leaving one.
 
-    `rounds`: the file is typed bfloat16, for which ONNX Runtime has no kernels; float32 ones run and round.
+    `precision`: in bf16 the file is typed bfloat16, for which ONNX Runtime has no kernels; float32 ones run and round.
     """
 
     def __init__(
@@ -47,14 +51,16 @@ class OnnxRuntimeRunner(Bordered):
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         options: RunnerOptions,
-        rounds: bool = False,
+        precision: str = "fp32",
     ) -> None:
         self._path, self._inputs, self._outputs = path, inputs, outputs
         self._provider = _provider(options.device)
         self._options = options
+        rounds = precision == "bf16"
         self._source: str | bytes = _rounding(path) if rounds else str(path)
+        self._plain = precision in PLAIN_PAIRS
         self.engine = "ONNX Runtime in float32, rounded to bfloat16 behind every operator" if rounds else None
-        self._session = _session(path, self._source, self._provider, options)
+        self._session = self._open()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -71,10 +77,13 @@ class OnnxRuntimeRunner(Bordered):
 
         feed = {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs}
         with tempfile.TemporaryDirectory() as folder:
-            session = _session(self._path, self._source, self._provider, self._options, Path(folder) / "run")
+            session = self._open(Path(folder) / "run")
             session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _execution(events)
+
+    def _open(self, profile: Path | None = None) -> Any:
+        return _session(self._path, self._source, self._provider, self._options, self._plain, profile)
 
 
 class PooledOnnxRuntimeRunner(OnnxRuntimeRunner):
@@ -123,13 +132,15 @@ def _rounding(path: Path) -> bytes:
 
 
 def _session(
-    path: Path, source: str | bytes, provider: str, options: RunnerOptions, profile: Path | None = None
+    path: Path, source: str | bytes, provider: str, options: RunnerOptions, plain: bool, profile: Path | None
 ) -> Any:
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors only: warnings go to stderr among our own lines
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if plain:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if options.threads:
         settings.intra_op_num_threads = options.threads
     if profile is not None:

@@ -14,9 +14,10 @@ from torch import nn
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, missing_extra
-from dualtoken_deploy.targets.onnx.export import default_opset, export_onnx
+from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, default_opset, export_onnx
 from dualtoken_deploy.targets.openvino.ir import save_ir
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
+from dualtoken_deploy.targets.tracing import is_foreign
 
 HALF = ("fp16", "bf16")
 RULES = (*DEFAULT_RULES, "pool_by_convolution")  # docs/decisions/003-rules-per-target.md
@@ -29,7 +30,9 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     except ImportError as error:
         raise missing_extra("openvino", "exporting to OpenVINO") from error
     source = replace(request, precision="fp32")
-    exported = export_onnx(model, source, RULES, request.opset or default_opset(request), tell)
+    # OpenVINO 2026.4 reads opset 23's Attention, and not all that opsets from 22 on changed: AveragePool
+    opset = DECOMPOSED_OPSET if is_foreign(model) else default_opset(request)
+    exported = export_onnx(model, source, RULES, request.opset or opset, tell)
     tell("converting to OpenVINO IR")
     try:
         converted = ov.Core().read_model(exported.model.SerializeToString())

@@ -25,7 +25,7 @@ OPSET = DECOMPOSED_OPSET
 
 PRODUCTS = ("MatMul", "Conv", "Gemm")
 
-FLOAT16_PRECISIONS = ("fp16", "int8")  # int8 is Q/DQ around float16
+FLOAT16_PRECISIONS = ("fp16", "int8", "fp8", "int4")  # the narrow ones are Q/DQ around float16
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:

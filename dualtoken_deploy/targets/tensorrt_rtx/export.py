@@ -27,8 +27,9 @@ from dualtoken_deploy.targets.tensorrt_rtx.compile import (
 )
 
 RULES = DEFAULT_RULES
-# Attention in its parts, which the builder fuses by itself. Convolutions and pooling have bfloat16 from opset 22 on.
-OPSETS = {"bf16": 22}
+# Attention in its parts, which the builder fuses by itself. Convolutions and pooling have bfloat16 from opset 22 on,
+# DequantizeLinear has INT4 and blocks from 21 on.
+OPSETS = {"bf16": 22, "int4": 21}
 
 
 def check(precision: str, opset: int | None, settings: Mapping[str, str]) -> None:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dualtoken_deploy.targets.coreml.mil.ops import compression, pointwise, products, reductions, resizing, shapes
+from dualtoken_deploy.targets.coreml.mil.ops import (
+    activations,
+    compression,
+    pointwise,
+    products,
+    reductions,
+    resizing,
+    shapes,
+)
 
 __all__ = ["OPERATIONS", "Implementation"]
 
@@ -25,7 +33,7 @@ def _rows() -> dict[str, Implementation]:
         *(getattr(shapes, n) for n in (
             "identity", "transpose", "reshape", "expand_dims", "squeeze", "concat", "stack", "split", "slice_by_index",
             "slice_by_size", "tile", "pad", "fill_like",
-            "gather", "cast",
+            "gather", "gather_along_axis", "gather_nd", "cast", "reverse", "slice_update",
             "pixel_unshuffle", "pixel_shuffle",
         )),
         *(getattr(compression, n) for n in (
@@ -34,15 +42,23 @@ def _rows() -> dict[str, Implementation]:
         )),
         pointwise.gelu,
         pointwise.select,
+        pointwise.logical_not,
         resizing.upsample_nearest_neighbor,
         resizing.reduce_argmax,
+        resizing.reduce_argmin,
     ]  # fmt: skip
     wide = [
-        *(getattr(products, n) for n in ("linear", "matmul", "conv", "scaled_dot_product_attention")),
+        *(getattr(products, n) for n in ("linear", "matmul", "conv", "conv_transpose", "scaled_dot_product_attention")),
         *(getattr(reductions, n) for n in (
             "softmax", "layer_norm", "batch_norm", "instance_norm", "max_pool", "avg_pool",
         )),
         *(getattr(pointwise, n) for n in ("clip", "leaky_relu", "rsqrt", "inverse", "log")),
+        *(getattr(activations, n) for n in (
+            "clamped_relu", "elu", "linear_activation", "prelu", "scaled_tanh", "sigmoid_hard", "softplus",
+            "softplus_parametric", "thresholded_relu",
+        )),
+        shapes.cumsum,
+        resizing.resize_bilinear,
         resizing.upsample_bilinear,
         *(getattr(compression, n) for n in ("quantize", "dequantize", "classify")),
     ]  # fmt: skip

@@ -76,10 +76,15 @@ GELU_MODES: dict[str, Function] = {
 # Each takes and gives float32 or float64.
 UNARY: dict[str, Function] = {
     "abs": np.abs,
+    "acos": np.arccos,
+    "asin": np.arcsin,
+    "atan": np.arctan,
     "ceil": np.ceil,
     "cos": np.cos,
+    "cosh": np.cosh,
     "erf": erf_of,
     "exp": np.exp,
+    "exp2": np.exp2,
     "floor": np.floor,
     "relu": lambda x: np.maximum(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
@@ -88,6 +93,7 @@ UNARY: dict[str, Function] = {
     "sign": np.sign,
     "silu": lambda x: x * _sigmoid(x),
     "sin": np.sin,
+    "sinh": np.sinh,
     "softsign": lambda x: x / (1 + np.abs(x)),
     "sqrt": np.sqrt,
     "square": lambda x: x * x,
@@ -157,8 +163,13 @@ def log(x: Array, epsilon: Array | float = 1e-45) -> Array:
 # add, sub, mul, ... of x and y, with numpy's broadcasting, which is MIL's.
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": np.add,
+    "floor_div": np.floor_divide,
+    "logical_and": np.logical_and,
+    "logical_or": np.logical_or,
+    "logical_xor": np.logical_xor,
     "maximum": np.maximum,
     "minimum": np.minimum,
+    "mod": np.mod,
     "mul": np.multiply,
     "pow": np.power,
     "real_div": np.true_divide,
@@ -185,3 +196,7 @@ def binary(name: str) -> Callable[..., Array]:
 
 def select(cond: Array, a: Array, b: Array) -> Array:
     return np.where(cond, a, b)
+
+
+def logical_not(x: Array) -> Array:
+    return np.logical_not(x)

@@ -65,6 +65,48 @@ def conv(
     return out if bias is None else out + bias.reshape(-1, *(1,) * rank)
 
 
+def conv_transpose(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    pad: Array | None = None,
+    output_shape: Array | None = None,
+    pad_type: str = "valid",
+    strides: Array | None = None,
+    dilations: Array | None = None,
+    groups: Array | int = 1,
+) -> Array:
+    """Every input element adds the kernel, scaled, to its place of the output. (N, C, *D), weight (C, C'/groups, *K).
+
+    Raises ValueError on another padding than "valid" and "custom".
+    """
+    if pad_type not in ("valid", "custom"):
+        raise ValueError(f"pad_type {pad_type!r} of a transposed convolution")
+    rank, count = x.ndim - 2, int(groups)
+    kernel, stride, dilation = weight.shape[2:], sizes(strides, rank), sizes(dilations, rank)
+    whole = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(x.shape[2:], stride, dilation, kernel, strict=True)]
+    pads = padding(pad_type, pad, whole, kernel, stride)
+    wanted = [n - a - b for n, (a, b) in zip(whole, pads, strict=True)]
+    if output_shape is not None:
+        wanted = [int(n) for n in output_shape[-rank:]]
+    room = [max(n, a + w) for n, (a, _), w in zip(whole, pads, wanted, strict=True)]
+    inputs = x.reshape(x.shape[0], count, x.shape[1] // count, -1)  # (N, groups, C/groups, positions)
+    kernels = weight.reshape(count, x.shape[1] // count, weight.shape[1], *kernel)
+    out = np.zeros((x.shape[0], count * weight.shape[1], *room), x.dtype)
+    flat = kernels.reshape(*kernels.shape[:3], -1)
+    for number, element in enumerate(product(*(range(k) for k in kernel))):
+        taps = flat[..., number].transpose(0, 2, 1)
+        found = np.matmul(taps, inputs).reshape(x.shape[0], -1, *x.shape[2:])
+        cuts = [
+            slice(e * d, e * d + (n - 1) * s + 1, s)
+            for e, d, n, s in zip(element, dilation, x.shape[2:], stride, strict=True)
+        ]
+        out[(slice(None), slice(None), *cuts)] += found
+    kept = [slice(a, a + w) for (a, _), w in zip(pads, wanted, strict=True)]
+    out = out[(slice(None), slice(None), *kept)]
+    return out if bias is None else out + bias.reshape(-1, *(1,) * rank)
+
+
 class _Shifts:
     """The view of a padded map that one kernel element reads: every stride-th element from its offset on."""
 

@@ -14,7 +14,20 @@ import numpy as np
 from dualtoken_deploy.targets.coreml.mil.ops.windows import padding, sizes
 from dualtoken_deploy.targets.runner import Array
 
+
+def _log_sum_exp(x: Array, axis: tuple[int, ...] | None, keepdims: bool) -> Array:
+    """ln sum e^x, with the largest taken out first."""
+    top = x.max(axis=axis, keepdims=True)
+    out: Array = np.log(np.exp(x - top).sum(axis=axis, keepdims=True)) + top
+    return out if keepdims else np.squeeze(out, axis)
+
+
 REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "reduce_l1_norm": lambda x, axis, keepdims: np.abs(x).sum(axis=axis, keepdims=keepdims),
+    "reduce_l2_norm": lambda x, axis, keepdims: np.sqrt((x * x).sum(axis=axis, keepdims=keepdims)),
+    "reduce_log_sum": lambda x, axis, keepdims: np.log(x.sum(axis=axis, keepdims=keepdims)),
+    "reduce_log_sum_exp": _log_sum_exp,
+    "reduce_sum_square": lambda x, axis, keepdims: (x * x).sum(axis=axis, keepdims=keepdims),
     "reduce_max": np.max,
     "reduce_mean": np.mean,
     "reduce_min": np.min,

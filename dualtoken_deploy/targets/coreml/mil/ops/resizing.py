@@ -37,6 +37,36 @@ def upsample_bilinear(
     return out
 
 
+def resize_bilinear(
+    x: Array,
+    target_size_height: Array | int = 1,
+    target_size_width: Array | int = 1,
+    sampling_mode: str = "DEFAULT",
+) -> Array:
+    """Linear between the samples of the two last axes, at the places of a mode. Raises ValueError on another mode."""
+    rows, columns = (
+        _weights(size, _sampled(size, int(count), sampling_mode)).astype(x.dtype)
+        for size, count in zip(x.shape[-2:], (target_size_height, target_size_width), strict=True)
+    )
+    out: Array = rows @ x @ columns.T
+    return out
+
+
+def _sampled(size: int, count: int, mode: str) -> Array:
+    """Where `count` outputs read an axis of `size` inputs."""
+    at = np.arange(count)
+    if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
+        middle = (size - 1) / 2 if mode == "ALIGN_CORNERS" else 0.0
+        return at * ((size - 1) / (count - 1)) if count > 1 else np.array([middle])
+    if mode == "DEFAULT":
+        return at * (size / count)
+    if mode == "OFFSET_CORNERS":
+        return (at + 0.5) * (max(1, size - 1) / count)
+    if mode == "UNALIGN_CORNERS":
+        return (at + 0.5) * (size / count) - 0.5
+    raise ValueError(f"sampling_mode {mode!r}")
+
+
 def reduce_argmax(x: Array, axis: Array | int = -1, keep_dims: Array | bool = False, output_dtype: str = "") -> Array:
     """Where the largest element lies, the first of equal ones."""
     out: Array = x.argmax(axis=int(axis), keepdims=bool(keep_dims)).astype(output_dtype or np.int32)
@@ -54,6 +84,17 @@ def _linear(size: int, count: int, align_corners: bool, centred: bool) -> Array:
         at = np.arange(count) * ((size - 1) / max(count - 1, 1))
     else:
         at = np.arange(count) * (size / count) + (0.5 * size / count - 0.5 if centred else 0.0)
+    return _weights(size, at)
+
+
+def _weights(size: int, at: Array) -> Array:
+    """The weights (count, size) of the samples on either side of each place, which is within the axis at least."""
     at = np.clip(at, 0, size - 1)
     weights: Array = np.clip(1 - np.abs(at[:, None] - np.arange(size)), 0, None)
     return weights
+
+
+def reduce_argmin(x: Array, axis: Array | int = -1, keep_dims: Array | bool = False, output_dtype: str = "") -> Array:
+    """Where the smallest element lies, the first of equal ones."""
+    out: Array = x.argmin(axis=int(axis), keepdims=bool(keep_dims)).astype(output_dtype or np.int32)
+    return out

@@ -82,14 +82,42 @@ def slice_by_index(
     squeeze_mask: Array | None = None,
 ) -> Array:
     """x[begin:end:stride] on each axis; a mask ignores a begin or an end, or takes the one element at begin."""
+    return x[_cuts(x.ndim, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+
+
+def slice_update(
+    x: Array,
+    update: Array,
+    begin: Array,
+    end: Array,
+    stride: Array | None = None,
+    begin_mask: Array | None = None,
+    end_mask: Array | None = None,
+    squeeze_mask: Array | None = None,
+) -> Array:
+    """x with `update` where slice_by_index would read."""
+    out = x.copy()
+    out[_cuts(x.ndim, begin, end, stride, begin_mask, end_mask, squeeze_mask)] = update
+    return out
+
+
+def _cuts(
+    rank: int,
+    begin: Array,
+    end: Array,
+    stride: Array | None,
+    begin_mask: Array | None,
+    end_mask: Array | None,
+    squeeze_mask: Array | None,
+) -> tuple[slice | int, ...]:
     cuts: list[slice | int] = []
-    for axis in range(x.ndim):
+    for axis in range(rank):
         step = 1 if stride is None else int(stride[axis])
         first = None if begin_mask is not None and begin_mask[axis] else int(begin[axis])
         last = None if end_mask is not None and end_mask[axis] else int(end[axis])
         single = squeeze_mask is not None and bool(squeeze_mask[axis])
         cuts.append((first or 0) if single else slice(first, last, step))
-    return x[tuple(cuts)]
+    return tuple(cuts)
 
 
 def slice_by_size(x: Array, begin: Array, size: Array) -> Array:
@@ -151,3 +179,41 @@ def cast(x: Array, dtype: str) -> Array:
         raise ValueError(f"cast to {dtype!r}")
     with np.errstate(over="ignore", invalid="ignore"):
         return x.astype(CASTS[dtype])
+
+
+def gather_along_axis(
+    x: Array,
+    indices: Array,
+    axis: Array | int = 0,
+    validate_indices: Array | bool = False,  # noqa: ARG001 (numpy always validates)
+) -> Array:
+    """out[..., i, ...] = x[..., indices[..., i, ...], ...] along `axis`, in the shape of `indices`."""
+    return np.take_along_axis(x, indices.astype(np.int64), axis=int(axis))
+
+
+def gather_nd(
+    x: Array,
+    indices: Array,
+    batch_dims: Array | int = 0,
+    validate_indices: Array | bool = False,  # noqa: ARG001 (numpy always validates)
+) -> Array:
+    """x at the places that the last axis of `indices` names. Raises ValueError with batch_dims."""
+    if int(batch_dims):
+        raise ValueError("gather_nd with batch_dims is not executed here")
+    out: Array = x[tuple(np.moveaxis(indices.astype(np.int64), -1, 0))]
+    return out
+
+
+def reverse(x: Array, axes: Array | None = None) -> Array:
+    """Back to front along `axes`, all unless given."""
+    return np.flip(x, None if axes is None else tuple(int(a) for a in axes))
+
+
+def cumsum(x: Array, axis: Array | int = 0, exclusive: Array | bool = False, reverse: Array | bool = False) -> Array:
+    """Sums of the elements up to each along `axis`, without it if `exclusive`; from the end if `reverse`."""
+    at = int(axis)
+    ordered = np.flip(x, at) if reverse else x
+    sums = np.cumsum(ordered, axis=at, dtype=x.dtype)
+    sums = sums - ordered if exclusive else sums
+    out: Array = np.flip(sums, at) if reverse else sums
+    return out

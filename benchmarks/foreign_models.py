@@ -1,0 +1,135 @@
+"""Models that nobody here wrote through the targets: the table of docs/foreign-models.md.
+
+    nice -n 10 python benchmarks/foreign_models.py --output foreign.json
+    python benchmarks/foreign_models.py --output foreign.json --table
+
+A process a cell; what is in the output file already is not made again. int8 is calibrated on the built-in photographs
+and searched until SQNR is INT8_SQNR_DB on those that calibration did not see: with random weights a top-1 is a coin's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CELLS = (
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+    ("openvino", "fp32"),
+    ("coreml", "fp16"),
+    ("tensorrt", "fp16"),
+)
+INT8_SQNR_DB = 20.0
+ENOUGH_DB = 30.0  # metric sqnr counts the dB below this as points
+SECONDS = 900  # a cell's limit
+
+
+def measure(name: str, target: str, precision: str) -> dict[str, Any]:
+    """Exports one model and says how near its saved files are to eager on the built-in photographs, or why not."""
+    sys.path.insert(0, str(HERE))
+    from foreign_zoo import ZOO
+
+    from dualtoken_deploy import export
+    from dualtoken_deploy.errors import DualTokenError
+    from dualtoken_deploy.quantize.gate import Int8Options
+
+    row, start = ZOO[name], time.perf_counter()
+    int8 = None
+    if precision == "int8":
+        int8 = Int8Options("photographs", 100, metric="sqnr", max_drop=ENOUGH_DB - INT8_SQNR_DB)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = export(
+                f"{HERE / 'foreign_zoo.py'}:{name}", target, precision, task=row.task, image_size=row.size,
+                output_names=row.output_names, output=Path(folder) / "bundle", int8=int8,
+            )  # fmt: skip
+        except DualTokenError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return {
+        "sqnr_db": found.sqnr_db,
+        "agreement": found.top1_agreement,
+        "int8_mac_share": found.int8_mac_share,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _cell(name: str, target: str, precision: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--cell", name, target, precision]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {SECONDS} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def run(output: Path, names: list[str]) -> None:
+    """Every cell that is not in the file, written to it one by one."""
+    done: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
+    for name in names:
+        for target, precision in CELLS:
+            key = f"{name} {target} {precision}"
+            if key not in done:
+                done[key] = _cell(name, target, precision)
+                print(key, done[key], file=sys.stderr, flush=True)
+                output.write_text(json.dumps(done, indent=1) + "\n")
+
+
+def table(done: dict[str, Any]) -> str:
+    """Markdown: a row a model, a cell SQNR in dB with what agrees, and below it why the others are not there."""
+    sys.path.insert(0, str(HERE))
+    from foreign_zoo import ZOO
+
+    lines = [
+        "| model | what it is | task | " + " | ".join(f"{t} {p}" for t, p in CELLS) + " |",
+        "| --- | --- | --- | " + " | ".join("--:" for _ in CELLS) + " |",
+    ]
+    reasons = []
+    for name, row in ZOO.items():
+        cells = []
+        for target, precision in CELLS:
+            found = done.get(f"{name} {target} {precision}")
+            if found is None:
+                cells.append("")
+            elif "error" in found:
+                reasons.append(f"- {name}, {target} {precision}: {found['error']}")
+                cells.append("no")
+            else:
+                agreed = "" if found["agreement"] is None else f", {100 * found['agreement']:.0f} %"
+                share = f", {100 * found['int8_mac_share']:.0f} % of MACs" if precision == "int8" else ""
+                cells.append(f"{found['sqnr_db']:.0f} dB{agreed}{share}")
+        if any(cells):
+            lines.append(f"| {name} | {row.kind} | {row.task} | " + " | ".join(cells) + " |")
+    works = sum("error" not in found for found in done.values())
+    return "\n".join([*lines, "", f"{works} of {len(done)} cells work.", "", *reasons])
+
+
+def main() -> None:
+    sys.path.insert(0, str(HERE))
+    from foreign_zoo import ZOO
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("foreign.json"))
+    parser.add_argument("--models", nargs="*", default=list(ZOO))
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--cell", nargs=3)
+    given = parser.parse_args()
+    if given.cell:
+        print(json.dumps(measure(*given.cell)))
+    elif given.table:
+        print(table(json.loads(given.output.read_text())))
+    else:
+        run(given.output, given.models)
+
+
+if __name__ == "__main__":
+    main()
