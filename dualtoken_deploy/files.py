@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from dualtoken_deploy.errors import DualTokenError, OutputError
+from dualtoken_deploy.staging import staged_file
 
 
 def cache_folder() -> Path:
@@ -74,17 +74,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], library_error:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with staged_file(path) as temporary:
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, library_error) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {path}: {reason}; the file that was there is unchanged") from error

@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +29,7 @@ from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.trust import remember
 from dualtoken_deploy.errors import BundleError, InputError, OutputError, UsageError
 from dualtoken_deploy.files import is_folder, read_bytes
+from dualtoken_deploy.staging import clear_abandoned, staged_folder, swap
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
 ARTIFACT, SIGNATURE = "model.", "model.sig"  # what every artifact's name begins with, and what signs it from beside
@@ -162,33 +161,26 @@ def new_folder(output: Path, force: bool = False) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))
     made: list[Path] = []
+    clear_abandoned(output)  # first: it may give back what a killed process had put aside
     try:
         _check_free(output, force)
         made = [parent for parent in output.parents if not parent.exists()]  # the innermost first
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        staging = staged_folder(output)
+        temporary = staging.__enter__()
     except OSError as error:
         _remove_empty(made)
         raise OutputError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private; a bundle is to be read by others
-        yield temporary
-        _check_free(output, force)  # again: an export takes long enough for another to have made it
-        _swap(temporary, output)
+        with ExitStack() as stack:
+            stack.push(staging)
+            yield temporary
+            _check_free(output, force)  # again: an export takes long enough for another to have made it
+            swap(temporary, output)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror or error}; nothing was left there") from error
     finally:
-        _remove(temporary)
         _remove_empty(made)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a temporary folder, to the end even where Ctrl-C is pressed again meanwhile."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -216,23 +208,6 @@ def _looks_like_a_bundle(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and {"schema_version", "target", "files"} <= data.keys()
-
-
-def _swap(new: Path, output: Path) -> None:
-    """Renames `new` to `output`; what was there is put aside first and put back should the rename fail."""
-    if not output.exists():
-        new.rename(output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    try:
-        output.rename(aside / output.name)
-        new.rename(output)
-    except BaseException:  # Ctrl-C between the two renames would otherwise lose what was there
-        if (aside / output.name).exists() and not output.exists():
-            (aside / output.name).rename(output)
-        raise
-    finally:
-        _remove(aside)
 
 
 def sha256(path: Path) -> str:

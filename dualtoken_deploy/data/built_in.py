@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import OutputError, missing_extra
 from dualtoken_deploy.files import cache_folder
+from dualtoken_deploy.staging import staged_folder
 
 Picture = tuple[str, str, NDArray[np.uint8]]  # part, class, pixels: grey (H, W) or RGB (H, W, 3)
 
@@ -35,18 +34,12 @@ def built_in_folder(name: str) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        _write(temporary, make())
-        temporary.chmod(0o755)
-        temporary.rename(folder)
+        with staged_folder(folder) as temporary:
+            _write(temporary, make())
+            temporary.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster, and made the same
             raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -86,8 +86,9 @@ def save(model: Any, package: Path, labels: Sequence[str] | None, texts: Mapping
         output.shortDescription = texts.get(output.name, f"Output {output.name} of the model")
     spec.description.metadata.userDefined.pop(_DATE, None)
     path.write_bytes(spec.SerializeToString(deterministic=True))
+    allowed = package.parent.stat().st_mode & 0o777  # what the umask left of the bundle's own folder
     for made in (package, *package.rglob("*")):  # coremltools leaves some of them private
-        made.chmod(0o755 if made.is_dir() else 0o644)
+        made.chmod(allowed if made.is_dir() else allowed & 0o666)
     _name_items(package / "Manifest.json")
 
 
