@@ -34,9 +34,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sdist_has_every_file_that_git_keeps(unpacked: Path) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("this tree is no clone, so there is no list of what belongs to it")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = found.stdout.split("\n")
     lacking = [name for name in listed if name and (ROOT / name).exists() and not (unpacked / name).exists()]
     assert lacking == []
 
@@ -46,11 +45,10 @@ def test_the_sdist_runs_its_own_tests(unpacked: Path) -> None:
     code = (
         "import sys, pathlib, pytest, dualtoken_deploy\n"
         "assert pathlib.Path(dualtoken_deploy.__file__).is_relative_to(pathlib.Path.cwd()), dualtoken_deploy.__file__\n"
-        "sys.exit(pytest.main(['tests/test_manifest.py', '-q', '-k', 'schema_1_reads or blocks_say', '-p', 'no:xdist']))"
+        "sys.exit(pytest.main(['tests/test_manifest.py', '-q', '-k', 'schema_1_reads or blocks_say']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout) or "." in done.stdout
 
 
 def pins(path: Path) -> dict[str, str]:
