@@ -21,7 +21,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "build", "dist", "*.egg-info", ".*_cache")
     )
-    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, copy]
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (archive,) = folder.glob("*.tar.gz")
