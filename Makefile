@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test fuzz demo clean
+.PHONY: install lock check test fuzz demo clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[all,dev]'
 	touch $@
+
+# The same versions with the hash of every file, for pip install --require-hashes -r constraints-hashed.txt. Where
+# torch's CPU build comes from another place than PyPI, LOCK_ARGS names it: the committed one is of
+# https://download.pytorch.org/whl/cpu or a copy of its files.
+lock: install
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra all --extra dev --constraint constraints.txt \
+	  --python-version 3.11 --generate-hashes --custom-compile-command 'make lock' $(LOCK_ARGS) \
+	  --output-file constraints-hashed.txt
 
 check: install
 	$(BIN)/ruff check .
