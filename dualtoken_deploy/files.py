@@ -3,11 +3,68 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dualtoken_deploy.errors import OutputError
+from dualtoken_deploy.errors import DualTokenError, OutputError
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it can make again: $DUALTOKEN_CACHE, else ~/.cache/dualtoken (XDG).
+
+    Raises OutputError where the user has no home folder.
+    """
+    if own := os.environ.get("DUALTOKEN_CACHE"):
+        return Path(own)
+    return user_cache() / "dualtoken"
+
+
+def user_cache() -> Path:
+    """The folder of all programs' caches (XDG). Raises OutputError where the user has no home folder."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OutputError("this user has no home folder for a cache; set XDG_CACHE_HOME to a folder") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Path.is_dir, and False for what cannot be looked at: too long a name, a folder above that nobody may enter."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file, and False for what cannot be looked at."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_bytes(path: Path, limit: int, kind: type[DualTokenError], mend: str) -> bytes:
+    """All of a regular file of at most `limit` bytes: no pipe is waited for and no device read.
+
+    Raises `kind` with `mend` at the end of its message.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise kind(f"{path} is no regular file; {mend}")
+            data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise kind(f"{path} cannot be read (no such file); {mend}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise kind(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {mend}") from error
+    if len(data) > limit:
+        raise kind(f"{path} has more than {limit >> 20} MiB, which is no such file of ours; {mend}")
+    return data
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], library_error: type[Exception] = OSError) -> None:

@@ -109,7 +109,7 @@ def test_threads_are_set_for_every_pool(monkeypatch: pytest.MonkeyPatch) -> None
 def test_noise_on_stdout_does_not_break_the_protocol() -> None:
     code = """
     import os, subprocess, sys
-    from dualtoken_deploy import bench_worker
+    from dualtoken_deploy.bench import worker as bench_worker
     quiet = bench_worker.product_operands
     def noisy(*args):
         print("a library says hello", flush=True)

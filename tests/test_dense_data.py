@@ -230,9 +230,9 @@ def test_a_folder_of_label_maps(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda d: (d / "val/masks/1.png").unlink(), r"1 of 2 pictures have no label map, first: no file .*1\.png"),
-        (lambda d: (d / "labels.txt").unlink(), r"no .*labels\.txt; write the class names"),
+        (lambda d: (d / "labels.txt").unlink(), r"labels\.txt cannot be read .*; write the class names"),
         (lambda d: (d / "labels.txt").write_text("one\n"), "names 1 classes"),
-        (lambda d: (d / "labels.txt").write_text("one\n\ntwo\n"), "no name in line 2"),
+        (lambda d: (d / "labels.txt").write_text("one\n\ntwo\n"), "line 2 has no name"),
         (lambda d: Image.new("L", (5, 4)).save(d / "val/masks/1.png"), r"has 4 x 5 pixels .*, its picture .* 4 x 6"),
         (lambda d: Image.new("L", (6, 4), 3).save(d / "val/masks/1.png"), r"the index 3, but labels\.txt names 3"),
         (lambda d: Image.new("RGB", (6, 4)).save(d / "val/masks/1.png"), "a PNG of mode RGB; a label map is indexed"),

@@ -27,6 +27,9 @@ from tests.numerics import assert_close
 
 MODEL = "model.tflite"
 
+# the converter's environment, 2 GB, may have to be made by the first of them
+pytestmark = pytest.mark.timeout(1500)
+
 
 @pytest.fixture(scope="session")
 def made(small_bundle: Callable[..., Path], litert_converter: Path) -> Callable[..., Bundle]:

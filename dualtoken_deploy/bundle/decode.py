@@ -8,28 +8,39 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dualtoken_deploy.errors import BundleError
+from dualtoken_deploy.errors import BundleError, InputError
 
 T = TypeVar("T")
 
 
-def decode(data: object, kind: type[T], what: str) -> T:
+def decode(
+    data: object,
+    kind: type[T],
+    what: str,
+    error: type[InputError] = BundleError,
+    mend: str = "export the bundle again",
+) -> T:
     """`data` (dicts, lists, numbers, text) as a dataclass; fields that the class does not know are left out.
 
-    Raises BundleError, which names `what` and the field, where one is missing or of another type.
+    Raises `error`, which names `what`, the field and how to mend it, where one is missing or of another type.
     """
     try:
         return msgspec.convert(data, kind)
-    except (msgspec.MsgspecError, RecursionError, OverflowError) as error:
-        raise BundleError(f"{what} cannot be read ({error}); export the bundle again") from error
+    except (msgspec.MsgspecError, RecursionError, OverflowError) as reason:
+        raise error(f"{what} cannot be read ({reason}); {mend}") from reason
 
 
-def parse(text: bytes, what: str) -> Any:
-    """JSON as plain data. Raises BundleError, which names `what`, on anything else, NaN and infinity included."""
+def parse(
+    text: bytes | str,
+    what: str,
+    error: type[InputError] = BundleError,
+    mend: str = "export the bundle again",
+) -> Any:
+    """JSON as plain data. Raises `error`, which names `what`, on anything else, NaN and infinity included."""
     try:
         return msgspec.json.decode(text)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BundleError(f"{what} is not JSON ({error}); export the bundle again") from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as reason:
+        raise error(f"{what} is not JSON ({reason}); {mend}") from reason
 
 
 def plain(value: Any) -> Any:

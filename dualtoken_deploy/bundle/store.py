@@ -24,10 +24,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dualtoken_deploy.bundle.check import check, count_classes
+from dualtoken_deploy.bundle.golden import MAX_FILE_BYTES, read_golden
+from dualtoken_deploy.bundle.labels import format_labels, parse_labels
 from dualtoken_deploy.bundle.manifest import Manifest
-from dualtoken_deploy.errors import BundleError, OutputError, UsageError
+from dualtoken_deploy.bundle.trust import remember
+from dualtoken_deploy.errors import BundleError, InputError, OutputError, UsageError
+from dualtoken_deploy.files import is_folder, read_bytes
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
+ARTIFACT, SIGNATURE = "model.", "model.sig"  # what every artifact's name begins with, and what signs it from beside
+MAX_MANIFEST, MAX_LABELS = 64 << 20, 16 << 20  # bytes; the longest search of this project makes 0.1 MiB
+AGAIN = "copy the bundle anew or export it again"
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,14 @@ class Bundle:
         Raises BundleError on a missing file, a changed byte, a manifest that cannot be read or a newer schema.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise BundleError(f"no bundle at {folder}: not a folder; make one with: dualtoken export --output {folder}")
-        bundle = Bundle(folder, _read_manifest(folder))
+        file = folder / MANIFEST
+        if not os.path.lexists(file):
+            raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle; export one first")
+        manifest = Manifest.parse(read_bytes(file, MAX_MANIFEST, BundleError, "copy the bundle anew"), str(file))
+        check(manifest, str(file))
+        bundle = Bundle(folder, manifest)
         if verify:
             bundle.verify()
         return bundle
@@ -65,24 +78,50 @@ class Bundle:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        return tuple((self.path / LABELS).read_text(encoding="utf-8").splitlines())
+        """One name a class. Raises BundleError where they are unreadable or not as many as the model's classes."""
+        file = self.path / LABELS
+        try:
+            names = parse_labels(read_bytes(file, MAX_LABELS, BundleError, AGAIN))
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{file} is no UTF-8 text ({error.reason}); {AGAIN}") from error
+        classes = count_classes(self.manifest)
+        if classes not in (None, len(names)):
+            raise BundleError(f"{file} has {len(names)} names for {classes} classes; {AGAIN}")
+        return names
 
     @cached_property
     def golden(self) -> dict[str, NDArray[Any]]:
         """`input`: what to feed, in the contract's own form. `logits`: eager float32 logits for it; of a dense bundle
         its outputs by name, the large ones thinned (`dense_outputs.thin`)."""
-        try:
-            with np.load(self.path / GOLDEN, allow_pickle=False) as data:
-                return {name: data[name] for name in ("input", *(spec.name for spec in self.manifest.outputs))}
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise BundleError(f"{self.path / GOLDEN} cannot be read ({error}); export the bundle again") from error
+        file, manifest = self.path / GOLDEN, self.manifest
+        data = read_bytes(file, MAX_FILE_BYTES, BundleError, AGAIN)
+        return read_golden(data, str(file), manifest.input.tensor, manifest.outputs)
 
     def verify(self) -> None:
-        """Raises BundleError on the first file that is missing or whose sha256 is not the manifest's."""
-        for name, expected in self.manifest.files.items():
+        """Raises BundleError on the first file that is missing, is none of its own (a link out of the folder, a pipe)
+        or whose sha256 is not the manifest's, on a model that the manifest does not name, and on labels of another
+        count than the model's classes."""
+        try:
+            self._verify()
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read ({error.strerror or error}); {AGAIN}") from error
+        _ = self.labels
+
+    def _verify(self) -> None:
+        files = self.manifest.files
+        lying = [p.name for p in sorted(self.path.iterdir()) if p.name.startswith(ARTIFACT) and p.name != SIGNATURE]
+        if strange := [name for name in lying if name not in files]:
+            raise BundleError(f"{self.path} has {strange[0]}, which {MANIFEST} does not name; {AGAIN}")
+        named = {GOLDEN: GOLDEN in files, LABELS: LABELS in files}
+        named["model file"] = any(name.startswith(ARTIFACT) for name in files)
+        for part, is_named in named.items():
+            if not is_named:
+                raise BundleError(f"{self.path / MANIFEST} names no {part}; {AGAIN}")
+        for name, expected in files.items():
             file = self.path / name
             if not file.exists():
                 raise BundleError(f"{self.path} lacks {name}; copy the whole folder or export it again")
+            check_inside(file, self.path)
             if sha256(file) != expected:
                 raise BundleError(
                     f"{file} is not the file that was exported (sha256 differs from manifest.json); "
@@ -93,14 +132,24 @@ class Bundle:
 def write_bundle(
     folder: Path, manifest: Manifest, golden: Mapping[str, NDArray[Any]], labels: tuple[str, ...]
 ) -> Manifest:
-    """Adds golden, labels and manifest to the artifact files that lie in `folder`; returns the manifest with hashes."""
+    """Adds golden, labels and manifest to the artifact files that lie in `folder`; returns the manifest with hashes.
+
+    Raises InputError on a label that would not come back as it is.
+    """
     with (folder / GOLDEN).open("wb") as out:
         np.savez_compressed(out, **golden)  # type: ignore[arg-type]  # numpy's stub mixes the arrays with allow_pickle
-    (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    (folder / LABELS).write_bytes(format_labels(labels))
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    try:
+        (folder / MANIFEST).write_bytes(f"{text}\n".encode())
+    except UnicodeEncodeError as error:  # of a path in bytes that are no text
+        raise InputError(
+            f"a manifest is UTF-8 and cannot say {error.object[error.start - 20 : error.end]!r}"
+        ) from error
+    if complete.build is not None or (complete.origin is not None and complete.origin.kind == "reference"):
+        remember(Manifest.parse(text.encode()))
     return complete
 
 
@@ -202,12 +251,13 @@ def _size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    file = folder / MANIFEST
-    try:
-        text = file.read_bytes()
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle; export one first") from error
-    except OSError as error:
-        raise BundleError(f"{file} cannot be read ({error.strerror or error}); copy the bundle anew") from error
-    return Manifest.parse(text, str(file))
+def check_inside(file: Path, folder: Path) -> None:
+    """Raises BundleError where a part of a bundle, or anything in it, is a link out of the folder or neither a regular
+    file nor a folder: a pipe would be waited for, and a link reads what was never copied."""
+    root = folder.resolve()
+    inner = file.rglob("*") if file.is_dir() else ()
+    for place in (file, *inner):
+        if not place.resolve().is_relative_to(root):
+            raise BundleError(f"{place} is a link out of the bundle; {AGAIN}")
+        if not (place.is_file() or place.is_dir()):
+            raise BundleError(f"{place} is no regular file; {AGAIN}")

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualtoken_deploy.bundle.trust import permit_native
 from dualtoken_deploy.cli.common import (
+    AllowNative,
     Bundles,
     Device,
     Json,
     OneBundle,
     Threads,
+    answer,
     find_bundles,
     importing,
     progress,
@@ -45,9 +48,11 @@ def validate(
     min_miou: Annotated[float | None, typer.Option(help="Segmenters: least mean IoU, in 0..1.")] = None,
     device: Device = None,
     threads: Threads = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
+    permit_native(allow_native)
     from dualtoken_deploy.use.validate import gate
     from dualtoken_deploy.use.validate import validate as run
 
@@ -70,9 +75,11 @@ def evaluate(
     confusion: Annotated[Path | None, typer.Option(help="Draw the confusion matrix here (.png, .svg, .pdf).")] = None,
     device: Device = None,
     threads: Threads = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Accuracy, overall and per class, of a bundle or of weights in eager PyTorch: top-1, AP of boxes, or mean IoU."""
+    permit_native(allow_native)
     from dualtoken_deploy.use.evaluate import evaluate as run
 
     with progress() as tell:
@@ -96,9 +103,11 @@ def inspect(
     search: Annotated[
         Path | None, typer.Option(help="Draw the search behind an INT8 bundle here (.png, .svg, .pdf).")
     ] = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Verifies a bundle and reads from the runtime what executes; a broken promise exits with 5."""
+    permit_native(allow_native)
     from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 
     inspection = inspect_bundle(bundle, device)
@@ -113,8 +122,8 @@ def inspect(
     if not json_output:
         contract = inspection.manifest.input
         shape = "x".join(map(str, contract.tensor.shape))
-        print(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
-        print(f"weights: {inspection.manifest.weights.source}")
+        answer(f"input {contract.tensor.name}: {contract.tensor.dtype} {contract.tensor.layout} {shape}")
+        answer(f"weights: {inspection.manifest.weights.source}")
         if inspection.manifest.calibration is not None:
             _print_calibration(inspection, inspection.manifest.calibration)
     for note in inspection.notes:
@@ -124,12 +133,12 @@ def inspect(
 
 def _print_calibration(inspection: Inspection, said: Calibration) -> None:
     floats = ", ".join(said.in_float) or "none"
-    print(f"calibrated on {said.name}, {said.images} images, {said.method}")
+    answer(f"calibrated on {said.name}, {said.images} images, {said.method}")
     if said.search is not None:
-        print(f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}")
-        print(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
+        answer(f"INT8: {100 * inspection.int8_mac_share:.1f} % of the MACs here; kept in float by the search: {floats}")
+        answer(f"products that run in float here: {', '.join(inspection.float_products) or 'none'}")
     else:
-        print(f"INT8 inputs for every convolution and linear layer but: {floats}")
+        answer(f"INT8 inputs for every convolution and linear layer but: {floats}")
 
 
 def bench(
@@ -143,9 +152,11 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 2.0,
     device: Device = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Times bundles side by side: one process each, interleaved rounds, ratios with their spread."""
+    permit_native(allow_native)
     from dualtoken_deploy.bench.run import bench as run
 
     with progress() as tell:
@@ -165,9 +176,11 @@ def compare(
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 1.0,
     picture: Annotated[Path | None, typer.Option(help="Draw accuracy against latency here (.png, .svg, .pdf).")] = None,
     threads: Threads = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
+    permit_native(allow_native)
     module = with_torch("comparing with eager", importing("use.compare"))
     with progress() as tell:
         found = module.compare(find_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
@@ -185,17 +198,19 @@ def diagnose(
     threshold: Annotated[float | None, typer.Option(help="SQNR in dB below which a layer counts as drifted.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw SQNR over the layers here (.png, .svg, .pdf).")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Layers to show, those that lose most first.")] = 15,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
+    permit_native(allow_native)
     module = with_torch("diagnosing a bundle", importing("use.diagnose"))
     with progress() as tell:
         found = module.diagnose(bundle, data, limit, threshold, progress=tell)
     show(json_output, found.to_json(), lambda r: r.drift_table(found, rows))
     if not json_output:
         past = "no layer is past the threshold" if found.first is None else f"first past it: {found.first}"
-        print(f"threshold {found.threshold_db:g} dB: {past}")
+        answer(f"threshold {found.threshold_db:g} dB: {past}")
         if found.suspect is not None:
-            print(f"loses most by itself: {found.suspect}")
+            answer(f"loses most by itself: {found.suspect}")
     if picture is not None:
         module.draw(found, picture)

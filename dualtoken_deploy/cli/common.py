@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import shlex
 import sys
@@ -14,11 +15,15 @@ from typing import Annotated, Any
 import typer
 
 from dualtoken_deploy.errors import UsageError, missing_extra
+from dualtoken_deploy.use.text import printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Bundles = Annotated[list[Path] | None, typer.Argument(help="Bundle folders; without any, all under ./bundles.")]
 OneBundle = Annotated[Path, typer.Argument(help="Bundle folder.")]
 Device = Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")]
+AllowNative = Annotated[
+    bool, typer.Option("--allow-native", help="Run code of a bundle that was not made here by you; trust who made it.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 
@@ -33,14 +38,27 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda text: progress.update(task, description=text)
+        yield lambda text: progress.update(task, description=printable(text))
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    """A line on stderr."""
+    print(printable(text, lines=True), file=sys.stderr)
+
+
+def answer(text: str) -> None:
+    """A line of the answer, on stdout."""
+    print(printable(text))
+
+
+def take_any_text() -> None:
+    """What the console's encoding cannot show is shown as an escape; without this a path would end in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
@@ -138,13 +156,13 @@ def write_text(path: Path, text: str) -> None:
     from dualtoken_deploy.errors import OutputError
 
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def command_line() -> str:
-    return shlex.join(["dualtoken", *sys.argv[1:]])
+    return printable(shlex.join(["dualtoken", *sys.argv[1:]]))
 
 
 def with_torch(what: str, call: Callable[[], Any]) -> Any:

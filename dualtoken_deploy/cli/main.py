@@ -13,9 +13,10 @@ from typing import Any
 import typer
 
 from dualtoken_deploy.cli import checking, making, using
-from dualtoken_deploy.cli.common import say
+from dualtoken_deploy.cli.common import say, take_any_text
 from dualtoken_deploy.errors import DualTokenError, InputError, Note, out_of_memory
 from dualtoken_deploy.serve.command import serve
+from dualtoken_deploy.use.text import printable
 
 app = typer.Typer(
     name="dualtoken",
@@ -58,6 +59,7 @@ class _Stop:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: maps errors to one line and the documented exit code."""
+    take_any_text()
     stop = _Stop()
     _show_notes()
     for number in (signal.SIGINT, signal.SIGTERM):  # a stopped export clears up as an interrupted one does
@@ -122,5 +124,5 @@ def _usage(error: Exception) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    say(f"error: {message}")
+    say(f"error: {printable(message)}")
     sys.exit(code)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dualtoken_deploy.cli.common import Device, Json, OneBundle, Threads, importing, say, show, with_torch
+from dualtoken_deploy.bundle.trust import permit_native
+from dualtoken_deploy.cli.common import AllowNative, Device, Json, OneBundle, Threads, importing, say, show, with_torch
 
 
 def predict(
@@ -18,9 +19,11 @@ def predict(
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Detectors: least score of an object.")] = 0.5,
     device: Device = None,
     threads: Threads = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Shows what a bundle sees in pictures: the most likely classes, objects, areas, or a vector, by its task."""
+    permit_native(allow_native)
     from dualtoken_deploy.bundle.store import Bundle
     from dualtoken_deploy.use import predict as module
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dualtoken_deploy.bundle.labels import read_labels
 from dualtoken_deploy.data import scenes
 from dualtoken_deploy.data.coco import BACKGROUND, CocoSet, open_coco
 from dualtoken_deploy.data.folders import IMAGE_SUFFIXES, PARTS
@@ -129,14 +130,7 @@ def _label_maps(folder: Path, truth: str, part: str) -> SampleSet:
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
-    try:
-        labels = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
-    except FileNotFoundError as error:
-        raise DatasetError(f"no {path}; write the class names there, one a line, that of index 0 first") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no UTF-8 text; save it as such") from error
-    if "" in labels:
-        raise DatasetError(f"{path} has no name in line {labels.index('') + 1}; each line names the class of its index")
+    labels = read_labels(path, DatasetError)  # that of index 0 first
     if not 2 <= len(labels) <= IGNORE:
         raise DatasetError(f"{path} names {len(labels)} classes; a label map has 2 to {IGNORE}")
     return labels

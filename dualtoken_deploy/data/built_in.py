@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,18 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import OutputError, missing_extra
+from dualtoken_deploy.files import cache_folder
 
 Picture = tuple[str, str, NDArray[np.uint8]]  # part, class, pixels: grey (H, W) or RGB (H, W, 3)
 
 SPLIT_SEED = 0
 DIGITS_VAL = 360  # of 1,797
 SHAPES_TRAIN, SHAPES_VAL = 120, 30  # pictures a class
-
-
-def cache_folder() -> Path:
-    """Where this program keeps what it can make again: $DUALTOKEN_CACHE, else ~/.cache/dualtoken (XDG)."""
-    own = os.environ.get("DUALTOKEN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualtoken"
 
 
 def built_in_folder(name: str) -> Path:

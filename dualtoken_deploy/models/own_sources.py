@@ -10,6 +10,7 @@ from torch import nn
 
 from dualtoken_deploy.bundle.blocks import RANDOM, Origin
 from dualtoken_deploy.bundle.manifest import CLASSIFY, Manifest
+from dualtoken_deploy.bundle.trust import check_trusted
 from dualtoken_deploy.errors import InputError, MissingError, UsageError, WeightsError
 from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.heads.neck import Backbone
@@ -223,6 +224,9 @@ def _foreign_source(manifest: Manifest, origin: Origin) -> Source:
         "name": origin.name,
     }
     if origin.kind == REFERENCE and origin.reference:
+        check_trusted(
+            manifest, f"eager of {manifest.variant} is made by running {origin.reference}; --reference golden runs none"
+        )
         weights = None if where == OWN else where
         return Source.reference(origin.reference, origin.arguments, weights, **shared)  # type: ignore[arg-type]
     if origin.kind == ONNX and origin.reference:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualtoken_deploy.bundle.check import MAX_SIDE, strange_option
+from dualtoken_deploy.bundle.decode import decode, parse
+from dualtoken_deploy.bundle.labels import check_labels
 from dualtoken_deploy.bundle.manifest import CLASSIFY
-from dualtoken_deploy.errors import Note, WeightsError
+from dualtoken_deploy.errors import InputError, Note, WeightsError, first_line
+from dualtoken_deploy.files import is_file, is_folder
 from dualtoken_deploy.models import published
 
 # Keys under which training programs keep a state dict: the network before its running average.
@@ -33,6 +39,13 @@ BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
     }
 )
 
+
+# What safetensors, torch's unpickler and zip reader raise on damaged files: seen in fuzzing, or raised in their source.
+DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    RuntimeError, ImportError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+WRONG = (WeightsError, "copy or save it again")
 
 BEST = "best.safetensors"  # of a run's folder
 
@@ -53,11 +66,25 @@ class WeightsInfo:
     width: int | None = None
 
 
+@dataclass(frozen=True)
+class _Said:
+    """The header's JSON; what else a run wrote there is for people."""
+
+    variant: str
+    options: Mapping[str, Any]
+    image_size: tuple[int, int]
+    labels: tuple[str, ...]
+    data: str
+    task: str = CLASSIFY
+    head: str | None = None
+    width: int | None = None
+
+
 def weights_path(weights: str | Path) -> Path:
     """The file of a word of BUILT_IN_WEIGHTS (a file of that name is reached by ./word), the best weights of a run's
     folder, or the path itself."""
     path = BUILT_IN_WEIGHTS.get(str(weights), Path(weights)) if isinstance(weights, str) else weights
-    return path / BEST if path.is_dir() else path
+    return path / BEST if is_folder(path) else path
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -69,18 +96,29 @@ def read_header(path: Path) -> dict[str, Any] | None:
         return None
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
+    _need_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)
-        return None if text is None else dict(json.loads(text))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise damaged(path, error) from error
+    if text is None:
+        return None
+    data: dict[str, Any] = decode(parse(text, _header(path), *WRONG), dict[str, Any], _header(path), *WRONG)
+    return data
+
+
+def _header(path: Path) -> str:
+    return f"the header of {path}"
+
+
+def _need_file(path: Path) -> None:
+    if not is_file(path):
+        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again")
+    return WeightsError(f"{path} is not a whole safetensors file ({first_line(error)}); copy or save it again")
 
 
 def describe_weights(weights: str | Path, task: str | None = None) -> WeightsInfo | None:
@@ -92,24 +130,18 @@ def describe_weights(weights: str | Path, task: str | None = None) -> WeightsInf
     data = read_header(path)
     if data is None:
         return _describe_published(path)
+    said = decode(data, _Said, _header(path), *WRONG)
     try:
-        options = dict(data["options"])
-        if "form" not in options and ".attention.q_global.weight" in "".join(_keys(path)):
-            options["form"] = "appendix"  # LightViT of when there was no other
-        height, width = data["image_size"]
-        info = WeightsInfo(
-            path=path,
-            task=str(data.get("task", CLASSIFY)),
-            variant=str(data["variant"]),
-            options=options,
-            image_size=(int(height), int(width)),
-            labels=tuple(data["labels"]),
-            data=str(data["data"]),
-            head=None if "head" not in data else str(data["head"]),
-            width=None if "width" not in data else int(data["width"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, error) from error
+        check_labels(said.labels, _header(path))
+    except InputError as error:
+        raise WeightsError(str(error)) from error
+    if not said.labels or not 1 <= min(said.image_size) <= max(said.image_size) <= MAX_SIDE:
+        raise WeightsError(f"{_header(path)} says {len(said.labels)} labels and size {said.image_size}; {WRONG[1]}")
+    if (bad := strange_option(said.options)) is not None:
+        raise WeightsError(f"{_header(path)} has the option {bad!r}, which is none of a model; {WRONG[1]}")
+    info = WeightsInfo(path=path, **{field.name: getattr(said, field.name) for field in fields(said)})
+    if "form" not in info.options and ".attention.q_global.weight" in "".join(_keys(path)):
+        info = replace(info, options={**info.options, "form": "appendix"})  # LightViT of when there was no other
     if task not in (None, info.task):
         raise WeightsError(f"{weights} holds a model for the task {info.task}, not {task}; give weights for {task}")
     return info
@@ -151,8 +183,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}; give a .safetensors file or a torch checkpoint")
+    _need_file(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _read_checkpoint(path)
@@ -164,8 +195,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from error
+    except (SafetensorError, *DAMAGE) as error:
+        raise damaged(path, error) from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -178,12 +209,15 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} holds more than tensors, and loading it could run code; save model.state_dict() instead"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is not a whole torch checkpoint ({first}); copy or save it again") from error
+    except DAMAGE as error:
+        raise WeightsError(
+            f"{path} is not a whole torch checkpoint ({first_line(error)}); copy or save it again"
+        ) from error
     data = _unwrap(data, path)
     if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
+    if odd := [k for k, t in data.items() if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized]:
+        raise WeightsError(f"{path}: {odd[0]} is no plain tensor of the CPU; save model.state_dict() of a float model")
     state = {str(k): v for k, v in data.items()}
     while state and all(k.startswith("module.") for k in state):  # of torch's data parallelism and of averages
         state = {k.removeprefix("module."): v for k, v in state.items()}

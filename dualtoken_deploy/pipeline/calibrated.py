@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from dualtoken_deploy.bundle.blocks import Calibration, HeldOutSet
@@ -18,6 +20,7 @@ from dualtoken_deploy.pipeline.plan import Plan
 from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut, open_calibration, photographs
 from dualtoken_deploy.quantize.gate import Int8Options, quantize_within_budget
 from dualtoken_deploy.quantize.judge import Judge, make_judge
+from dualtoken_deploy.quantize.memory import Latest, fingerprint
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import RunnerOptions, load_runner
 from dualtoken_deploy.targets.precision import SEARCH
@@ -47,9 +50,16 @@ def write_calibrated(plan: Plan, module: nn.Module, request: Request, folder: Pa
     return _within_budget(plan, found, judge, plan.int8, folder, tell)
 
 
+_EXPECTED: Latest[list[Outputs]] = Latest()  # several targets of one model are held against one run of it
+
+
 def _judge(plan: Plan, module: nn.Module, request: Request, held_out: HeldOut, options: Int8Options) -> Judge:
-    with EagerRunner(module, request.contract, request.outputs, RunnerOptions()) as eager:
-        expected = list(run_each(eager, request.contract, held_out.inputs))
+    def run() -> list[Outputs]:
+        with EagerRunner(module, request.contract, request.outputs, RunnerOptions()) as eager:
+            return list(run_each(eager, request.contract, held_out.inputs))
+
+    pictures = hashlib.sha256(np.ascontiguousarray(held_out.inputs).tobytes()).hexdigest()
+    expected = _EXPECTED.get(fingerprint(module, request.contract, request.outputs, pictures), run)
     return make_judge(plan.task, held_out, expected, options.metric, request.contract.size, len(request.labels))
 
 
@@ -69,9 +79,9 @@ def _searched(
     found = draft_manifest(plan, module, request, prepared.artifact)
     checked = replace(found, target=row.checked_by or row.name)
 
-    def run(place: Path, inputs: Array) -> Sequence[Outputs]:
+    def run(place: Path, inputs: Array) -> Iterator[Outputs]:
         with load_runner(Bundle(place, checked)) as runner:
-            return list(run_each(runner, request.contract, inputs))
+            yield from run_each(runner, request.contract, inputs)
 
     said = quantize_within_budget(row.name, prepared.backend, calibration, judge, options, run, folder, tell)
     return replace(found, calibration=said)

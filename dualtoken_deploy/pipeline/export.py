@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.bundle.labels import check_labels, read_labels
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.own_sources import ImageSize, Weights, head_source, variant_source
 from dualtoken_deploy.models.registry import DEFAULT_SEED, VARIANTS
 from dualtoken_deploy.models.source import Preprocessing, Source
@@ -110,18 +111,10 @@ def _foreign_source(said: Model, labels: tuple[str, ...]) -> Source:
 def _labels(given: str | Path | Sequence[str] | None) -> tuple[str, ...]:
     if given is None:
         return ()
-    return read_labels(Path(given)) if isinstance(given, (str, Path)) else tuple(given)
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """One label a line. Raises InputError where the file cannot be read or has an empty line."""
-    try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"labels {path} cannot be read ({error}); give a UTF-8 file with one name a line") from error
-    if not names or not all(name.strip() for name in names):
-        raise InputError(f"labels {path} are empty or have an empty line; give one name a line")
-    return names
+    if isinstance(given, (str, Path)):
+        return read_labels(Path(given))
+    check_labels(given, "labels")
+    return tuple(given)
 
 
 def export(

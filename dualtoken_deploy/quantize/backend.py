@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.search import Unit
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Backend(Protocol):
         """Which float graph it is, as a hash: a search of the same one is gone on with."""
         ...
 
-    def noise(self, inputs: Array) -> dict[str, float]:
-        """An estimate of each layer's noise-to-signal ratio; empty where the backend has none."""
+    def sensitivity(self) -> Sensitivity:
+        """What each layer in INT8 does to the outputs, on pictures of the calibration."""
         ...
 
     def write(self, in_float: Iterable[str], folder: Path) -> None: ...

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dualtoken_deploy.bundle.blocks import Calibration, HeldOutSet, SearchResult
-from dualtoken_deploy.data.built_in import cache_folder
 from dualtoken_deploy.errors import ToleranceError, UsageError
+from dualtoken_deploy.files import cache_folder
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.judge import Judge
 from dualtoken_deploy.quantize.search import Score, search
+from dualtoken_deploy.quantize.sequential import Overdrawn
 from dualtoken_deploy.tasks.base import Outputs
 
 METHODS = ("minmax", "entropy", "percentile")  # how ranges are taken from what was seen
-QUICK = 24  # held-out inputs for the noise of one layer
+ORDER = 0  # seed of the order in which held-out pictures are drawn
 
 Tell = Callable[[str], None]
-# the target's runner over the files in a folder: inputs (N, ...) -> the outputs of each
-RunFolder = Callable[[Path, Array], Sequence[Outputs]]
+# the target's runner over the files in a folder: inputs (N, ...) -> the outputs of each, one after the other
+RunFolder = Callable[[Path, Array], Iterator[Outputs]]
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,16 @@ def quantize_within_budget(
     The loss is measured on the files that stay there, by the target's own runner.
     Raises ToleranceError where no assignment was found that holds the budget, with the best one.
     """
-    result = _search(target, backend, calibration, judge, options, run, tell)
-    if not result.met:
-        raise ToleranceError(
-            f"no INT8 assignment for {target} was found that loses at most {options.max_drop:g} points of "
-            f"{judge.metric}; the best loses {result.drop:.2f} with {100 * result.int8_share:.1f} % of the MACs in "
-            "INT8: raise --max-drop, give more calibration images, or another --calibrator"
-        )
-    backend.write(result.in_float, folder)
-    final = judge.score(run(folder, judge.held_out.inputs))
+    with tempfile.TemporaryDirectory(prefix="dualtoken-int8.") as name:
+        scorer = Scorer(backend, judge, options.max_drop, run, Path(name))
+        result = _search(target, backend, calibration, judge, options, scorer, tell)
+        if not result.met:
+            raise ToleranceError(
+                f"no INT8 assignment for {target} was found that loses at most {options.max_drop:g} points of "
+                f"{judge.metric}; the best loses {result.drop:.2f} with {100 * result.int8_share:.1f} % of the MACs in "
+                "INT8: raise --max-drop, give more calibration images, or another --calibrator"
+            )
+        final = scorer.deliver(frozenset(result.in_float), folder)
     if final.drop > options.max_drop:
         raise ToleranceError(
             f"the written files lose {final.drop:.2f} points of {judge.metric}, the budget is {options.max_drop:g}"
@@ -90,24 +94,63 @@ def quantize_within_budget(
     )
 
 
+class Scorer:
+    """Writes the files of an assignment and runs them over the held-out pictures, in a random order that is always the
+    same; it stops once the budget is broken (sequential.py), and keeps the files of what was run to the end."""
+
+    def __init__(self, backend: Backend, judge: Judge, max_drop: float, run: RunFolder, scratch: Path) -> None:
+        self._backend, self._judge, self._run, self._scratch = backend, judge, run, scratch
+        self._budget = max_drop / 100
+        self._order = np.random.default_rng(ORDER).permutation(len(judge.held_out.inputs)).tolist()
+        self._kept: tuple[frozenset[str], Path, Score] | None = None
+
+    def __call__(self, in_float: frozenset[str]) -> Score:
+        folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        self._backend.write(in_float, folder)
+        score = self._measured(folder)
+        if score.images is None and 100 * self._budget >= score.drop:
+            folder, dropped = (folder, self._kept and self._kept[1])
+            self._kept = (in_float, folder, score)
+            folder = dropped or Path(tempfile.mkdtemp(dir=self._scratch))
+        shutil.rmtree(folder)
+        return score
+
+    def deliver(self, in_float: frozenset[str], folder: Path) -> Score:
+        """Puts the files of an assignment into `folder`: those that were scored, else new ones that are scored now."""
+        if self._kept is not None and self._kept[0] == in_float:
+            for path in self._kept[1].iterdir():
+                shutil.move(path, folder / path.name)
+            return self._kept[2]
+        self._backend.write(in_float, folder)
+        return self._judge.score(list(self._run(folder, self._judge.held_out.inputs)))
+
+    def _measured(self, folder: Path) -> Score:
+        judge, order = self._judge, self._order
+        test = Overdrawn(len(order), self._budget)
+        seen: list[Outputs] = []
+        with closing(self._outputs(folder)) as outputs:
+            for picture, found in zip(order, outputs, strict=True):
+                seen.append(found)
+                if judge.by_picture and test.add(judge.loss(picture, found)) and len(seen) < len(order):
+                    partly = judge.score(seen, order[: len(seen)])
+                    return Score(max(partly.drop, 100 * self._budget + 0.01), partly.sqnr_db, len(seen))
+        return judge.score(seen, order)
+
+    def _outputs(self, folder: Path) -> Generator[Outputs]:
+        yield from self._run(folder, self._judge.held_out.inputs[self._order])
+
+
 def _search(
     target: str,
     backend: Backend,
     calibration: CalibrationSet,
     judge: Judge,
     options: Int8Options,
-    run: RunFolder,
+    scorer: Scorer,
     tell: Tell,
 ) -> SearchResult:
-    inputs = judge.held_out.inputs
-
-    def score(in_float: frozenset[str], quick: bool) -> Score:
-        count = min(QUICK, len(inputs)) if quick else len(inputs)
-        with tempfile.TemporaryDirectory(prefix="dualtoken-int8.") as name:
-            backend.write(in_float, Path(name))
-            return judge.score(run(Path(name), inputs[:count]), count)
-
     products = backend.products
+    alike = (calibration.sha256, judge.metric, *sorted(products.eligible))
     key = hashlib.sha256()
     for part in (
         target,
@@ -117,16 +160,25 @@ def _search(
         calibration.sha256,
         len(calibration.inputs),
         judge.metric,
-        np.sum(inputs),
+        np.sum(judge.held_out.inputs),
     ):
         key.update(f"{part}\0".encode())
-    return search(
+    found = search(
         products.units,
-        score,
+        scorer,
         options.max_drop,
         products.total,
-        backend.noise(inputs[:4]),
+        backend.sensitivity,
         tell,
         options.time_limit_s,
         cache_folder() / "search" / f"{key.hexdigest()[:24]}.json",
+        _FOUND.get(alike),
     )
+    _FOUND.clear()
+    if found.met and found.in_float:
+        _FOUND[alike] = frozenset(found.in_float)
+    return found
+
+
+# What the last search of this process ended in: another target whose quantizer takes the same products begins there.
+_FOUND: dict[tuple[str, ...], frozenset[str]] = {}

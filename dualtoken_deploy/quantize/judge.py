@@ -13,6 +13,7 @@ from dualtoken_deploy.quantize.search import Score
 from dualtoken_deploy.tasks.base import Outputs, Pair, Task
 
 AGREEMENT, SQNR = "agreement", "sqnr"  # measures of every task, beside its own
+BY_PICTURE = frozenset({AGREEMENT, "top1"})  # means over pictures
 ENOUGH_DB = 30.0  # sqnr: points lost are the dB below this
 
 
@@ -30,9 +31,22 @@ class Judge:
     size: tuple[int, int]
     classes: int
 
-    def score(self, outputs: Sequence[Outputs], count: int | None = None) -> Score:
-        """Of what the runner gave for the first `count` held-out inputs."""
-        expected = self.expected[:count]
+    @property
+    def by_picture(self) -> bool:
+        """Whether the metric is a mean over pictures, so that a part of them says something of all."""
+        return self.metric in BY_PICTURE
+
+    def loss(self, picture: int, outputs: Outputs) -> float:
+        """What one picture loses, -1..1, where the metric goes by picture."""
+        if self.metric == AGREEMENT:
+            return 1 - (self.task.compare(self.expected[picture], outputs).agreement or 0.0)
+        at = (picture,)
+        return self._measure([self.expected[picture]], at) - self._measure([outputs], at)
+
+    def score(self, outputs: Sequence[Outputs], chosen: Sequence[int] | None = None) -> Score:
+        """Of what the runner gave for the `chosen` held-out inputs; None: for all."""
+        at = range(len(self.expected)) if chosen is None else chosen
+        expected = [self.expected[i] for i in at]
         meter = self.task.meter()
         noise = []
         for want, got in zip(expected, outputs, strict=True):
@@ -45,12 +59,13 @@ class Judge:
             return Score(max(ENOUGH_DB - sqnr, 0.0), sqnr)
         if self.metric == AGREEMENT:
             return Score(100 * (1 - (found.agreement or 0.0)), sqnr)
-        return Score(100 * (self._measure(expected) - self._measure(outputs)), sqnr)
+        return Score(100 * (self._measure(expected, at) - self._measure(outputs, at)), sqnr)
 
-    def _measure(self, outputs: Sequence[Outputs]) -> float:
+    def _measure(self, outputs: Sequence[Outputs], at: Sequence[int]) -> float:
+        truth = [self.held_out.truth[i] for i in at]
         pairs: list[Pair] = [
             (sample, self.task.interpret(got, self.size, shape))
-            for (sample, shape), got in zip(self.held_out.truth, outputs, strict=False)  # of a quick look the first
+            for (sample, shape), got in zip(truth, outputs, strict=True)
         ]
         return self.task.score(pairs, self.classes)[self.metric]
 

@@ -1,25 +1,29 @@
 """Accuracy-gated mixed precision: which layers stay in float so that the loss holds a budget. Knows no backend.
 
-Every layer's own quantization noise is measured at the logits with that layer alone in INT8; such noises add up, to
-first order, so the layers that make most of it for their MACs go back to float first. Blocks are measured before the
-layers in them, and layers are measured only in the blocks that matter. What was put back without need is tried in INT8
-again.
+What each layer's rounding does to the outputs is known beforehand (Sensitivity), so an assignment's noise is predicted
+for nothing, and for any noise allowed the layers that go to float follow. What noise the budget allows is all that has
+to be found out by running files: all layers in INT8 first, then by bisection. What was put back without need is tried
+in INT8 again while scores are left.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from dualtoken_deploy.bundle.blocks import SearchResult, Step
 from dualtoken_deploy.files import write_atomically
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
 
 Tell = Callable[[str], None]
-LAYERS_MEASURED = 24  # at most so many layers are measured one at a time; the rest is ranked by its statistics
+SCORES = 6  # assignments that are scored at most, unless none of them holds the budget
+HOPELESS = 12  # and then
+CLOSE = 0.003  # of the MACs: what is left to gain when bisection ends
 
 
 @dataclass(frozen=True)
@@ -29,26 +33,23 @@ class Unit:
     name: str
     macs: int
 
-    @property
-    def block(self) -> str:
-        """The part of the model that it lies in: `stem`, `stage2.block3`, `head`, ..."""
-        name = self.name.removeprefix("model.").removeprefix("backbone.model.")  # of a dense model's classifier
-        parts = name.split("/")[0].split(".")
-        return ".".join(parts[:2]) if parts[0].startswith("stage") else parts[0]
-
 
 @dataclass(frozen=True)
 class Score:
-    """What an assignment loses: `drop` in points of the metric (0 or less: nothing), and the SQNR of its logits."""
+    """What an assignment loses: `drop` in points of the metric (0 or less: nothing), and the SQNR of its outputs.
+
+    `images`: of how many pictures, where the budget was broken before all were seen.
+    """
 
     drop: float
     sqnr_db: float
+    images: int | None = None
 
 
 class Scorer(Protocol):
-    """Quantizes all but `in_float`, runs it and compares. `quick`: a few inputs, for the SQNR alone."""
+    """Quantizes all but `in_float`, runs it and compares."""
 
-    def __call__(self, in_float: frozenset[str], quick: bool) -> Score: ...
+    def __call__(self, in_float: frozenset[str]) -> Score: ...
 
 
 class ScoreCache:
@@ -63,10 +64,10 @@ class ScoreCache:
             except (ValueError, TypeError, AttributeError):
                 self._known = {}  # a file that was cut short is measured again
 
-    def __call__(self, in_float: frozenset[str], quick: bool) -> Score:
-        key = f"{'quick' if quick else 'full'}:{','.join(sorted(in_float))}"
+    def __call__(self, in_float: frozenset[str]) -> Score:
+        key = f"full:{','.join(sorted(in_float))}"
         if key not in self._known:
-            self._known[key] = self._scorer(in_float, quick)
+            self._known[key] = self._scorer(in_float)
             self.calls += 1
             self._save()
         return self._known[key]
@@ -83,105 +84,99 @@ def search(
     scorer: Scorer,
     budget: float,
     total_macs: int,
-    statistics: Mapping[str, float] | None = None,
+    sensitivity: Callable[[], Sensitivity],
     tell: Tell | None = None,
     time_limit_s: float | None = None,
     cache: Path | None = None,
+    guess: frozenset[str] | None = None,
 ) -> SearchResult:
     """The assignment with the most MACs in INT8 that was found to lose at most `budget` points.
 
-    `statistics`: an estimate of each unit's noise, for the order in which units are measured. `total_macs`: those of
-    the whole model, with products that are never quantized. `met` of the result is False where even all units in float
-    do not hold the budget, or where `time_limit_s` ran out before; it then is the best assignment seen.
+    `sensitivity` is asked only where not all layers can be INT8. `total_macs`: those of the whole model, with products
+    that are never quantized. `guess`: what a search with a quantizer alike ended in; it is tried before others. `met`
+    of the result is False where even all units in float do not hold the budget, or where `time_limit_s` ran out before;
+    it then is the best assignment seen.
     """
-    return _Search(units, ScoreCache(scorer, cache), budget, total_macs, statistics or {}, tell, time_limit_s).run()
+    run = _Search(units, ScoreCache(scorer, cache), budget, total_macs, sensitivity, tell, time_limit_s)
+    return run.run(guess)
 
 
 class _Search:
     def __init__(
-        self, units: Sequence[Unit], scorer: ScoreCache, budget: float, total: int, statistics: Mapping[str, float],
-        tell: Tell | None, limit: float | None,
+        self, units: Sequence[Unit], scorer: ScoreCache, budget: float, total: int,
+        sensitivity: Callable[[], Sensitivity], tell: Tell | None, limit: float | None,
     ) -> None:  # fmt: skip
         self.units, self.scorer, self.budget, self.total = {u.name: u for u in units}, scorer, budget, total
-        self.statistics, self.tell = statistics, tell or (lambda _: None)
-        self.began = time.monotonic()
-        self.limit = limit
+        self.macs = {u.name: u.macs for u in units}
+        self.ask, self.tell = sensitivity, tell or (lambda _: None)
+        self.began, self.limit = time.monotonic(), limit
         self.noise: dict[str, float] = {}
         self.trace: list[Step] = []
 
-    def run(self) -> SearchResult:
-        kept: set[str] = set()
-        score = self._try("all in INT8", kept)
-        if score.drop > self.budget:
-            for name in self._ranking():
-                if self._late():
-                    break
-                kept.add(name)
-                score = self._try(f"{name} back to float", kept)
-                if score.drop <= self.budget:
-                    break
-            if score.drop <= self.budget:
+    def run(self, guess: frozenset[str] | None) -> SearchResult:
+        first = self._try("all in INT8", frozenset())
+        if first.drop > self.budget and not self._late():
+            self.tell("measuring what each layer does to the outputs")
+            known = self.ask()
+            self.noise = known.alone()
+            kept = self._bisect(known, first, guess)
+            if kept is not None:
                 self._prune(kept)
         return self._result()
 
-    def _ranking(self) -> list[str]:
-        """All units, those first that make most noise for their MACs."""
-        blocks: dict[str, list[str]] = {}
-        for unit in self.units.values():
-            blocks.setdefault(unit.block, []).append(unit.name)
-        for number, (block, names) in enumerate(blocks.items()):
-            if self._late():
+    def _bisect(self, known: Sensitivity, first: Score, guess: frozenset[str] | None) -> frozenset[str] | None:
+        """Looks for the most noise that holds the budget; what is in float then. None: no assignment holds it."""
+        broken, holds = known.noise(), 0.0
+        best: frozenset[str] | None = None
+        tried = frozenset[str]()
+        allowed = broken * min(max(self.budget / first.drop, 0.05), 0.5)  # loss grows with noise, and faster
+        while not self._late() and len(self.trace) < (SCORES - 1 if best is not None else HOPELESS):
+            last = best is None and len(self.trace) == HOPELESS - 1
+            kept = guess if guess is not None else frozenset(self.units) if last else known.choose(self.macs, allowed)
+            if guess is None and kept in (tried, best):
+                if best is not None or len(kept) == len(self.units):
+                    break
+                allowed /= 4
+                continue
+            holding = self._try(self._action(known, kept), kept).drop <= self.budget
+            tried = tried if holding else kept
+            predicted, guess = known.noise(kept), None
+            if holding:
+                best, holds = kept, max(predicted, holds)
+            else:
+                broken = min(predicted, broken)
+            if best is not None and self._share(best) > self._share(tried) - CLOSE:
                 break
-            self._tell(f"measuring blocks, {number + 1} of {len(blocks)}", number, len(blocks) + LAYERS_MEASURED)
-            self.noise[block] = self._alone(names)
-        worst = sorted(blocks, key=lambda b: -self.noise.get(b, 0.0))
-        measured = 0
-        for block in worst:
-            for name in sorted(blocks[block], key=lambda n: -self.statistics.get(n, 0.0)):
-                if measured < LAYERS_MEASURED and not self._late():
-                    measured += 1
-                    self._tell(
-                        f"measuring layers, {measured}: {name}", len(blocks) + measured, len(blocks) + LAYERS_MEASURED
-                    )
-                    self.noise[name] = self._alone([name])
-        return sorted(self.units, key=self._rank)
+            allowed = math.sqrt(holds * broken) if holds and holds < broken else broken / 4
+        return best
 
-    def _rank(self, name: str) -> tuple[float, float]:
-        """Measured noise for a MAC, as in a knapsack: what buys most accuracy for the least of INT8 comes first. For a
-        unit that was not measured its block's noise, shared out by the statistics."""
-        macs = self.units[name].macs
-        if name in self.noise:
-            return -self.noise[name] / macs, 0.0
-        block = self.units[name].block
-        fellows = [u.name for u in self.units.values() if u.block == block]
-        sum_of_all = sum(self.statistics.get(n, 1.0) for n in fellows) or 1.0
-        share = self.statistics.get(name, 1.0) / sum_of_all
-        return -self.noise.get(block, 0.0) * share / macs, -self.statistics.get(name, 0.0)
+    def _action(self, known: Sensitivity, kept: frozenset[str]) -> str:
+        worst = sorted(kept, key=lambda n: -self.noise.get(n, 0.0))
+        predicted = -10 * math.log10(max(known.noise(kept), 1e-30))
+        more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+        return f"{worst[0]}{more} in float, {predicted:.0f} dB predicted" if worst else "all in INT8"
 
-    def _alone(self, names: Sequence[str]) -> float:
-        """Noise-to-signal ratio of the logits with only these units in INT8."""
-        others = frozenset(self.units) - frozenset(names)
-        return float(10 ** (-self.scorer(others, True).sqnr_db / 10))
-
-    def _prune(self, kept: set[str]) -> None:
+    def _prune(self, kept: frozenset[str]) -> None:
         """Takes back what the budget does not need, the units with most MACs first."""
-        for name in sorted(kept, key=lambda n: -self.units[n].macs):
-            if len(kept) > 1 and not self._late():
+        for name in sorted(kept, key=lambda n: -self.macs[n]):
+            if len(kept) > 1 and len(self.trace) < SCORES and not self._late():
                 without = kept - {name}
                 if self._try(f"{name} in INT8 again", without).drop <= self.budget:
                     kept = without
 
-    def _try(self, action: str, kept: set[str]) -> Score:
-        score = self.scorer(frozenset(kept), False)
+    def _try(self, action: str, kept: frozenset[str]) -> Score:
+        score = self.scorer(kept)
         in_float = tuple(n for n in self.units if n in kept)
         step = Step(action, in_float, score.drop, score.sqnr_db, self._share(kept))
         self.trace.append(step)
+        early = f" (clear after {score.images} pictures)" if score.images else ""
         self.tell(
-            f"{action}: {score.drop:.2f} points lost, {score.sqnr_db:.1f} dB, {100 * step.int8_share:.1f} % of MACs"
+            f"{action}: {score.drop:.2f} points lost{early}, {score.sqnr_db:.1f} dB, "
+            f"{100 * step.int8_share:.1f} % of MACs"
         )
         return score
 
-    def _share(self, kept: set[str]) -> float:
+    def _share(self, kept: frozenset[str]) -> float:
         return sum(u.macs for u in self.units.values() if u.name not in kept) / self.total
 
     def _result(self) -> SearchResult:
@@ -194,8 +189,3 @@ class _Search:
 
     def _late(self) -> bool:
         return self.limit is not None and time.monotonic() - self.began > self.limit
-
-    def _tell(self, text: str, done: int, of: int) -> None:
-        spent = time.monotonic() - self.began
-        left = f", about {spent / done * (of - done):.0f} s of measuring left" if done else ""
-        self.tell(f"{text}{left}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dualtoken_deploy.bundle.trust import permit_native
 from dualtoken_deploy.errors import UsageError, missing_extra
 
 Seconds = typer.Option(min=0.05)
@@ -26,6 +27,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes of each bundle.")] = 1,
     device: Annotated[str | None, typer.Option(help="Device in the runtime's own words; its CPU unless given.")] = None,
+    allow_native: Annotated[
+        bool, typer.Option("--allow-native", help="Load bundles with native code that were not made here; trust them.")
+    ] = False,
     admin: Annotated[bool, typer.Option("--admin", help="Allow load and unload of the bundles named here.")] = False,
     allowed_host: Annotated[
         list[str] | None,
@@ -75,6 +79,7 @@ def serve(
         decode_seconds=decode_seconds, picture_formats=parse_formats(picture_format or ()),
         **({} if decoders is None else {"decoders": decoders}),
     )  # fmt: skip
+    permit_native(allow_native)
     sources = parse_sources(bundles)
     if engine == "ray":
         from dualtoken_deploy.serve import ray

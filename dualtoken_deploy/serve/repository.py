@@ -26,6 +26,7 @@ from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.pool import Launch
 from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
 from dualtoken_deploy.serve.settings import Settings, Source
+from dualtoken_deploy.targets.load import check_native
 from dualtoken_deploy.targets.table import get_target
 
 Stamp = tuple[tuple[str, int, int, int], ...] | None
@@ -277,6 +278,7 @@ def check_servable(bundle: Bundle) -> None:
         raise MissingError(
             f"{bundle.path} needs the extra [{target.extra}]; run: pip install 'dualtoken-deploy[{target.extra}]'"
         )
+    check_native(bundle)
     for spec in (manifest.input.tensor, *manifest.outputs):
         if spec.dtype not in DATATYPES:
             raise BundleError(f"{bundle.path} has a tensor of {spec.dtype}, which the protocol has no name for")

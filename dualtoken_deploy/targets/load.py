@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.bundle.trust import check_trusted
 from dualtoken_deploy.errors import MissingError
 from dualtoken_deploy.targets.runner import AsyncRunner, Execution, Runner, RunnerOptions, choose_reference, engine_of
 from dualtoken_deploy.targets.table import get_target
@@ -16,6 +17,7 @@ __all__ = [
     "Runner",
     "RunnerOptions",
     "check_latency",
+    "check_native",
     "choose_reference",
     "engine_of",
     "load_runner",
@@ -35,9 +37,18 @@ def load_runner(
     device is not here, BundleError where the bundle is not whole.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_native(opened)
     module = get_target(opened.manifest.target).part("runner")
     runner: Runner = module.load(opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None))
     return runner
+
+
+def check_native(bundle: Bundle) -> None:
+    """Raises BundleError where loading a bundle would run native code of whoever made it, and nobody allowed that."""
+    native = getattr(get_target(bundle.manifest.target).part("runner"), "native_code", None)
+    what: str | None = None if native is None else native(bundle.manifest)
+    if what is not None:
+        check_trusted(bundle.manifest, f"{bundle.path}: {what}")
 
 
 def why_no_latency(bundle: Bundle, device: str | None = None) -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dualtoken_deploy.errors import WeightsError
 from dualtoken_deploy.files import write_atomically
 from dualtoken_deploy.models.published import split_token_norms
-from dualtoken_deploy.models.weights import HEADER
+from dualtoken_deploy.models.weights import DAMAGE, HEADER
 from dualtoken_deploy.train.config import TrainConfig
 
 CONFIG, LAST, BEST, METRICS, CURVE = "config.json", "last.safetensors", "best.safetensors", "metrics.csv", "curve.svg"
@@ -53,7 +53,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise WeightsError(f"{path} is no whole checkpoint of a training run ({error}); train anew") from error
 
 
@@ -96,7 +96,7 @@ def read_config(run: Path) -> TrainConfig:
         return TrainConfig.from_json(json.loads((run / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise WeightsError(f"{run} is no training run: it has no {CONFIG}; start one with --output {run}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{run / CONFIG} cannot be read as a recipe ({error}); train anew") from error
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.use.text import printable
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bench.report import BenchReport
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
     """The first `left` columns are aligned left, the others right."""
-    out = Table(title=title, title_justify="left")
+    heading = None if title is None else Text(printable(title, lines=True), style="table.title")
+    out = Table(title=heading, title_justify="left")
     for i, column in enumerate(columns):
-        out.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        out.add_column(Text(printable(column)), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*(Text(printable(cell)) for cell in row))  # as Text: a string would be read as rich's markup
     return out
 
 
@@ -103,7 +105,7 @@ def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             ", ".join(r["precisions"]),
             _yes(r["can_export"]),
             _yes(r["can_run"]),
-            escape(r["install"] or "-"),
+            r["install"] or "-",
         )
         for r in rows
     ]

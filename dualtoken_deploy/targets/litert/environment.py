@@ -16,8 +16,8 @@ import sys
 import venv
 from pathlib import Path
 
-from dualtoken_deploy.data.built_in import cache_folder
 from dualtoken_deploy.errors import DualTokenError, MissingError, OutputError
+from dualtoken_deploy.files import cache_folder
 
 REQUIREMENTS = Path(__file__).with_name("converter.txt")
 VARIABLE = "DUALTOKEN_LITERT_CONVERTER"

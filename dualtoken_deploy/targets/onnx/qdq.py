@@ -7,23 +7,34 @@ float. Products with a small side (SMALLEST) stay float too: no engine gains the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from torch import Tensor
 
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
-from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
-from dualtoken_deploy.targets.onnx.ranges import collect_ranges, cut_by_readers
-from dualtoken_deploy.targets.onnx.values import Prober
+from dualtoken_deploy.quantize.memory import Latest
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
+from dualtoken_deploy.targets.onnx.migrate import (
+    Channels,
+    Migration,
+    channel_axes,
+    migrate,
+    plan_migration,
+)
+from dualtoken_deploy.targets.onnx.noise import measure
+from dualtoken_deploy.targets.onnx.ranges import Range, check_method, collect_extremes, collect_ranges, cut_by_readers
 from dualtoken_deploy.targets.request import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
@@ -53,6 +64,16 @@ def onnxruntime_style(flags: Iterable[str] | None = None) -> Style:
     if known & {"avx512_vnni", "avx_vnni"}:
         return Style("U8/S8 (VNNI)", unsigned=True, reduce_range=False, conv_outputs=True)
     return Style("U8/S8, 7 bits (no VNNI)", unsigned=True, reduce_range=True, conv_outputs=True)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What is done so that a graph quantizes well; each can be left out, to see what it gains."""
+
+    migration: bool = True  # scales a channel for activations, moved into weights and pairs
+
+
+ALL_METHODS = Methods()
 
 
 def read_products(model: onnx.ModelProto) -> Products:
@@ -91,15 +112,33 @@ class QdqQuantizer:
         style: Style,
         method: str = "minmax",
         tell: Callable[[str], None] | None = None,
+        methods: Methods = ALL_METHODS,
     ) -> None:
         """`method`: one of ranges.METHODS. Raises UsageError on another."""
-        self.model, self.style = model, style
-        self.products = read_products(model)
-        weights = {t.name for t in model.graph.initializer}
-        nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
-        values = dict.fromkeys(v for n in nodes for v in (*n.input[:2], n.output[0]) if v not in weights)
-        self.ranges = cut_by_readers(model, collect_ranges(model, list(values), calibration.inputs, method, tell))
-        self._inferred = onnx.shape_inference.infer_shapes(model).SerializeToString()
+        check_method(method)
+        self.model, self.style, self._inputs = _named(model), style, calibration.inputs
+        self.products = read_products(self.model)
+        self._nodes = [n.name for n in self.model.graph.node if n.output[0] in self.products.eligible]
+        axes = channel_axes(self.model)
+        graph = hashlib.sha256(self.model.SerializeToString(deterministic=True)).hexdigest()
+        found, channels = _EXTREMES.get(
+            f"{graph} {calibration.sha256} {len(calibration.inputs)}",
+            lambda: collect_extremes(self.model, _activations(self.model), axes, calibration.inputs, tell),
+        )
+        self.ranges = dict(found)
+        empty = Migration({}, {})
+        self._plan = (
+            plan_migration(self.model, self._nodes, channels, style.conv_outputs) if methods.migration else empty
+        )
+        self.migrated = self._migrate(self._nodes)
+        self.ranges |= _scaled_ranges(self._plan, channels)
+        self.ranges = collect_ranges(
+            self.migrated, _activations(self.migrated), calibration.inputs, method, tell, self.ranges
+        ) | {k: v for k, v in self.ranges.items() if method == "minmax"}
+        self.ranges = cut_by_readers(self.migrated, self.ranges)
+
+    def _migrate(self, chosen: Iterable[str]) -> onnx.ModelProto:
+        return onnx.shape_inference.infer_shapes(migrate(self.model, self._plan, chosen))
 
     def quantize(self, in_float: Iterable[str] = ()) -> onnx.ModelProto:
         """The graph with Q/DQ pairs on every eligible layer but those `in_float`."""
@@ -108,10 +147,9 @@ class QdqQuantizer:
         from onnxruntime.quantization.quant_utils import QuantType, add_infer_metadata
 
         kept = set(in_float)
-        chosen = [v for v in self.products.macs if v in self.products.eligible and layer_of(v) not in kept]
+        chosen = [name for name in self._nodes if layer_of(name) not in kept]
         if not chosen:
             return self.model
-        nodes = {n.output[0]: n.name for n in self.model.graph.node}
         options = {
             "ActivationSymmetric": not self.style.unsigned,
             "WeightSymmetric": True,
@@ -122,17 +160,17 @@ class QdqQuantizer:
         }
         try:
             with quiet(logging.ERROR):  # its advice, such as to pre-process first
-                inferred = onnx.load_from_string(self._inferred)
-                add_infer_metadata(inferred)
+                migrated = self._migrate(chosen)
+                add_infer_metadata(migrated)
                 float_ranges = {k: (np.float32(low), np.float32(high)) for k, (low, high) in self.ranges.items()}
                 quantizer = QDQQuantizer(
-                    inferred,
+                    migrated,
                     True,  # a scale for each output channel
                     self.style.reduce_range,
                     QuantType.QInt8,
                     QuantType.QUInt8 if self.style.unsigned else QuantType.QInt8,
                     TensorsData(CalibrationMethod.MinMax, float_ranges),
-                    [nodes[v] for v in chosen],
+                    chosen,
                     [],
                     list(PRODUCTS),
                     options,
@@ -144,23 +182,71 @@ class QdqQuantizer:
         _keep_bias_apart(out)
         return out
 
-    def noise(self, inputs: Array) -> dict[str, float]:
-        """First-order estimate of each layer's noise-to-signal ratio: that of its inputs and of its weights."""
-        weights = {t.name: t for t in self.model.graph.initializer}
-        wanted = {i for n in self.model.graph.node if n.op_type in PRODUCTS for i in n.input[:2] if i not in weights}
-        values = Prober(self.model, sorted(wanted)).run_each(inputs)
-        out: dict[str, float] = {}
-        for node in self.model.graph.node:
-            if node.op_type in PRODUCTS and node.output[0] in self.products.eligible:
-                ratios = [
-                    _weight_noise(numpy_helper.to_array(weights[i]), node.op_type)
-                    if i in weights
-                    else _activation_noise(values[i], self.ranges[i], self.style)
-                    for i in node.input[:2]
-                ]
-                layer = layer_of(node.output[0])
-                out[layer] = max(out.get(layer, 0.0), sum(ratios))
-        return out
+    def sensitivity(self, products: Products | None = None) -> Sensitivity:
+        """What each unit's rounding does to the outputs; of other `products` than all that may be INT8, if given."""
+        weights = {t.name for t in self.migrated.graph.initializer}
+
+        def rounded(name: str, value: Tensor, kind: str) -> Tensor:
+            return (
+                round_weight(value, kind, self.style)
+                if name in weights
+                else round_value(value, self.ranges[name], self.style)
+            )
+
+        return measure(
+            self.migrated, products or self.products, self._inputs, rounded,
+            lambda kind: kind == "Conv" and self.style.conv_outputs,
+        )  # fmt: skip
+
+
+# Two targets that take one graph are calibrated once.
+_EXTREMES: Latest[tuple[dict[str, Range], dict[str, Channels]]] = Latest()
+
+
+def round_weight(weight: Tensor, kind: str, style: Style) -> Tensor:
+    """In int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
+    axis = 0 if kind == "Conv" else weight.ndim - 1
+    others = [i for i in range(weight.ndim) if i != axis]
+    scale = weight.abs().amax(others, keepdim=True).clamp_min(1e-12) / (127 >> int(style.reduce_range))
+    return torch.round(weight / scale) * scale
+
+
+def round_value(value: Tensor, bounds: Range, style: Style) -> Tensor:
+    """An activation in a style's integers, over a range."""
+    low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
+    levels = 255 >> int(style.reduce_range)
+    if style.unsigned:
+        scale = max(high - low, 1e-12) / levels
+        zero = round(-low / scale)
+        return (torch.clamp(torch.round(value / scale) + zero, 0, levels) - zero) * scale
+    scale = max(-low, high, 1e-12) / 127
+    return torch.clamp(torch.round(value / scale), -127, 127) * scale
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose products are called after the values that they make."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        if node.op_type in PRODUCTS:
+            node.name = node.output[0]
+    return out
+
+
+def _activations(model: onnx.ModelProto) -> list[str]:
+    """What the products read and make, without weights."""
+    weights = {t.name for t in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
+    return list(dict.fromkeys(v for n in nodes for v in (*n.input[:2], n.output[0]) if v not in weights))
+
+
+def _scaled_ranges(plan: Migration, channels: Mapping[str, Channels]) -> dict[str, Range]:
+    """Of the values that `migrate` puts in."""
+    return {
+        f"{value}/scaled": (float((channels[value][0] * factors).min()), float((channels[value][1] * factors).max()))
+        for factors_of in (plan.inputs, plan.outputs)
+        for value, factors in factors_of.items()
+    }
 
 
 def _keep_bias_apart(model: onnx.ModelProto) -> None:
@@ -192,27 +278,3 @@ def without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
             if zero is not None and not numpy_helper.to_array(zero).any():
                 del node.input[2]
     return out
-
-
-def _weight_noise(weight: Array, kind: str) -> float:
-    """Of int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
-    axis = 0 if kind == "Conv" else weight.ndim - 1
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = np.maximum(np.abs(weight).max(others, keepdims=True), 1e-12) / 127
-    return _ratio(weight, np.rint(weight / scale) * scale)
-
-
-def _activation_noise(value: Array, bounds: tuple[float, float], style: Style) -> float:
-    low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
-    levels = 255 >> int(style.reduce_range)
-    if style.unsigned:
-        scale = max(high - low, 1e-12) / levels
-        zero = np.rint(-low / scale)
-        return _ratio(value, (np.clip(np.rint(value / scale) + zero, 0, levels) - zero) * scale)
-    scale = max(-low, high, 1e-12) / 127
-    return _ratio(value, np.clip(np.rint(value / scale), -127, 127) * scale)
-
-
-def _ratio(exact: Array, rounded: Array) -> float:
-    signal = float((exact.astype(np.float64) ** 2).sum())
-    return float(((rounded - exact).astype(np.float64) ** 2).sum()) / signal if signal else 0.0

@@ -10,8 +10,9 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.memory import Latest, fingerprint
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, OnnxExport, export_onnx
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
@@ -22,7 +23,14 @@ Open = Callable[[onnx.ModelProto, CalibrationSet, str, Tell], "OnnxBackend"]
 
 def float_graph(module: nn.Module, request: Request, rules: Iterable[str], tell: Tell) -> OnnxExport:
     """The graph that is quantized: float32, by the rules of its target, below the opset with whole attentions."""
-    return export_onnx(module, replace(request, precision="fp32"), rules, request.opset or DECOMPOSED_OPSET, tell)
+    source, chosen = replace(request, precision="fp32"), tuple(rules)
+    opset = request.opset or DECOMPOSED_OPSET
+    said = sorted(source.metadata.items())
+    key = fingerprint(module, source.contract, source.outputs, source.task, said, chosen, opset)
+    return _GRAPH.get(key, lambda: export_onnx(module, source, chosen, opset, tell))
+
+
+_GRAPH: Latest[OnnxExport] = Latest()
 
 
 def artifact_of(exported: OnnxExport) -> Artifact:
@@ -46,8 +54,8 @@ class OnnxBackend:
         ranges = repr(sorted(self._quantizer.ranges.items())).encode()
         self.source = hashlib.sha256(graph_sha256(model).encode() + ranges).hexdigest()
 
-    def noise(self, inputs: Array) -> dict[str, float]:
-        return self._quantizer.noise(inputs)
+    def sensitivity(self) -> Sensitivity:
+        return self._quantizer.sensitivity()
 
     def write(self, in_float: Iterable[str], folder: Path) -> None:
         onnx.save(self._quantizer.quantize(in_float), folder / "model.onnx")

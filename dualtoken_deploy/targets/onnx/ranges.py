@@ -24,18 +24,29 @@ LEVELS = 128  # of one sign of an int8
 Range = tuple[float, float]
 
 
+def check_method(method: str) -> None:
+    """Raises UsageError where METHODS has no such method."""
+    if method not in METHODS:
+        raise UsageError(f"unknown calibrator {method!r}; valid calibrators: {', '.join(METHODS)}")
+
+
 def collect_ranges(
-    model: onnx.ModelProto, names: Sequence[str], inputs: Array, method: str, tell: Callable[[str], None] | None = None
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    inputs: Array,
+    method: str,
+    tell: Callable[[str], None] | None = None,
+    extremes: Mapping[str, Range] | None = None,
 ) -> dict[str, Range]:
     """(lowest, highest) of each named value over float `inputs` (N, ...), by a method of METHODS.
 
-    Raises UsageError on another method.
+    `extremes`: those of the values, where they are known. Raises UsageError on another method.
     """
-    if method not in METHODS:
-        raise UsageError(f"unknown calibrator {method!r}; valid calibrators: {', '.join(METHODS)}")
-    prober, found = Prober(model, names), _extremes(model, names, inputs, tell)
+    check_method(method)
+    found = dict(extremes or collect_extremes(model, names, {}, inputs, tell)[0])
     if method == "minmax":
         return found
+    prober = Prober(model, names)
     counts = {name: np.zeros(BINS, dtype=np.int64) for name in names}
     for i in range(len(inputs)):
         if tell:
@@ -48,18 +59,28 @@ def collect_ranges(
     return {name: METHODS[method](counts[name], found[name]) for name in names}
 
 
-def _extremes(
-    model: onnx.ModelProto, names: Sequence[str], inputs: Array, tell: Callable[[str], None] | None
-) -> dict[str, Range]:
+def collect_extremes(
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    axes: Mapping[str, int],
+    inputs: Array,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Range], dict[str, tuple[Array, Array]]]:
+    """Lowest and highest of each named value, and of each of its channels where `axes` names their axis."""
     prober = Prober(model, names)
-    low, high = dict.fromkeys(names, np.inf), dict.fromkeys(names, -np.inf)
+    low: dict[str, Array] = {}
+    high: dict[str, Array] = {}
     for i in range(len(inputs)):
         if tell:
             tell(f"calibrating: image {i + 1} of {len(inputs)}")
         for name, value in prober.run(inputs[i : i + 1]).items():
-            low[name] = min(low[name], float(value.min()))
-            high[name] = max(high[name], float(value.max()))
-    return {name: (low[name], high[name]) for name in names}
+            kept = axes[name] % value.ndim if name in axes else None
+            others = tuple(k for k in range(value.ndim) if k != kept)
+            least, most = value.min(others), value.max(others)
+            low[name] = np.minimum(low.get(name, least), least)
+            high[name] = np.maximum(high.get(name, most), most)
+    whole = {name: (float(low[name].min()), float(high[name].max())) for name in names}
+    return whole, {name: (low[name], high[name]) for name in axes if name in low}
 
 
 def percentile_range(counts: Array, bounds: Range) -> Range:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.bundle.manifest import Manifest
+from dualtoken_deploy.files import user_cache
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.targets.nvidia.builder import BuildOptions, build_engine
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, INSPECTION, Host
@@ -46,7 +46,6 @@ def make(folder: Path, manifest: Manifest, options: BuildOptions, host: Host, _r
 
 def timing_cache(host: Host) -> Path:
     """One file for each TensorRT version and GPU, in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     words = f"{host.tensorrt}-{host.gpu}-{host.compute_capability}"
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in words)
-    return base / "dualtoken-deploy" / "tensorrt" / f"{name}.timing"
+    return user_cache() / "dualtoken-deploy" / "tensorrt" / f"{name}.timing"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dualtoken_deploy.bundle.manifest import COMPLETE
+from dualtoken_deploy.bundle.manifest import COMPLETE, Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import MissingError
 from dualtoken_deploy.targets.nvidia.binding import TENSORRT
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, EngineBuild, doubts, obstacles, this_host
 from dualtoken_deploy.targets.nvidia.runner import EngineRunner
 from dualtoken_deploy.targets.runner import RunnerOptions
+
+
+def native_code(manifest: Manifest) -> str | None:
+    """What loading an engine runs on the host; None for one that carries no code of its own for it."""
+    own = manifest.build is not None and manifest.build.details.get("version_compatible") is not False
+    return "model.engine carries a runtime of its own, which runs with your rights" if own else None
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> EngineRunner:

@@ -19,9 +19,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.export import OnnxExport, export_onnx
 from dualtoken_deploy.targets.onnx.qdq import read_products
 from dualtoken_deploy.targets.onnx.quantize import artifact_of, graph_sha256
@@ -74,8 +74,10 @@ class NarrowBackend:
         """Whether a product can be of the format."""
         raise NotImplementedError
 
-    def noise(self, inputs: Array) -> dict[str, float]:
-        return {}
+    def sensitivity(self) -> Sensitivity:
+        """By MACs alone: nothing is measured for these formats, and the gate judges the files all the same."""
+        shares = {unit.name: unit.macs / max(self.products.total, 1) for unit in self.products.units}
+        return Sensitivity.independent(shares, "the share of the MACs, not measured")
 
     def write(self, in_float: Iterable[str], folder: Path) -> None:
         typed = type_onnx(self.quantize(in_float), self.precision, opset_of(self.precision))

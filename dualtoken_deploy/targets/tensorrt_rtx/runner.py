@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.built_in import cache_folder
 from dualtoken_deploy.errors import BundleError, MissingError
-from dualtoken_deploy.files import write_atomically
+from dualtoken_deploy.files import cache_folder, write_atomically
 from dualtoken_deploy.targets.nvidia.binding import RTX, complaint, load_library
 from dualtoken_deploy.targets.nvidia.engine import ENGINE
 from dualtoken_deploy.targets.nvidia.runner import EngineRunner

@@ -1,0 +1,24 @@
+"""Where a target's bytes lie while a reader of files reads them."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="dualtoken-fuzz."))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def filed(data: bytes, suffix: str) -> Path:
+    """A file with these bytes; the next call with the suffix writes it anew."""
+    path = _folder() / f"input{suffix}"
+    path.unlink(missing_ok=True)  # another file, should a reader still have the last one mapped
+    path.write_bytes(data)
+    return path

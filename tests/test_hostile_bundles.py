@@ -1,0 +1,187 @@
+"""Bundles as a stranger might hand them to us: each is refused with one line, and none of its code runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dualtoken_deploy import Bundle, load_runner, predict
+from dualtoken_deploy.bundle.blocks import Build, Origin
+from dualtoken_deploy.bundle.labels import format_labels, parse_labels, read_labels
+from dualtoken_deploy.bundle.store import sha256, write_bundle
+from dualtoken_deploy.bundle.trust import ALLOW, remember
+from dualtoken_deploy.errors import BundleError, DualTokenError, InputError
+from dualtoken_deploy.models.own_sources import source_of
+from dualtoken_deploy.serve.repository import check_servable
+from tests.commands import fails
+
+Change = Callable[[Path, dict[str, Any]], None]
+
+
+def harm(folder: Path, change: Change) -> None:
+    """Changes a bundle and makes its manifest's hashes right again, as one who means harm would."""
+    data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    change(folder, data)
+    for name in data["files"]:
+        if (folder / name).is_file():
+            data["files"][name] = sha256(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def written(name: str, data: bytes) -> Change:
+    def change(folder: Path, _: dict[str, Any]) -> None:
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def forget(*names: str) -> Change:
+    def change(_: Path, data: dict[str, Any]) -> None:
+        for name in names:
+            del data["files"][name]
+
+    return change
+
+
+def linked(folder: Path, _: dict[str, Any]) -> None:
+    outside = folder.parent / "outside"
+    outside.write_bytes((folder / "golden.npz").read_bytes())
+    (folder / "golden.npz").unlink()
+    (folder / "golden.npz").symlink_to(outside)
+
+
+def piped(folder: Path, _: dict[str, Any]) -> None:
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+
+
+def unnamed(folder: Path, _: dict[str, Any]) -> None:
+    (folder / "model.engine").write_bytes(b"another model")
+
+
+HARMED: dict[str, tuple[Change, str]] = {
+    "the model is not named": (forget("model.onnx"), "has model.onnx, which manifest.json does not name"),
+    "a second model": (unnamed, "has model.engine, which manifest.json does not name"),
+    "golden is not named": (forget("golden.npz"), "names no golden.npz"),
+    "labels are not named": (forget("labels.txt"), "names no labels.txt"),
+    "a link out of the folder": (linked, "golden.npz is a link out of the bundle"),
+    "a pipe": (piped, "model.onnx is no regular file"),
+    "too few labels": (written("labels.txt", b"one\ntwo\n"), "2 names for 10 classes"),
+    "too many labels": (written("labels.txt", b"x\n" * 11), "11 names for 10 classes"),
+    "labels in Latin-1": (written("labels.txt", b"\xe9\n" * 10), "no UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", HARMED)
+def test_what_is_not_whole_does_not_open(name: str, own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, reason = HARMED[name]
+    harm(own_bundle, change)
+    code, line = fails(capsys, "inspect", own_bundle)
+    assert (code, reason in line) == (4, True), line
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 and no more", b"\x93NUMPY"])
+def test_golden_that_is_none(data: bytes, own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    harm(own_bundle, written("golden.npz", data))
+    code, line = fails(capsys, "validate", own_bundle, "--reference", "golden")
+    assert (code, "golden.npz cannot be read" in line) == (4, True), line
+
+
+def test_golden_of_another_shape(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(folder: Path, _: dict[str, Any]) -> None:
+        np.savez(folder / "golden.npz", input=np.zeros((1, 8, 8, 3), np.uint8), logits=np.zeros((1, 10), np.float32))
+
+    harm(own_bundle, change)
+    code, line = fails(capsys, "validate", own_bundle, "--reference", "golden")
+    assert (code, "the manifest says uint8 of 1x64x64x3" in line) == (4, True), line
+
+
+# Labels
+
+
+@pytest.mark.parametrize("odd", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1e\r\x1b\x00\t\ufeff"])
+def test_no_name_has_a_separator_or_a_control_character(odd: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"line 2 has the character U\\+{ord(odd):04X}"):
+        format_labels(("cat", f"big{odd}dog", "cow"))
+    (tmp_path / "labels.txt").write_bytes(f"cat\nbig{odd}dog\ncow\n".encode())
+    with pytest.raises(InputError, match="line 2 has the character"):
+        read_labels(tmp_path / "labels.txt")
+
+
+def test_only_a_line_feed_ends_a_name() -> None:
+    """A bundle of before may have these; its later names keep their places."""
+    assert parse_labels("cat\nbig\u2028dog\nc\x85ow\n".encode()) == ("cat", "big\u2028dog", "c\x85ow")
+    assert parse_labels(b"\xef\xbb\xbfcat\r\ndog\r\n") == ("cat", "dog")
+    assert parse_labels(b"") == ()
+
+
+# Code that a bundle brings along
+
+
+def native(folder: Path, data: dict[str, Any]) -> None:
+    (folder / "model.onnx").rename(folder / "model.pt2")
+    del data["files"]["model.onnx"]
+    build = {"device": "cpu", "system": "plan9-vax", "torch": "0.1"}  # refused next, so that nothing is ever loaded
+    data.update(target="aotinductor", files=data["files"] | {"model.pt2": ""}, build=build)
+
+
+def test_native_code_of_others_is_refused(
+    own_bundle: Path, photograph: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("DUALTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(ALLOW, raising=False)
+    harm(own_bundle, native)
+    bundle = Bundle.open(own_bundle)
+    for use in (lambda: load_runner(bundle), lambda: predict(bundle, [photograph]), lambda: check_servable(bundle)):
+        with pytest.raises(BundleError, match=r"model\.pt2 is native code.*--allow-native"):
+            use()
+    commands: tuple[tuple[str | Path, ...], ...] = (("predict", own_bundle, photograph), ("inspect", own_bundle))
+    for command in commands:
+        code, line = fails(capsys, *command)
+        assert (code, "--allow-native" in line) == (4, True)
+    with monkeypatch.context() as patch:
+        patch.setenv(ALLOW, "0")  # taken back when the context ends, what the command sets as well
+        code, line = fails(capsys, "predict", own_bundle, photograph, "--allow-native")
+        assert (code, "plan9-vax" in line) == (3, True), line
+    with pytest.raises(BundleError, match="--allow-native"):
+        load_runner(bundle)
+    remember(bundle.manifest)  # what the export of this user does
+    with pytest.raises(DualTokenError, match="plan9-vax"):
+        load_runner(bundle)
+
+
+def test_what_this_user_writes_is_remembered(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(ALLOW, raising=False)
+    opened = Bundle.open(own_bundle)
+    (own_bundle / "model.onnx").rename(own_bundle / "model.pt2")
+    build = Build(details={"device": "cpu", "system": "plan9-vax", "torch": "0.1"})
+    draft = replace(opened.manifest, target="aotinductor", build=build, files={})
+    write_bundle(own_bundle, draft, opened.golden, opened.labels)
+    with pytest.raises(DualTokenError, match="plan9-vax"):
+        load_runner(own_bundle)
+    harm(own_bundle, written("model.pt2", b"another"))
+    with pytest.raises(BundleError, match="--allow-native"):
+        load_runner(own_bundle)
+
+
+def test_python_that_a_manifest_names_is_not_run(
+    own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUALTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(ALLOW, raising=False)
+    ran = tmp_path / "ran"
+    (tmp_path / "net.py").write_text(f"def make():\n    open({str(ran)!r}, 'w')\n")
+    origin = Origin(kind="reference", name="net", reference=f"{tmp_path / 'net.py'}:make")
+    manifest = replace(Bundle.open(own_bundle).manifest, origin=origin)
+    with pytest.raises(BundleError, match=r"net\.py:make; --reference golden runs none.*--allow-native"):
+        source_of(manifest)
+    assert not ran.exists()
