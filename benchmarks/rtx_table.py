@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from dualtoken_deploy import numerics
-from dualtoken_deploy.data.folders import open_pictures
 from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.files import write_atomically
 from dualtoken_deploy.machine import describe_machine, library_versions

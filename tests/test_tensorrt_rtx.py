@@ -38,9 +38,13 @@ MakeBundle = Callable[..., Path]
 no_gpu = why_no_build("tensorrt-rtx")
 without_gpu = pytest.mark.skipif(no_gpu is None, reason="a GPU is here, and runs the engine")
 INT8 = Int8Options("random", size=10, metric="sqnr", max_drop=15)
-OPTIONS: dict[str, dict[str, Any]] = {"fp32": {}, "fp16": {}, "bf16": {}, "int8": {"int8": INT8}}
-# Measured 128, 64.8, 45.7 and 29.5 dB on the small model.
-SQNR_DB = {"fp32": 110.0, "fp16": 48.0, "bf16": 35.0, "int8": 15.0}
+SEARCHED = {"int8": INT8}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("fp32", "fp16", "bf16")},
+    **dict.fromkeys(("int8", "fp8", "int4"), SEARCHED),
+}
+# Measured 128, 64.8, 45.7, 29.5, 28.6 and 19.4 dB on the small model.
+SQNR_DB = {"fp32": 110.0, "fp16": 48.0, "bf16": 35.0, "int8": 15.0, "fp8": 15.0, "int4": 10.0}
 INPUT = TensorSpec("x", "float32", "NC", (4, 64))
 
 
@@ -86,6 +90,33 @@ def test_the_onnx_carries_the_types(small_bundle: MakeBundle, precision: str) ->
     weights = [t for t in model.graph.initializer if len(t.dims) >= 2 and np.prod(t.dims) > 1000]
     assert {t.data_type for t in weights} == {word}
     assert [o.type.tensor_type.elem_type for o in model.graph.output] == [TensorProto.FLOAT]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_narrow_weights_are_near_their_floats_and_convolutions_are_left(
+    small_bundle: MakeBundle, precision: str
+) -> None:
+    """Every narrow weight of the saved file, dequantized in numpy, against the float16 of the fp16 bundle."""
+    model = onnx.load(small_bundle("tensorrt-rtx", precision, **OPTIONS[precision]) / "model.onnx")
+    plain = onnx.load(small_bundle("tensorrt-rtx", "fp16") / "model.onnx")
+    floats = {t.name: numpy_helper.to_array(t).astype(np.float32) for t in plain.graph.initializer}
+    tensors = {t.name: t for t in model.graph.initializer}
+    kind = {"fp8": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}[precision]
+    seen = 0
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            assert tensors[node.input[1]].data_type == TensorProto.FLOAT16
+        if node.op_type != "DequantizeLinear" or node.input[0] not in tensors:
+            continue
+        narrow, scale = (numpy_helper.to_array(tensors[name]).astype(np.float32) for name in node.input[:2])
+        assert tensors[node.input[0]].data_type == kind
+        axis = next(a.i for a in node.attribute if a.name == "axis")
+        wide = np.expand_dims(scale, 1 - axis) if precision == "fp8" else np.repeat(scale, 32, axis)
+        # three bits behind the point of E4M3: 2**-4 of a value at most; INT4 has steps of a seventh of its block
+        expected = floats[node.input[0].rpartition("/")[0]]
+        assert_close(narrow * wide, expected, sqnr_db=25 if precision == "fp8" else 15)
+        seen += 1
+    assert seen >= 20
 
 
 def test_bfloat16_is_rounded_behind_every_operator() -> None:
@@ -228,10 +259,64 @@ def test_the_builder_takes_a_precision_from_the_capability_on_that_we_say(precis
     assert taken == {c: capabilities.index(c) >= capabilities.index(oldest) for c in capabilities}
 
 
+def refused(case: str) -> bytes:
+    """Small networks that the library takes no part of."""
+    half = numpy_helper.from_array(np.array(0.03, np.float16), "s")
+    weight = numpy_helper.from_array(np.ones((64, 64), np.float16), "w")
+    nodes = [helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT16)]
+    pair = [
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["d", "w"], ["y"]),
+    ]
+    tensors = [half, weight]
+    if case == "convolution in int4":
+        shape = (64, 64, 3, 3)
+        tensors = [
+            helper.make_tensor("q", TensorProto.INT4, shape, np.ones(shape, int).ravel()),
+            numpy_helper.from_array(np.ones((64, 2, 3, 3), np.float16), "s"),
+        ]
+        nodes += [
+            helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1, block_size=32),
+            helper.make_node("Conv", ["a", "w"], ["y"]),
+        ]
+    else:
+        kind, zero = {"zero point": (np.int8, 3), "uint8": (np.uint8, 128), "int16": (np.int16, 0)}[case]
+        tensors.append(numpy_helper.from_array(np.array(zero, kind), "z"))
+        nodes += pair
+    rank = [1, 64, 16, 16] if case.startswith("conv") else [4, 64]
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, rank)
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT16, None)
+    graph = helper.make_graph(nodes, "g", [value], [out], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("convolution in int4", "blocking dimension must be the last or second to last"),
+        ("zero point", "Non-zero zero point is not supported"),
+        ("uint8", "Non-zero zero point is not supported"),
+        ("int16", "Failed to import initializer"),
+    ],
+)
+def test_what_the_docs_say_that_the_library_refuses(case: str, words: str) -> None:
+    with pytest.raises(ConversionError, match=words) as caught:
+        compile_engine(refused(case), (INPUT,), CompileOptions(), quiet)
+    assert "\n" not in str(caught.value)
+    assert words in (Path(__file__).parent.parent / "docs" / "tensorrt.md").read_text()
+
+
 BAD = [
     (["--compute-capability", "9.9"], 3, "compiles for no compute capability 9.9; it has 7.5, 8.0, 8.6"),
     (["--compute-capability", "9.0"], 3, "data-centre GPUs: --target tensorrt"),
     (["--compute-capability", "ampere"], 2, "'ampere' is not MAJOR.MINOR"),
+    (["--precision", "int4", "--compute-capability", "8.6"], 2, "needs a calibration set"),
+    (
+        ["--precision", "fp8", "--compute-capability", "8.6", "--calibration", "photographs"],
+        3,
+        "have no fp8 in TensorRT for RTX; it needs 8.9",
+    ),
     (["--precision", "bf16", "--compute-capability", "7.5"], 3, "have no bf16 in TensorRT for RTX; it needs 8.0"),
     (["--batch", "dynamic", "--batches", "4,2,8"], 2, "MIN <= BEST <= MAX"),
     (["--weightless", "--compute-capability", "8.6,8.9"], 2, "one compute capability at most"),
