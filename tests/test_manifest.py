@@ -13,7 +13,7 @@ import pytest
 from dualtoken_deploy import Bundle, validate
 from dualtoken_deploy.bundle.blocks import Build, Figures, Origin
 from dualtoken_deploy.bundle.manifest import Manifest
-from dualtoken_deploy.errors import BundleError, DualTokenError
+from dualtoken_deploy.errors import BundleError, DualTokenError, WeightsError
 from dualtoken_deploy.targets.nvidia.engine import EngineBuild
 
 # Written by the program of 24 November 2026 before manifests had typed blocks: `tiny` is conftest's SMALL, the others

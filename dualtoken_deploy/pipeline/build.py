@@ -85,7 +85,7 @@ def build_bundle(
                 shutil.copy2(opened.path / name, folder / name)
         build = vendor.make(folder, opened.manifest, options or BuildOptions(), host, rebuild, tell)
         tell("checking the engine against the golden logits")
-        built = replace(opened.manifest, state=COMPLETE, build=build)
+        built = replace(opened.manifest, state=COMPLETE, build=build, files={})  # a draft, until it is checked
         manifest, numbers = _checked(opened, folder, built, vendor.CONFIRMS)
         write_bundle(folder, manifest, opened.golden, opened.labels)
     return BuildResult(
