@@ -128,7 +128,7 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A model of yours: PACKAGE.MODULE:CALLABLE or FILE.py:CALLABLE (runs that code), FILE.onnx."),
+        typer.Option(help="A model of yours: PACKAGE.MODULE:CALLABLE or FILE.py:CALLABLE, whose code runs."),
     ] = None,
     model_arg: Annotated[
         list[str] | None, typer.Option(help="--model: argument of the callable, NAME=VALUE, the value in JSON.")

@@ -28,8 +28,7 @@ ONNX_SUFFIX = ".onnx"
 class Model:
     """What is to be exported, in a user's words; None: not said.
 
-    `model`: a variant's name, a live module, "package.module:callable", "file.py:callable", or an ONNX file's path;
-    None with a `head`. `task`, `arguments`, `output_names` and `preprocess` are for models that are not this package's.
+    `model`: a variant's name, a live module, "package.module:callable" or "file.py:callable"; None with a `head`. `task`, `arguments`, `output_names` and `preprocess` are for models that are not this package's.
     """
 
     model: str | Path | nn.Module | None
@@ -100,9 +99,7 @@ def _foreign_source(said: Model, labels: tuple[str, ...]) -> Source:
         return Source.module(said.model, task, size or 224, labels, names, preprocess)
     text = str(said.model)
     if text.endswith(ONNX_SUFFIX):
-        if said.weights is not None or said.arguments:
-            raise UsageError(f"{text} is a whole model; leave --weights and --model-arg out")
-        return Source.onnx(text, task, size, labels, names, preprocess)
+        raise UsageError(f"{text}: an ONNX file is not taken as a model yet; give the PyTorch module that it came from")
     return Source.reference(
         text, said.arguments, said.weights, task, size or 224, labels, names, preprocess, seed=said.seed
     )
@@ -150,7 +147,7 @@ def export(
     """Exports one model to one target, checks the saved files against eager, and only then names the bundle.
 
     `model` (or `variant`): a variant's name, a live module (B, 3, H, W) -> tensors, "package.module:callable" or
-    "file.py:callable" that makes one, an ONNX file, or a Source; with `head` (retinanet, mask-rcnn, deeplabv3, pspnet)
+    "file.py:callable" that makes one, or a Source; with `head` (retinanet, mask-rcnn, deeplabv3, pspnet)
     the variant below it. `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it; None: that of
     the weights, where they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
     (normalised float32 NCHW). `weights`: a file, of a variant also a word of BUILT_IN_WEIGHTS; None: random ones from
