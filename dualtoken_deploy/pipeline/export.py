@@ -28,7 +28,8 @@ ONNX_SUFFIX = ".onnx"
 class Model:
     """What is to be exported, in a user's words; None: not said.
 
-    `model`: a variant's name, a live module, "package.module:callable" or "file.py:callable"; None with a `head`. `task`, `arguments`, `output_names` and `preprocess` are for models that are not this package's.
+    `model`: a variant's name, a live module, "package.module:callable" or "file.py:callable"; None with a `head`.
+    `task`, `arguments`, `output_names` and `preprocess` are for models that are not this package's.
     """
 
     model: str | Path | nn.Module | None
