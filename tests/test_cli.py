@@ -36,7 +36,7 @@ def signals() -> Iterator[None]:
     ("arguments", "code", "message"),
     [
         (["--variant", "xl"], 2, "valid variants: t, t-mix, s, s-mix"),
-        (["--target", "tflite"], 2, "valid targets: onnxruntime, openvino"),
+        (["--target", "caffe"], 2, "valid targets: onnxruntime, openvino"),
         (["--precision", "int3"], 2, "valid precisions: fp32, fp16"),
         (["--batch", "0"], 2, "neither a number of at least 1 nor 'dynamic'"),
         (["--image-size", "63"], 2, "at least 64"),

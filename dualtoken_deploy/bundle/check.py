@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from dualtoken_deploy.bundle.blocks import RANDOM
-from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPLETE, PREPARED, Manifest
+from dualtoken_deploy.bundle.manifest import CLASSIFY, COMPILED, COMPLETE, PREPARED, Manifest
 from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.spec import InputContract, TensorSpec
 
@@ -79,8 +79,8 @@ def _side(tensor: TensorSpec, axis: str) -> int | None:
 
 
 def _model(manifest: Manifest) -> Iterator[str]:
-    if manifest.state not in (COMPLETE, PREPARED):
-        yield f"state is {manifest.state!r}; known are {COMPLETE}, {PREPARED}"
+    if manifest.state not in (COMPLETE, COMPILED, PREPARED):
+        yield f"state is {manifest.state!r}; known are {COMPLETE}, {COMPILED}, {PREPARED}"
     if manifest.weights.source == RANDOM and manifest.weights.seed is None and manifest.origin is None:
         yield "weights are random and have no seed"
     if (bad := strange_option(manifest.options)) is not None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualtoken_deploy.bundle.trust import permit_native
 from dualtoken_deploy.cli.common import (
     AllowNative,
     Bundles,
@@ -52,6 +51,8 @@ def validate(
     json_output: Json = False,
 ) -> None:
     """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     from dualtoken_deploy.use.validate import gate
     from dualtoken_deploy.use.validate import validate as run
@@ -79,6 +80,8 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Accuracy, overall and per class, of a bundle or of weights in eager PyTorch: top-1, AP of boxes, or mean IoU."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     from dualtoken_deploy.use.evaluate import evaluate as run
 
@@ -107,6 +110,8 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Verifies a bundle and reads from the runtime what executes; a broken promise exits with 5."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 
@@ -156,6 +161,8 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Times bundles side by side: one process each, interleaved rounds, ratios with their spread."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     from dualtoken_deploy.bench.run import bench as run
 
@@ -180,6 +187,8 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     module = with_torch("comparing with eager", importing("use.compare"))
     with progress() as tell:
@@ -202,6 +211,8 @@ def diagnose(
     json_output: Json = False,
 ) -> None:
     """Shows where a bundle drifts from eager, layer by layer in the model's own names."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     module = with_torch("diagnosing a bundle", importing("use.diagnose"))
     with progress() as tell:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from dualtoken_deploy.bundle.trust import permit_native
 from dualtoken_deploy.cli.common import AllowNative, Device, Json, OneBundle, Threads, importing, say, show, with_torch
 
 
@@ -23,6 +22,8 @@ def predict(
     json_output: Json = False,
 ) -> None:
     """Shows what a bundle sees in pictures: the most likely classes, objects, areas, or a vector, by its task."""
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     from dualtoken_deploy.bundle.store import Bundle
     from dualtoken_deploy.use import predict as module

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from dualtoken_deploy.bundle.trust import permit_native
 from dualtoken_deploy.errors import UsageError, missing_extra
 
 Seconds = typer.Option(min=0.05)
@@ -79,6 +78,8 @@ def serve(
         decode_seconds=decode_seconds, picture_formats=parse_formats(picture_format or ()),
         **({} if decoders is None else {"decoders": decoders}),
     )  # fmt: skip
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
     sources = parse_sources(bundles)
     if engine == "ray":
