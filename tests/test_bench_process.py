@@ -171,7 +171,7 @@ def alive(pids: Sequence[int]) -> list[int]:
 def test_no_worker_outlives_the_bench(number: signal.Signals) -> None:
     code = """
     import sys
-    from dualtoken_deploy.bench_process import Job, measure
+    from dualtoken_deploy.bench.process import Job, measure
     jobs = [Job(name, "limit", None, ((1, 8, 8, 8, 1),), 1, 1, None) for name in ("a", "b")]
     seconds = float(sys.argv[1])
     try:
