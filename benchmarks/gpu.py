@@ -1,10 +1,16 @@
-"""S on an NVIDIA GPU: eager, CUDA graph, torch.compile, AOTInductor, ONNX Runtime, TensorRT where it is, in one run.
+"""S on an NVIDIA GPU in one run: eager, torch.compile, AOTInductor, ONNX Runtime, TensorRT, TensorRT for RTX.
 
     python benchmarks/gpu.py --output benchmarks/results/gpu-NAME.json [--batches 1,8,64] [--contestants a,b]
-    python benchmarks/gpu.py --tiny --output out.json        # a small model on the CPU: proves that the script works
+    python benchmarks/gpu.py --prepare --bundles DIR     # on any machine: ONNX files and RTX engines to carry
+    python benchmarks/gpu.py --device cpu --quick --output out.json    # a small model on the CPU: the script at work
 
-One process for each contestant and batch, rounds interleaved. A time is from a host array of uint8 pictures to a host
-array of logits. A contestant that cannot run here is in the JSON with its reason. SQNR: against eager fp32 on the CPU.
+A GPU machine without a network takes its wheels along (`pip download`, then `pip install --no-index --find-links DIR`):
+this package with [export,tensorrt-rtx], onnxruntime-gpu in the place of onnxruntime, torch with CUDA.
+
+One process for each contestant and batch, rounds interleaved. `p50_ms` is from uint8 pictures on the host to logits on
+the host, `resident_ms` with both on the device. A contestant that cannot run here is in the results with its reason.
+SQNR: against eager fp32 on the CPU. Limits: the model's matrix products alone, by cuBLAS in a CUDA graph, and a copy on
+the device of the bytes that must be moved once (weights in float16, pictures, logits).
 """
 
 from __future__ import annotations
@@ -19,165 +25,96 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from gpu_contestants import (
+    BASE,
+    CONTESTANTS,
+    LIMITS,
+    Call,
+    Setting,
+    least_bytes,
+    made,
+    pictures_of,
+    reference_of,
+    refusal,
+)
 
-from dualtoken_deploy import export, load_runner, numerics
-from dualtoken_deploy.errors import DualTokenError, MissingError
+from dualtoken_deploy import numerics
+from dualtoken_deploy.bench.worker import peak_rss_mib
+from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.machine import describe_machine, library_versions
 
-Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 LIBRARIES = (
-    "torch",
-    "triton",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "cuda-bindings",
-    "numpy",
+    "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-libs", "cuda-bindings", "numpy",
     "dualtoken-deploy",
-)
-SETTINGS = {False: ("s", 224, 1000), True: ("t-mix", 64, 10)}  # by --tiny: variant, image size, classes
+)  # fmt: skip
+FULL, QUICK = ("s", 224, 1000), ("t-mix", 64, 10)  # variant, image size, classes
+# What is to be shown at batch 1: a contestant, how many times faster, than which.
+GOALS = (("aotinductor-fp16-graph", 5.0, BASE), ("aotinductor-fp16-graph", 1.2, "compile-fp16"))
 
 
-# --- contestants: each makes a function from pictures to logits, or raises MissingError ---------------------------
-
-
-def eager(setting: dict[str, Any], dtype: str, compiled: bool = False, graph: bool = False) -> Run:
-    """The reference model, normalisation included, as a user would run it."""
-    import torch
-
-    from dualtoken_deploy.deploy.forms import ImageInput
-    from dualtoken_deploy.models.registry import random_model
-    from dualtoken_deploy.spec import IMAGENET_MEAN, IMAGENET_STD
-
-    size, device = setting["size"], setting["device"]
-    kind = getattr(torch, dtype)
-    network = random_model(setting["variant"], 0, image_size=(size, size), num_classes=setting["classes"]).eval()
-    image = ImageInput(IMAGENET_MEAN, IMAGENET_STD, torch.float32).to(device)
-    model: Any = network.to(device=device, dtype=kind)
-    if compiled:
-        model = torch.compile(model)
-
-    def forward(pictures: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            logits: torch.Tensor = model(image(pictures).to(kind)).float()
-        return logits
-
-    if graph:
-        forward = capture(forward, setting)
-    return lambda pictures: forward(torch.from_numpy(pictures).to(device)).cpu().numpy()
-
-
-def capture(forward: Callable[[Any], Any], setting: dict[str, Any]) -> Callable[[Any], Any]:
-    """`forward` as one CUDA graph over static tensors."""
-    import torch
-
-    if setting["device"] != "cuda":
-        raise MissingError("a CUDA graph needs a CUDA device")
-    held = torch.zeros((setting["batch"], setting["size"], setting["size"], 3), dtype=torch.uint8, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are chosen and loaded outside of the capture
-        for _ in range(3):
-            forward(held)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = forward(held)
-
-    def replay(pictures: Any) -> Any:
-        held.copy_(pictures)
-        graph.replay()
-        return out
-
-    return replay
-
-
-def bundle(setting: dict[str, Any], target: str, precision: str, runs_as: str | None = None) -> Run:
-    """A bundle exported for this batch; `runs_as` runs its ONNX with another target's runner."""
-    from dataclasses import replace
-
-    from dualtoken_deploy import Bundle
-
-    on_cuda = setting["device"] == "cuda"
-    if runs_as == "onnxruntime" and on_cuda:
-        import onnxruntime
-
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise MissingError("this onnxruntime has no CUDAExecutionProvider")
-    folder = Path(setting["folder"]) / f"{target}-{precision}-{setting['batch']}-{runs_as}"
-    result = export(
-        setting["variant"], target, precision, image_size=setting["size"], batch=setting["batch"], output=folder,
-        num_classes=setting["classes"], device=setting["device"] if target == "aotinductor" else None,
-    )  # fmt: skip
-    opened = Bundle.open(folder)
-    if runs_as:
-        opened = Bundle(folder, replace(opened.manifest, target=runs_as))
-    elif result.next_step:
-        raise MissingError(result.next_step)
-    runner = load_runner(opened, "cuda" if on_cuda else None)
-    return lambda pictures: runner.run({"image": pictures})["logits"]
-
-
-CONTESTANTS: dict[str, Callable[[dict[str, Any]], Run]] = {
-    "eager-fp32": lambda s: eager(s, "float32"),
-    "eager-fp16": lambda s: eager(s, "float16"),
-    "eager-fp16-graph": lambda s: eager(s, "float16", graph=True),
-    "compile-fp16": lambda s: eager(s, "float16", compiled=True),
-    "aotinductor-fp32": lambda s: bundle(s, "aotinductor", "fp32"),
-    "aotinductor-fp16": lambda s: bundle(s, "aotinductor", "fp16"),
-    "aotinductor-bf16": lambda s: bundle(s, "aotinductor", "bf16"),
-    "onnxruntime-fp32": lambda s: bundle(s, "tensorrt", "fp32", "onnxruntime"),
-    "onnxruntime-fp16": lambda s: bundle(s, "tensorrt", "fp16", "onnxruntime"),
-    "tensorrt-fp32": lambda s: bundle(s, "tensorrt", "fp32"),
-    "tensorrt-fp16": lambda s: bundle(s, "tensorrt", "fp16"),
-}
-
-
-# --- one process for each ------------------------------------------------------------------------------------------
+# --- one process for each ---
 
 
 def work() -> None:
     """Reads one JSON a line: the setting first, then {"seconds"} for each round; answers in one line each."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # compilers print; stdout is for the answers
-    setting = json.loads(sys.stdin.readline())
+    setting = Setting(**json.loads(sys.stdin.readline()))
     try:
-        run = CONTESTANTS[setting["name"]](setting)
-        pictures = make_pictures(setting)
-        difference = numerics.compare(reference(setting, pictures), run(pictures))
+        before = free_mib(setting)
+        call = CONTESTANTS[setting.name](setting)
+        pictures = pictures_of(setting)
+        first = check(setting, call, pictures)
     except (DualTokenError, RuntimeError, ImportError, ValueError, OSError) as error:  # this contestant's result
-        reason = str(error) if isinstance(error, DualTokenError) else f"{type(error).__name__}: {error}"
-        print(json.dumps({"skipped": reason.splitlines()[0]}), file=answers, flush=True)
+        print(json.dumps({"skipped": refusal(error)}), file=answers, flush=True)
         return
-    print(json.dumps({"sqnr_db": round(difference.sqnr_db, 1)}), file=answers, flush=True)
+    after = free_mib(setting)
+    first["device_mib"] = None if before is None or after is None else before - after
+    first["peak_rss_mib"] = round(peak_rss_mib(), 1)
+    print(json.dumps(first), file=answers, flush=True)
+    run = call.run
     for line in sys.stdin:
         seconds = json.loads(line)["seconds"]
-        print(json.dumps({"ms": sample(run, pictures, seconds)}), file=answers, flush=True)
+        laps = {
+            "ms": None if run is None else sample(lambda: run(pictures), seconds),
+            "resident_ms": None if call.resident is None else sample(call.resident, seconds),
+        }
+        print(json.dumps(laps), file=answers, flush=True)
 
 
-def make_pictures(setting: dict[str, Any]) -> np.ndarray[Any, Any]:
-    shape = (setting["batch"], setting["size"], setting["size"], 3)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+def check(setting: Setting, call: Call, pictures: Any) -> dict[str, Any]:
+    """Runs it once; against eager where it has an answer."""
+    if call.run is None:
+        sample(call.resident or (lambda: None), 0)
+        return {"sqnr_db": None}
+    found, reference = call.run(pictures), reference_of(setting)(pictures)
+    return {"sqnr_db": round(numerics.compare(reference, found).sqnr_db, 1)}
 
 
-def reference(setting: dict[str, Any], pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return eager({**setting, "device": "cpu"}, "float32")(pictures)
+def free_mib(setting: Setting) -> int | None:
+    """Free memory of the device; the other contestants stand still while this one is prepared."""
+    if not setting.on_cuda:
+        return None
+    import torch
+
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0]) >> 20
 
 
-def sample(run: Run, pictures: np.ndarray[Any, Any], seconds: float) -> list[float]:
+def sample(run: Callable[[], object], seconds: float) -> list[float]:
     """Milliseconds of each call for `seconds`, ten calls at least, after three that are not counted."""
     for _ in range(3):
-        run(pictures)
+        run()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 10:
         start = time.perf_counter()
-        run(pictures)
+        run()
         times.append(1e3 * (time.perf_counter() - start))
     return times
 
@@ -202,58 +139,103 @@ def started() -> Iterator[Any]:
 
 
 def ask(process: Any, question: dict[str, Any]) -> dict[str, Any]:
-    process.stdin.write(json.dumps(question) + "\n")
-    process.stdin.flush()
+    try:
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return {"skipped": f"its process ended with {process.wait()}"}
     line = process.stdout.readline()
-    return json.loads(line) if line else {"skipped": "its process ended"}
+    return json.loads(line) if line else {"skipped": f"its process ended with {process.wait()}"}
 
 
-def race(settings: list[dict[str, Any]], rounds: int, seconds: float) -> list[dict[str, Any]]:
+def race(settings: list[Setting], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """All contestants of one batch: prepared one after the other, then timed in interleaved rounds."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
-        alive, results = [], []
+        results, processes = [], []
         for setting in settings:
-            say(f"batch {setting['batch']}: preparing {setting['name']}")
+            say(f"batch {setting.batch}: preparing {setting.name}")
             start, process = time.perf_counter(), stack.enter_context(started())
-            result = {"name": setting["name"], "batch": setting["batch"], **ask(process, setting)}
+            result = {"name": setting.name, "batch": setting.batch, **ask(process, asdict(setting))}
             result["prepare_s"] = round(time.perf_counter() - start, 1)
             results.append(result)
-            if "skipped" not in result:
-                alive.append((result, process))
+            processes.append(process)
         for number in range(rounds):
-            say(f"batch {settings[0]['batch']}: round {number + 1}/{rounds}")
-            for result, process in alive:
+            say(f"batch {settings[0].batch}: round {number + 1}/{rounds}")
+            for result, process in zip(results, processes, strict=True):
+                if "skipped" in result:
+                    continue
                 answer = ask(process, {"seconds": seconds})
-                if "ms" in answer:
-                    result.setdefault("rounds", []).append(answer["ms"])
-                else:
+                if "skipped" in answer:
                     result["skipped"] = answer["skipped"]
+                    continue
+                for key in ("ms", "resident_ms"):
+                    if answer[key] is not None:
+                        result.setdefault(f"rounds_{key}", []).append(answer[key])
         return summarise(results)
 
 
+# --- figures ---
+
+
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """p50, p90 and images/s over all samples; the ratio of the first contestant's round p50 over this one's."""
-    base = next((r for r in results if "rounds" in r), None)
-    for result in results:
-        samples = sorted(ms for part in result.get("rounds", ()) for ms in part)
-        if not samples or base is None or "skipped" in result:
+    """p50, p90 and images/s over all samples; ratios are the median and the range over the rounds."""
+    whole = [r for r in results if "skipped" not in r]
+    base = next((r for r in whole if r["name"] == BASE), None)
+    for r in whole:
+        ms = sorted(lap for laps in r.get("rounds_ms", ()) for lap in laps)
+        if ms:
+            p50 = statistics.median(ms)
+            r |= {"p50_ms": round(p50, 4), "p90_ms": round(ms[int(0.9 * (len(ms) - 1))], 4), "samples": len(ms),
+                  "images_per_s": round(1e3 * r["batch"] / p50, 1)}  # fmt: skip
+        if base is not None and ms:
+            r["ratio"] = {**ratio(base, r, "rounds_ms"), "to": BASE}
+        if "rounds_resident_ms" in r:
+            laps = [lap for part in r["rounds_resident_ms"] for lap in part]
+            r["resident_ms"] = round(statistics.median(laps), 4)
+            distances = {lim["name"]: ratio(r, lim, "rounds_resident_ms") for lim in whole if lim["name"] in LIMITS}
+            if r["name"] not in LIMITS:  # how many times the limit's time it takes
+                r["times_the_limit"] = {name: d["median"] for name, d in distances.items()}
+    return [{k: v for k, v in r.items() if not k.startswith("rounds_")} for r in results]
+
+
+def ratio(slow: dict[str, Any], fast: dict[str, Any], key: str) -> dict[str, float]:
+    pairs = zip(slow[key], fast[key], strict=True)
+    found = sorted(statistics.median(a) / statistics.median(b) for a, b in pairs)
+    return {"median": round(statistics.median(found), 3), "low": round(found[0], 3), "high": round(found[-1], 3)}
+
+
+def verdicts(results: list[dict[str, Any]]) -> list[str]:
+    """The goals at batch 1, each with what was measured."""
+    rows = {r["name"]: r for r in results if r["batch"] == 1 and "p50_ms" in r}
+    said = []
+    for name, times, than in GOALS:
+        if name not in rows or than not in rows:
+            said.append(f"{name} at least {times}x {than}: not measured")
             continue
-        p50 = statistics.median(samples)
-        pairs = zip(base["rounds"], result["rounds"], strict=True)
-        ratios = sorted(statistics.median(a) / statistics.median(b) for a, b in pairs)
-        result |= {
-            "p50_ms": round(p50, 4),
-            "p90_ms": round(samples[int(0.9 * (len(samples) - 1))], 4),
-            "images_per_s": round(1e3 * result["batch"] / p50, 1),
-            "ratio": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1], "to": base["name"]},
-            "samples": len(samples),
-        }
-    return [{k: v for k, v in r.items() if k != "rounds"} for r in results]
+        found = rows[than]["p50_ms"] / rows[name]["p50_ms"]
+        said.append(f"{name} at least {times}x {than}: {found:.2f}x, {'reached' if found >= times else 'not reached'}")
+    return said
 
 
-# --- the machine ---------------------------------------------------------------------------------------------------
+def table(results: list[dict[str, Any]]) -> str:
+    columns = ("contestant", "batch", "p50 (ms)", "images/s", "vs eager fp32", "on the device (ms)", "x products fp16",
+               "x copy", "SQNR (dB)", "device MiB", "host MiB")  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for r in results:
+        if "skipped" in r:
+            lines.append(f"| {r['name']} | {r['batch']} | not run: {r['skipped']} |" + " |" * 8)
+            continue
+        times, far = r.get("ratio"), r.get("times_the_limit", {})
+        cells = (
+            r["name"], r["batch"], r.get("p50_ms"), r.get("images_per_s"),
+            times and f"{times['median']:.2f}x ({times['low']:.2f}-{times['high']:.2f})", r.get("resident_ms"),
+            far.get("products-fp16"), far.get("copy"), r["sqnr_db"], r["device_mib"], r["peak_rss_mib"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+# --- the machine ---
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -290,42 +272,68 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def prepare(settings: list[Setting]) -> None:
+    """Exports what needs no GPU, so that a lent one is not spent on it."""
+    rows: list[tuple[str, str, dict[str, str]]] = [("tensorrt", p, {}) for p in ("fp32", "fp16", "int8")]
+    rows += [("tensorrt-rtx", "fp16", more) for more in ({}, {"compute_capability": "8.0"})]
+    for setting in settings:
+        for target, precision, more in rows:
+            say(f"{made(setting, target, precision, **more)}")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a small model, batch 2, two short rounds")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--batches", default=None, help="1,8,64 unless given")
+    parser.add_argument("--bundles", type=Path, help="folder where exported bundles are kept and found again")
+    parser.add_argument("--prepare", action="store_true", help="only export into --bundles what needs no GPU")
+    parser.add_argument("--batches", help="1,8,64 unless given")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float)
     arguments = parser.parse_args()
+    if unknown := set(arguments.contestants.split(",")) - set(CONTESTANTS):
+        parser.error(f"unknown contestants {', '.join(sorted(unknown))}; valid: {', '.join(CONTESTANTS)}")
+    if arguments.prepare and arguments.bundles is None:
+        parser.error("--prepare needs --bundles DIR")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     if arguments.worker:
         work()
         return
-    names = arguments.contestants.split(",")
-    if unknown := set(names) - set(CONTESTANTS):
-        parser.error(f"unknown contestants {', '.join(sorted(unknown))}; valid: {', '.join(CONTESTANTS)}")
     import torch
 
-    device = "cpu" if arguments.tiny else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        say("error: PyTorch finds no CUDA device; --tiny runs a small model on the CPU")
+    if arguments.device == "cuda" and not arguments.prepare and not torch.cuda.is_available():
+        say("error: PyTorch finds no CUDA device; --device cpu --quick runs a small model on the CPU")
         sys.exit(3)
-    variant, size, classes = SETTINGS[arguments.tiny]
-    batches = [int(b) for b in (arguments.batches or ("1" if arguments.tiny else "1,8,64")).split(",")]
-    common = {"variant": variant, "size": size, "classes": classes, "device": device}
-    with tempfile.TemporaryDirectory() as folder:
-        results = [
-            row
-            for batch in batches
-            for row in race(
-                [{**common, "name": n, "batch": batch, "folder": folder} for n in names],
-                arguments.rounds,
-                arguments.seconds,
-            )
-        ]
-    text = json.dumps({"machine": describe(device), "setting": common, "results": results}, indent=2)
+    names, quick = arguments.contestants.split(","), arguments.quick
+    batches = [int(b) for b in (arguments.batches or ("2" if quick else "1,8,64")).split(",")]
+    rounds = arguments.rounds or (2 if quick else 5)
+    seconds = arguments.seconds or (0.05 if quick else 1.0)
+    variant, size, classes = QUICK if quick else FULL
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.bundles or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        common = Setting("", 1, variant, size, classes, arguments.device, str(folder))
+        if arguments.prepare:
+            prepare([replace(common, batch=batch) for batch in batches])
+            return
+        for batch in batches:
+            results += race([replace(common, name=n, batch=batch) for n in names], rounds, seconds)
+    bytes_ = {batch: {f"fp{8 * i}": least_bytes(replace(common, batch=batch), i) for i in (2, 4)} for batch in batches}
+    report = {
+        "machine": describe(arguments.device), "setting": {"variant": variant, "size": size, "classes": classes,
+        "device": arguments.device, "rounds": rounds, "seconds": seconds}, "bytes_to_move": bytes_,
+        "results": results, "goals": verdicts(results), "table": table(results),
+    }  # fmt: skip
+    say(report["table"])
+    text = json.dumps(report, indent=1)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")

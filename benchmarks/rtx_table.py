@@ -24,8 +24,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
-from torch import nn
 
 from dualtoken_deploy import numerics
 from dualtoken_deploy.data.images import preprocess
@@ -50,46 +48,13 @@ from dualtoken_deploy.targets.tensorrt_rtx.export import RULES, opset_of
 CALIBRATED, CHECKED = 10, 2  # photographs
 
 
-class Residual(nn.Module):
-    """A foreign convolutional network: batch normalisation, residual blocks, a strided stem, no module of ours."""
+def foreign(name: str) -> Source:
+    """A model of benchmarks/foreign_zoo.py, which nobody here wrote: transformers' own code, small, random weights."""
+    from foreign_zoo import ZOO
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, 1, 1))
-            for _ in range(8)
-        )
-        self.head = nn.Linear(64, 1000)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)  # (B, 64, H/4, W/4)
-        for block in self.blocks:
-            x = torch.relu(x + block(x))
-        logits: torch.Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-class Patches(nn.Module):
-    """A foreign vision transformer of torch's own layers: patches of 16, pre-norm, GELU, six layers of 384."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 384, 16, 16)
-        self.place = nn.Parameter(torch.randn(1, 196, 384) * 0.02)
-        layer = nn.TransformerEncoderLayer(384, 6, 1536, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 6, nn.LayerNorm(384), enable_nested_tensor=False)
-        self.head = nn.Linear(384, 1000)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.place  # (B, 196, 384)
-        logits: torch.Tensor = self.head(self.layers(tokens).mean(1))
-        return logits
-
-
-def foreign(kind: Callable[[], nn.Module]) -> Source:
-    torch.manual_seed(0)
-    return Source.module(kind().eval(), name=kind.__name__.lower())
+    row = ZOO[name]
+    reference = f"{Path(__file__).with_name('foreign_zoo.py')}:{name}"
+    return Source.reference(reference, task=row.task, image_size=row.size, output_names=row.output_names)
 
 
 MODELS: dict[str, Callable[[], Source]] = {
@@ -99,8 +64,8 @@ MODELS: dict[str, Callable[[], Source]] = {
     "dualformer-t": lambda: variant_source("dualformer-t"),
     "retinanet on t-mix, 320": lambda: head_source("retinanet", "t-mix", None, (320, 320)),
     "pspnet on t-mix, 256": lambda: head_source("pspnet", "t-mix", None, (256, 256)),
-    "residual (foreign)": lambda: foreign(Residual),
-    "patches (foreign)": lambda: foreign(Patches),
+    "swin of transformers, 64": lambda: foreign("swin"),
+    "mobilevit of transformers, 64": lambda: foreign("mobilevit"),
 }
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 

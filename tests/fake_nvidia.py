@@ -1,20 +1,24 @@
-"""A stand-in for TensorRT and CUDA, for what surrounds an engine: order of calls, files, errors. No proof of TensorRT.
+"""A GPU that is not here: CUDA's memory and streams, and the execution of an engine. No proof of either.
 
-The tensorrt module is made from the recorded API of one version: it has that version's names and no others, and a call
-that a recorded signature does not take raises TypeError, as in the real bindings. Behind it an "engine" is the ONNX,
-run by ONNX Runtime on the fake device's memory, so that a wrong address, size or order shows in the logits.
+Everything else is real: the names, the parser, the network, the builder, its progress and its errors are those of
+NVIDIA's TensorRT for RTX, whose API is TensorRT's and which compiles without a GPU; an engine is what that builder
+wrote. What needs a GPU (deserializing, contexts, the inspector, refitting) stands in here: the engine's ONNX is run by
+ONNX Runtime on the fake device's memory, so that a wrong address, size or order shows in the logits. As `tensorrt` of
+10.x and 11.x the library has the version of one; tests/test_tensorrt_api.py holds our calls against their own records.
 """
 
 from __future__ import annotations
 
 import ctypes
-import enum
+import hashlib
 import json
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +26,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from tests.tensorrt_api import Api, load_api
+from dualtoken_deploy.targets.nvidia import binding
+from tests.tensorrt_api import RTX, load_api
 
-PLAN = b"fake plan "
-Handlers = dict[str, Callable[..., Any]]
+real = pytest.importorskip(binding.RTX.module, reason="the extra [tensorrt-rtx] has wheels for x86-64 alone")
+_built: dict[
+    tuple[str, str], bytes
+] = {}  # what the real builder made of an ONNX and a profile; it makes the same again
 
 
 class FakeCuda:
@@ -133,181 +140,272 @@ class FakeCuda:
         return (0,)
 
 
-def make_module(version: str, handlers: Handlers) -> types.ModuleType:
-    """The tensorrt module of a recorded version; `handlers` ("Class.member") say what its methods and properties do."""
-    api = load_api(version)
-    module = types.ModuleType("tensorrt")
-    module.__dict__["__version__"] = api.version
-    for name, entry in api.names.items():
-        if "enum" in entry:
-            module.__dict__[name] = enum.IntEnum(name, {m: i for i, m in enumerate(entry["enum"])})
-        elif "members" in entry:
-            module.__dict__[name] = _make_class(api, module, name, handlers)
-    return module
-
-
-def _make_class(api: Api, module: types.ModuleType, name: str, handlers: Handlers) -> type:
-    space: dict[str, Any] = {}
-    for member, recorded in api.members(name).items():
-        key = f"{name}.{member}"
-        if isinstance(recorded, list):
-            space[member] = _make_method(api, module, name, member, handlers.get(key))
-        elif recorded == "property":
-            space[member] = _make_property(member, handlers.get(key))
-        elif member != "__init__":
-            space[member] = key
-
-    def set_attribute(self: Any, attribute: str, value: Any) -> None:
-        if type(self) is made and attribute not in api.members(name) and not attribute.startswith("fake_"):
-            raise AttributeError(f"{name} of tensorrt {api.version} has no {attribute}")
-        object.__setattr__(self, attribute, value)
-
-    made = type(name, (), {**space, "__setattr__": set_attribute})
-    return made
-
-
-def _make_method(api: Api, module: types.ModuleType, owner: str, name: str, handler: Callable[..., Any] | None) -> Any:
-    signatures = api.signatures(owner, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fitting = [s for s in signatures if s.accepts(len(args), tuple(kwargs))]
-        if not fitting:
-            raise TypeError(f"{owner}.{name} of tensorrt {api.version} does not take {args} {kwargs}")
-        if handler is not None:
-            return handler(self, *args, **kwargs)
-        if name == "__init__":
-            self.__dict__["fake_args"] = args
-            return None
-        result = module.__dict__.get(fitting[0].returns)
-        if isinstance(result, type) and not issubclass(result, enum.Enum):
-            return result.__new__(result)
-        return {"bool": True, "int": 0, "str": ""}.get(fitting[0].returns)
-
-    return method
-
-
-def _make_property(name: str, handler: Callable[..., Any] | None) -> property:
-    def get(self: Any) -> Any:
-        return handler(self) if handler else self.__dict__.get(name)
-
-    return property(get, lambda self, value: self.__dict__.__setitem__(name, value))
-
-
 class Device:
-    """One fake machine. `configs` and `profiles` are what the code under test set up; `layers` may replace the
-    inspector's answer; `parse_error` makes the parser refuse."""
+    """One machine with a fake GPU. `asked` is what the builder was last told, `profiles` and `timings` what it was
+    given, `loads` counts engines that were deserialized, `given` has the kernels that a runtime cache was given.
+
+    `plan` replaces what the builder gives, `computes` the ONNX that engines run, `layers` the inspector's answer,
+    `validity` what is said of an engine (names of EngineValidity and EngineInvalidityDiagnostics); with `fresh` a
+    network that was built already is built again; `capturable`: whether a context may be captured.
+    """
 
     def __init__(self, version: str) -> None:
         self.cuda = FakeCuda()
-        self.configs: list[Any] = []
+        self.asked: dict[str, Any] = {"flags": []}
         self.profiles: list[tuple[str, Any, Any, Any]] = []
         self.timings: list[bytes] = []
+        self.given: list[bytes] = []
+        self.loads = 0
         self.layers: str | None = None
-        self.parse_error: str | None = None
-        self.plan: bytes | None = None  # what the builder gives; None: the ONNX
-        self.trt = make_module(version, self._handlers())
+        self.plan: bytes | None = None
+        self.computes: bytes | None = None
+        self.validity: tuple[str, str | None] = ("VALID", None)
+        self.fresh = False
+        self.capturable = True
+        self.known: dict[str, tuple[bytes, tuple[Any, ...]]] = {}  # plan -> the ONNX and the profile that it is of
+        self.parsed = b""
+        api = load_api(version)
+        self.trt = types.ModuleType("tensorrt" if version != RTX else binding.RTX.module)
+        self.trt.__dict__.update({name: getattr(real, name) for name in dir(real) if name[0] != "_"})
+        self.trt.__dict__.update(__version__=api.version, Runtime=partial(Runtime, self), Refitter=Refitter,
+                                 OnnxParserRefitter=OnnxParserRefitter)  # fmt: skip
+        # the one enum of which we take a member that is not in all of the versions
+        level, members = real.HardwareCompatibilityLevel, api.enum("HardwareCompatibilityLevel") or ()
+        shared = {name: getattr(level, name) for name in members if hasattr(level, name)}
+        self.trt.__dict__["HardwareCompatibilityLevel"] = types.SimpleNamespace(**shared)
 
-    def _handlers(self) -> Handlers:
-        return {
-            "OnnxParser.parse": self._parse,
-            "OnnxParser.num_errors": lambda parser: 1 if self.parse_error else 0,
-            "OnnxParser.get_error": lambda parser, index: self.trt.ParserError.__new__(self.trt.ParserError),
-            "ParserError.node_operator": lambda error: "Mystery",
-            "ParserError.node_name": lambda error: "Mystery_0",
-            "ParserError.desc": lambda error: self.parse_error,
-            "Builder.build_serialized_network": self._build,
-            "IBuilderConfig.create_timing_cache": self._timing_cache,
-            "IBuilderConfig.set_flag": lambda config, flag: config.__dict__.setdefault("set", []).append(flag.name),
-            "ITimingCache.serialize": lambda cache: b"timings",
-            "IOptimizationProfile.set_shape": lambda profile, *shape: self.profiles.append(shape),
-            "Runtime.deserialize_cuda_engine": self._deserialize,
-            "ICudaEngine.num_io_tensors": lambda engine: len(engine.fake_tensors),
-            "ICudaEngine.get_tensor_name": lambda engine, index: list(engine.fake_tensors)[index],
-            "ICudaEngine.get_tensor_shape": lambda engine, name: engine.fake_tensors[name][0],
-            "ICudaEngine.get_tensor_dtype": lambda engine, name: engine.fake_tensors[name][1],
-            "ICudaEngine.get_tensor_profile_shape": self._profile_shape,
-            "ICudaEngine.create_execution_context": self._context,
-            "ICudaEngine.create_engine_inspector": self._inspector,
-            "EngineInspector.get_engine_information": lambda inspector, _: inspector.fake_text,
-            "IExecutionContext.set_tensor_address": self._address,
-            "IExecutionContext.set_input_shape": self._input_shape,
-            "IExecutionContext.execute_async_v3": self._execute,
-        }
+    def know(self, folder: Path, weights: bool = True) -> None:
+        """The engine of a bundle, which was compiled while no device was plugged in."""
+        model = (folder / "model.onnx").read_bytes()
+        self.known[digest((folder / "model.engine").read_bytes())] = model if weights else b"", ()
 
-    def _parse(self, parser: Any, model: bytes) -> bool:
-        parser.fake_args[0].fake_onnx = model
-        return self.parse_error is None
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        """The real classes tell what they are given. Timings, hardware compatibility and a lean runtime are what
+        TensorRT for RTX has by name and not in deed: those are kept here and go no further."""
+        parse, build, shape = (
+            real.OnnxParser.parse, real.Builder.build_serialized_network, real.IOptimizationProfile.set_shape
+        )  # fmt: skip
+        set_flag = real.IBuilderConfig.set_flag
 
-    def _build(self, builder: Any, network: Any, config: Any) -> bytes | None:
-        self.configs.append(config)
-        monitor = config.progress_monitor
-        monitor.phase_start("Building engine", None, 2)
-        for step in range(2):
-            if not monitor.step_complete("Building engine", step):
-                return None
-        monitor.phase_finish("Building engine")
-        return PLAN + network.fake_onnx if self.plan is None else self.plan
+        def parsed(parser: Any, model: bytes) -> bool:
+            self.parsed = model
+            return bool(parse(parser, model))
 
-    def _timing_cache(self, config: Any, stored: bytes) -> Any:
-        self.timings.append(stored)
-        return self.trt.ITimingCache.__new__(self.trt.ITimingCache)
+        def shaped(profile: Any, *given: Any) -> None:
+            self.profiles.append(given)
+            shape(profile, *given)
 
-    def _deserialize(self, runtime: Any, plan: bytes) -> Any:
-        if not plan.startswith(PLAN):
-            runtime.fake_args[0].log(self.trt.ILogger.ERROR, "the plan is of another version")
+        def flagged(config: Any, flag: Any) -> None:
+            self.asked["flags"].append(flag.name)
+            if flag != real.BuilderFlag.VERSION_COMPATIBLE:
+                set_flag(config, flag)
+
+        def built(builder: Any, network: Any, config: Any) -> bytes | None:
+            self.asked |= {
+                name: getattr(config, name) for name in ("builder_optimization_level", "profiling_verbosity")
+            }
+            key = digest(self.parsed), str(self.profiles)
+            if self.fresh or key not in _built:
+                made = build(builder, network, config)
+                if made is None:
+                    return None
+                _built[key] = bytes(made)
+            self.known[digest(_built[key])] = self.parsed, tuple(self.profiles)
+            return _built[key] if self.plan is None else self.plan
+
+        def timing(_: Any, serialized: bytes) -> Any:
+            self.timings.append(serialized)
+            return types.SimpleNamespace(serialize=lambda: b"timings")
+
+        level = property(lambda _: None, lambda _, value: self.asked.update(hardware=value))
+        for owner, name, stands_in in (
+            (real.OnnxParser, "parse", parsed),
+            (real.IOptimizationProfile, "set_shape", shaped),
+            (real.Builder, "build_serialized_network", built),
+            (real.IBuilderConfig, "set_flag", flagged),
+            (real.IBuilderConfig, "create_timing_cache", timing),
+            (real.IBuilderConfig, "set_timing_cache", lambda *_, **__: True),
+            (real.IBuilderConfig, "hardware_compatibility_level", level),
+        ):
+            patch.setattr(owner, name, stands_in)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- what needs a GPU ---
+
+
+class Runtime:
+    """Loads what the builder made, and nothing else. The header is looked at by the real library first."""
+
+    engine_host_code_allowed = False
+
+    def __init__(self, device: Device, logger: Any) -> None:
+        self.device, self.logger = device, logger
+
+    @property
+    def engine_header_size(self) -> int:
+        return int(real.Runtime(self.logger).engine_header_size)
+
+    def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
+        verdict, bits = real.Runtime(real.Logger(real.Logger.INTERNAL_ERROR)).get_engine_validity(buffer)
+        reasons = real.EngineInvalidityDiagnostics
+        if int(bits) & int(reasons.MALFORMED_ENGINE):
+            return verdict, int(bits)
+        word, reason = self.device.validity
+        return getattr(real.EngineValidity, word), int(getattr(reasons, reason)) if reason else 0
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
+        if digest(serialized_engine) not in self.device.known:
+            self.logger.log(real.ILogger.ERROR, "the plan is of another version")
             return None
-        engine = self.trt.ICudaEngine.__new__(self.trt.ICudaEngine)
-        engine.fake_onnx = plan.removeprefix(PLAN)
-        engine.fake_session = onnxruntime.InferenceSession(engine.fake_onnx, providers=["CPUExecutionProvider"])
-        types_ = {"tensor(uint8)": self.trt.DataType.UINT8, "tensor(float)": self.trt.DataType.FLOAT}
-        session = engine.fake_session
-        engine.fake_tensors = {
-            t.name: (tuple(d if isinstance(d, int) else -1 for d in t.shape), types_[t.type])
-            for t in (*session.get_inputs(), *session.get_outputs())
-        }
-        return engine
+        self.device.loads += 1
+        return Engine(self.device, *self.device.known[digest(serialized_engine)])
 
-    def _profile_shape(self, engine: Any, name: str, profile_index: int) -> list[Any]:
-        assert (name, profile_index) == (self.profiles[-1][0], 0)
-        return list(self.profiles[-1][1:])
 
-    def _context(self, engine: Any) -> Any:
-        context = self.trt.IExecutionContext.__new__(self.trt.IExecutionContext)
-        context.fake_engine, context.fake_addresses, context.fake_shapes = engine, {}, {}
-        return context
+class Engine:
+    """`model`: its ONNX, empty while it has no weights. `profile`: the shapes that it was built for."""
 
-    def _inspector(self, engine: Any) -> Any:
-        inspector = self.trt.EngineInspector.__new__(self.trt.EngineInspector)
-        inspector.fake_text = self.layers or describe_layers(onnx.load_from_string(engine.fake_onnx))
-        return inspector
+    def __init__(self, device: Device, model: bytes, profile: tuple[Any, ...]) -> None:
+        self.device, self.profile = device, profile
+        self.fill(device.computes or model)
 
-    def _address(self, context: Any, name: str, memory: int) -> bool:
-        assert memory in self.cuda.memory, "an address that is no allocation"
-        context.fake_addresses[name] = memory
+    def fill(self, model: bytes) -> None:
+        self.model = model
+        if model:
+            self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+            self.tensors = {t.name: t for t in (*self.session.get_inputs(), *self.session.get_outputs())}
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return {"tensor(uint8)": real.DataType.UINT8, "tensor(float)": real.DataType.FLOAT}[self.tensors[name].type]
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
+        ((known, *shapes),) = self.profile
+        assert (name, profile_index) == (known, 0)
+        return shapes
+
+    def create_execution_context(self, runtime_config: RuntimeConfig | None = None) -> Context:
+        return Context(self)
+
+    def create_engine_inspector(self) -> Inspector:
+        return Inspector(self.device.layers or describe_layers(onnx.load_from_string(self.model)))
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self.device)
+
+
+class Inspector:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def get_engine_information(self, format: Any) -> str:  # noqa: A002 (the vendor's name)
+        return self.text
+
+
+class RuntimeConfig:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.device)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
         return True
 
-    def _input_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> bool:
-        context.fake_shapes[name] = shape
-        least, most = self.profiles[-1][1], self.profiles[-1][3]
+
+class RuntimeCache:
+    """Kernels of a first run are added to those that it was given."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.kernels = device, b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.kernels = blob
+        self.device.given.append(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        return self.kernels or b"kernels"
+
+
+class Refitter:
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.model = engine, b""
+
+    def refit_cuda_engine(self) -> bool:
+        self.engine.fill(self.model)
+        return bool(self.model)
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter: Refitter, logger: Any) -> None:
+        self.refitter, self.logger = refitter, logger
+
+    def refit_from_bytes(self, model: bytes) -> bool:
+        try:
+            onnx.checker.check_model(model)
+        except (onnx.checker.ValidationError, ValueError):
+            self.logger.log(real.ILogger.ERROR, "no model")
+            return False
+        self.refitter.model = model
+        return True
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.cuda = engine, engine.device.cuda
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory in self.cuda.memory, "an address that is no allocation"
+        self.addresses[name] = memory
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        ((_, least, _, most),) = self.engine.profile
         return all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
 
-    def _execute(self, context: Any, stream: int) -> bool:
+    def is_stream_capturable(self, stream: int) -> bool:
         assert stream in self.cuda.streams
-        shapes = dict(context.fake_shapes)
-        self.cuda.put(lambda: self._compute(context, shapes))
+        return self.engine.device.capturable
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle in self.cuda.streams
+        shapes = dict(self.shapes)
+        self.cuda.put(lambda: self.compute(shapes))
         return True
 
-    def _compute(self, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        session, feeds = context.fake_engine.fake_session, {}
+    def compute(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        session, feeds = self.engine.session, {}
         for tensor in session.get_inputs():
             shape = shapes.get(tensor.name, tuple(tensor.shape))
             dtype = np.dtype(np.uint8 if tensor.type == "tensor(uint8)" else np.float32)
-            size = int(np.prod(shape)) * dtype.itemsize
-            data = ctypes.string_at(context.fake_addresses[tensor.name], size)
+            data = ctypes.string_at(self.addresses[tensor.name], int(np.prod(shape)) * dtype.itemsize)
             feeds[tensor.name] = np.frombuffer(data, dtype).reshape(shape)
         for tensor, value in zip(session.get_outputs(), session.run(None, feeds), strict=True):
             block = np.ascontiguousarray(value)
-            ctypes.memmove(context.fake_addresses[tensor.name], block.ctypes.data, block.nbytes)
+            ctypes.memmove(self.addresses[tensor.name], block.ctypes.data, block.nbytes)
+
+
+STAND_INS = {
+    "Runtime": Runtime, "ICudaEngine": Engine, "EngineInspector": Inspector, "IRuntimeConfig": RuntimeConfig,
+    "IRuntimeCache": RuntimeCache, "Refitter": Refitter, "OnnxParserRefitter": OnnxParserRefitter,
+    "IExecutionContext": Context,
+}  # fmt: skip
 
 
 def describe_layers(model: onnx.ModelProto) -> str:
@@ -331,10 +429,12 @@ def describe_layers(model: onnx.ModelProto) -> str:
 
 @contextmanager
 def plugged_in(version: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """TensorRT and CUDA are the fake's in here."""
+    """A GPU is here, and TensorRT of a recorded version or (RTX) TensorRT for RTX."""
     device = Device(version)
+    name = device.trt.__name__
     with monkeypatch.context() as patch:
-        device.trt.__spec__ = ModuleSpec("tensorrt", None)
-        patch.setitem(sys.modules, "tensorrt", device.trt)
+        device.trt.__spec__ = ModuleSpec(name, None)
+        device.watch(patch)
+        patch.setitem(sys.modules, name, device.trt)
         patch.setattr("dualtoken_deploy.targets.nvidia.cuda.runtime_api", lambda: device.cuda)
         yield device

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dualtoken_deploy import Bundle, predict
+from dualtoken_deploy.models.count import count_params
+from dualtoken_deploy.models.registry import random_model
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "examples" / "cpp"
@@ -80,21 +84,66 @@ def test_it_fails_where_golden_is_not_reached_or_files_do_not_fit(program: Path,
 
 
 def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
-    """Its processes, rounds and JSON; the contestants that need no compiling. On CUDA it was not run."""
-    chosen = "eager-fp32,eager-fp16,eager-fp16-graph"
+    """Its processes, rounds, limits, verdicts and JSON; the contestants that need no compiling. CUDA was not run."""
+    chosen = "eager-fp32,eager-fp16,eager-fp16-graph,products-fp16,copy"
     output = tmp_path / "gpu.json"
     done = run(
-        sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny", "--contestants", chosen, "--batches", "2",
-        "--rounds", "2", "--seconds", "0.02", "--output", output,
+        sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--quick", "--contestants", chosen,
+        "--batches", "2", "--rounds", "2", "--seconds", "0.02", "--output", output,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert report == json.loads(done.stdout)
-    base, half, graph = report["results"]
-    assert [base["name"], half["name"], graph["name"]] == chosen.split(",")
+    base, half, graph, products, copy = report["results"]
+    assert [row["name"] for row in report["results"]] == chosen.split(",")
     assert base["sqnr_db"] == 300  # it is its own reference
     assert half["sqnr_db"] > 45
     assert half["samples"] >= 20
     assert base["images_per_s"] == pytest.approx(1e3 * 2 / base["p50_ms"], rel=0.01)
     assert graph["skipped"] == "a CUDA graph needs a CUDA device"
     assert report["machine"]["tensorrt"]["module"] is False
+    assert not {"p50_ms", "ratio"} & products.keys()  # a limit answers no picture
+    assert half["times_the_limit"].keys() == {"products-fp16", "copy"}
+    assert copy["resident_ms"] > 0
+    assert report["goals"][0] == "aotinductor-fp16-graph at least 5.0x eager-fp32: not measured"
+    assert len(report["table"].splitlines()) == 2 + 5
+    moved = report["bytes_to_move"]["2"]
+    assert moved["fp32"]["once"] - moved["fp16"]["once"] == 2 * count_params(
+        random_model("t-mix", 0, image_size=(64, 64), num_classes=10)
+    )
+    assert moved["fp32"]["products"] == 2 * moved["fp16"]["products"]
+
+
+@pytest.fixture
+def gpu_summary(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_the_gpu_benchmark_judges_its_goals_by_hand_counted_rounds(gpu_summary: Any) -> None:
+    def row(name: str, *rounds: float, resident: float | None = None) -> dict[str, Any]:
+        found = {"name": name, "batch": 1, "sqnr_db": 60.0, "device_mib": None, "peak_rss_mib": 1.0}
+        if rounds:
+            found["rounds_ms"] = [[ms] * 3 for ms in rounds]
+        if resident is not None:
+            found["rounds_resident_ms"] = [[resident]] * 2
+        return found
+
+    results = gpu_summary.summarise(
+        [
+            row("eager-fp32", 10.0, 12.0, resident=9.0),
+            row("compile-fp16", 4.0, 4.0, resident=3.0),
+            row("aotinductor-fp16-graph", 2.0, 2.0, resident=1.0),
+            row("products-fp16", resident=0.5),
+        ]
+    )
+    eager, _, graph, products = results
+    assert graph["ratio"] == {"median": 5.5, "low": 5.0, "high": 6.0, "to": "eager-fp32"}
+    assert eager["times_the_limit"] == {"products-fp16": 18.0}
+    assert graph["times_the_limit"] == {"products-fp16": 2.0}
+    assert "times_the_limit" not in products
+    assert gpu_summary.verdicts(results) == [
+        "aotinductor-fp16-graph at least 5.0x eager-fp32: 5.50x, reached",
+        "aotinductor-fp16-graph at least 1.2x compile-fp16: 2.00x, reached",
+    ]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 import dualtoken_deploy
-from dualtoken_deploy.errors import MissingError, UsageError
+from dualtoken_deploy.cli import main
+from dualtoken_deploy.errors import InputError, MissingError, UsageError
+from dualtoken_deploy.pipeline.plan import Plan
+from dualtoken_deploy.targets.devices import Device
 from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS, get_target
 
 PACKAGE = Path(dualtoken_deploy.__file__).parent
@@ -43,12 +48,50 @@ def test_the_table_of_targets_shows_the_extra_to_install() -> None:
     """rich takes [extra] for markup and would swallow it."""
     from rich.console import Console
 
-    from dualtoken_deploy.use.report import targets_table
+    from dualtoken_deploy.use.report import targets_tables
 
     row = {"target": "t", "precisions": ["fp32"], "can_export": True, "can_run": False, "install": "pip install 'x[y]'"}
     drawn = io.StringIO()
-    Console(width=200, file=drawn).print(targets_table([row]))
+    Console(width=200, file=drawn).print(targets_tables([{**row, "devices": []}]))
     assert "pip install 'x[y]'" in drawn.getvalue()
+
+
+DEVICES = [(row.name, device) for row in TARGETS.values() for device in row.devices]
+
+
+@pytest.mark.parametrize(("target", "device"), DEVICES, ids=[device.name for _, device in DEVICES])
+def test_the_command_for_a_device_is_one_that_is_taken(
+    target: str, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is typed as it is shown, up to where files would be made."""
+    if missing := TARGETS[target].missing(TARGETS[target].export_modules):
+        pytest.skip(f"export to {target} needs {', '.join(missing)}")
+    plans: list[Plan] = []
+
+    def make(plan: Plan, tell: object) -> None:
+        plans.append(plan)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("dualtoken_deploy.pipeline.several.make", make)
+    export, *later = device.commands(target)
+    program, *arguments = shlex.split(export)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    (plan,) = plans
+    assert (program, plan.target.name, plan.precision.name) == ("dualtoken", target, device.precision)
+    assert later == (["dualtoken build BUNDLE"] if target == "tensorrt" else [])
+    page = (PACKAGE.parent / "docs" / "tensorrt.md").read_text()
+    assert not target.startswith("tensorrt") or f"| {device.name} | `{target}` |" in page
+
+
+def test_devices_are_listed_under_their_target(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["targets", "--json"])
+    listed = {row["target"]: [d["device"] for d in row["devices"]] for row in json.loads(capsys.readouterr().out)}
+    assert listed.keys() == TARGETS.keys()
+    assert any("Jetson" in device for device in listed["tensorrt"])
+    assert any("RTX PC" in device for device in listed["tensorrt-rtx"])
+    main(["targets"])
+    assert "dualtoken export --variant s --target tensorrt-rtx" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_exporting_needs() -> None:

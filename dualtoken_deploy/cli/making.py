@@ -46,7 +46,7 @@ def models(
 
 
 def targets(json_output: Json = False) -> None:
-    """Lists the targets, and what can be exported and run here."""
+    """Lists the targets, what can be exported and run here, and which target is for which device."""
     from dualtoken_deploy.targets.table import EXPORT_MODULES, TARGETS
 
     rows = []
@@ -64,9 +64,12 @@ def targets(json_output: Json = False) -> None:
                 "can_export": can_export,
                 "can_run": can_run,
                 "install": install,
+                "devices": [
+                    {"device": d.name, "commands": list(d.commands(row.name)), "where": d.where} for d in row.devices
+                ],
             }
         )
-    show(json_output, rows, lambda r: r.targets_table(rows))
+    show(json_output, rows, lambda r: r.targets_tables(rows))
 
 
 def train(

@@ -13,6 +13,7 @@ from types import MappingProxyType, ModuleType
 
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.spec import Tolerance
+from dualtoken_deploy.targets.devices import BUILD, Device
 from dualtoken_deploy.targets.precision import RANGES, SEARCH, Precision, by_name
 
 
@@ -27,7 +28,7 @@ class Target:
     are on offer. `product_kinds`: what the runtime calls operators that hold a model's matrix products. `libraries`:
     whose versions a manifest keeps. `triton`: the backend that takes the files, and their names there. `quantizers`:
     for precisions that search, the default first. `looks`: of a target whose bundles can be looked into, by precision
-    the dB below which a layer counts as drifted.
+    the dB below which a layer counts as drifted. `devices`: the kinds of device that it is for.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
@@ -58,6 +59,7 @@ class Target:
     triton: tuple[str, Mapping[str, str]] | None = None
     quantizers: tuple[str, ...] = ()
     looks: Mapping[str, float] = field(default_factory=dict)
+    devices: tuple[Device, ...] = ()
 
     def precision(self, name: str) -> Precision:
         """The row of a precision. Raises UsageError where the target does not offer it."""
@@ -169,6 +171,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 triton=("onnxruntime", {"model.onnx": "model.onnx"}),
                 quantizers=("qdq", "qdq-symmetric"),
                 looks=_LOOKS,
+                devices=(
+                    Device("CPU of a server or PC (x86 or Arm; Linux, Windows, macOS)", "fp32", "export anywhere"),
+                ),
             ),
             Target(
                 name="openvino",
@@ -188,6 +193,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 triton=("openvino", {"model.xml": "model.xml", "model.bin": "model.bin"}),
                 quantizers=("qdq", "nncf"),
                 looks=_LOOKS,
+                devices=(Device("CPU or GPU of Intel", "fp16", "export anywhere"),),
             ),
             Target(
                 name="tensorrt",
@@ -206,6 +212,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 libraries=("tensorrt", "cuda-bindings"),
                 triton=("tensorrt", {"model.engine": "model.plan"}),
                 quantizers=("qdq-symmetric",),
+                devices=(
+                    Device(
+                        "NVIDIA Jetson (JetPack 6: TensorRT 10.x)",
+                        "fp16",
+                        "export anywhere, build on the Jetson",
+                        then=(BUILD,),
+                    ),
+                    Device(
+                        "NVIDIA data centre (A100, L4, H100, B200: TensorRT 10 or 11)",
+                        "fp16",
+                        "export anywhere, build on that GPU",
+                        then=(BUILD,),
+                    ),
+                ),
             ),
             Target(
                 name="tensorrt-rtx",
@@ -224,6 +244,19 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 settings=("compute_capability", "weightless", "batches"),
                 libraries=("tensorrt-rtx-cu13-libs", "cuda-bindings"),
                 quantizers=("qdq-symmetric",),
+                devices=(
+                    Device(
+                        "NVIDIA RTX PC or workstation (RTX 30 and later; Linux, Windows)",
+                        "fp16",
+                        "an engine from any Linux x86-64 machine, no GPU",
+                    ),
+                    Device(
+                        "NVIDIA RTX 20",
+                        "fp16",
+                        "the same",
+                        options="--compute-capability 7.5",
+                    ),
+                ),
             ),
             Target(
                 name="aotinductor",
@@ -237,6 +270,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 portable=False,
                 heads=_RAW_SEGMENTERS,
                 libraries=("torch",),
+                devices=(
+                    Device(
+                        "the machine you are on, with PyTorch", "fp32", "export there: the code is for its CPU or GPU"
+                    ),
+                ),
             ),
             Target(
                 name="coreml",
@@ -251,6 +289,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 product_kinds=("linear", "conv", "matmul", "scaled_dot_product_attention"),
                 libraries=("coremltools",),
                 looks=_COREML_LOOKS,
+                devices=(Device("iPhone, iPad, Mac", "fp16", "export anywhere, run on the device"),),
             ),
             Target(
                 name="coreai",
@@ -264,6 +303,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 check_images=2,  # float16 takes 38 s an image on two cores
                 product_kinds=("batch_matmul", "conv2d"),
                 libraries=("coreai-core", "coreai-torch"),
+                devices=(Device("iPhone, iPad, Mac with Core AI", "fp16", "export on Linux or macOS"),),
             ),
             Target(
                 name="litert",
@@ -278,6 +318,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 product_kinds=("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D", "DEPTHWISE_CONV_2D"),
                 libraries=("ai-edge-litert", "ai-edge-quantizer"),
                 looks=_LOOKS,
+                devices=(Device("Android phone, Raspberry Pi", "fp32", "export on Linux"),),
             ),
         )
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -96,8 +97,16 @@ def ablations_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(columns, cells, "DualToken-ViT's ablations, 224 x 224, 1000 classes", left=3)
 
 
-def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Each target with what can be done with it here."""
+def targets_tables(rows: Sequence[Mapping[str, Any]]) -> Group:
+    """Each target with what can be done with it here; then the way from a device to its target."""
+    columns = ("which device you have", "target", "commands", "where")
+    cells = [
+        (d["device"], row["target"], ", then ".join(d["commands"]), d["where"]) for row in rows for d in row["devices"]
+    ]
+    return Group(_targets_table(rows), table(columns, cells, left=4))
+
+
+def _targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("target", "precisions", "export here", "run here", "to have it all")
     cells = [
         (
