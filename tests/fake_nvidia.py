@@ -283,7 +283,7 @@ class Engine:
         return len(self.tensors)
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self.tensors)[index]
+        return str(list(self.tensors)[index])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
@@ -294,7 +294,7 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
         ((known, *shapes),) = self.profile
         assert (name, profile_index) == (known, 0)
-        return shapes
+        return list(shapes)
 
     def create_execution_context(self, runtime_config: RuntimeConfig | None = None) -> Context:
         return Context(self)

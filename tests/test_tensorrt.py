@@ -31,14 +31,17 @@ from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions
+from dualtoken_deploy.targets.nvidia.binding import RTX as RTX_LIBRARY
+from dualtoken_deploy.targets.nvidia.binding import load_library, make_logger
 from dualtoken_deploy.targets.nvidia.engine import EngineBuild, Host, doubts, obstacles
 from dualtoken_deploy.targets.nvidia.inspector import read_layers
-from dualtoken_deploy.targets.nvidia.network import parse_batches
+from dualtoken_deploy.targets.nvidia.network import parse_batches, read_network
 from dualtoken_deploy.targets.onnx.export import export_onnx
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
 from dualtoken_deploy.targets.request import Artifact, Request
 from dualtoken_deploy.targets.table import Target
 from dualtoken_deploy.targets.tensorrt.export import OPSET, RULES, type_onnx
+from dualtoken_deploy.targets.tensorrt_rtx.compile import _ORIGIN
 from dualtoken_deploy.targets.tensorrt_rtx.validity import malformed
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.conftest import SMALL
@@ -164,6 +167,19 @@ def test_the_parser_takes_every_operator_type_and_attribute(
             assert set(node.input[2:]) <= zeros, node.name
         if node.op_type == "Gelu":
             assert attributes.get("approximate", b"none") == b"none"
+
+
+@pytest.mark.parametrize("options", GRAPHS, ids=str)
+def test_the_real_parser_makes_layers_of_every_node(
+    options: dict[str, Any], typed_graph: Callable[[dict[str, Any]], onnx.ModelProto]
+) -> None:
+    """That of TensorRT for RTX, whose code is TensorRT's: nothing is built."""
+    trt = load_library(RTX_LIBRARY)
+    logger, model = make_logger(trt), typed_graph(options)
+    network = read_network(trt, RTX_LIBRARY, trt.Builder(logger), model.SerializeToString(), logger)
+    made = {name for i in range(network.num_layers) for name in _ORIGIN.findall(network.get_layer(i).metadata or "")}
+    assert [node.name for node in model.graph.node if node.name not in made] == []
+    assert network.num_layers >= len(model.graph.node)
 
 
 def test_the_documented_table_has_every_operator(typed_graph: Callable[[dict[str, Any]], onnx.ModelProto]) -> None:

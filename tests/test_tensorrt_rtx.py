@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualtoken_deploy import Bundle, load_runner
+from dualtoken_deploy import Bundle, load_runner, predict, validate
+from dualtoken_deploy.bundle.store import write_bundle
 from dualtoken_deploy.cli import main
-from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
+from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.pipeline.build import build_bundle, why_no_build
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
@@ -29,8 +31,12 @@ from dualtoken_deploy.targets.tensorrt_rtx.compile import (
     compute_capabilities,
 )
 from dualtoken_deploy.targets.tensorrt_rtx.validity import diagnose
+from dualtoken_deploy.use.inspect import inspect_bundle
 from tests.conftest import SMALL
+from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
+from tests.tensorrt_api import RTX as API
+from tests.tensorrt_api import load_api
 
 pytest.importorskip(RTX.module, reason="the extra [tensorrt-rtx] has wheels for x86-64 alone")
 MakeBundle = Callable[..., Path]
@@ -394,3 +400,152 @@ def test_interrupting_the_builder_stops_it() -> None:
 def test_only_what_is_compiled_or_prepared_is_built(small_bundle: MakeBundle) -> None:
     with pytest.raises(UsageError, match="only tensorrt and tensorrt-rtx bundles are built"):
         build_bundle(small_bundle("onnxruntime"))
+
+
+# --- on a GPU that stands in: the engine is the real builder's, its execution is not ---
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Device]:
+    load_api(API)  # read before anything stands in for the library
+    monkeypatch.delenv("DUALTOKEN_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with plugged_in(API, monkeypatch) as plugged:
+        yield plugged
+
+
+@pytest.fixture
+def engine(small_bundle: MakeBundle, tmp_path: Path) -> Path:
+    """A copy of the compiled fp16 bundle that a test may build and damage."""
+    shutil.copytree(small_bundle("tensorrt-rtx", "fp16"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_the_compiled_engine_is_run_and_its_bundle_complete(engine: Path, device: Device, photograph: Path) -> None:
+    device.know(engine)
+    before = (engine / "model.engine").read_bytes()
+    result = build_bundle(engine)
+    assert (result.gpu, result.tensorrt) == ("Fake GPU", load_library(RTX).__version__)
+    assert result.sqnr_db >= SQNR_DB["fp16"]
+    assert Bundle.open(engine).manifest.state == "complete"
+    assert (engine / "model.engine").read_bytes() == before  # what was compiled is what runs
+    (checked,) = validate([engine], data="photographs", limit=3)
+    assert checked.sqnr_db >= SQNR_DB["fp16"]
+    assert len(predict(engine, [photograph], top=3)[0].answers) == 3
+    with load_runner(engine) as runner:
+        launches = device.cuda.launches
+        runner.run({"image": np.zeros((1, 64, 64, 3), np.uint8)})
+        assert device.cuda.launches == launches + 1  # one captured graph
+    assert (device.cuda.memory, device.cuda.graphs, device.cuda.streams) == ({}, {}, set())
+
+
+def test_what_may_not_be_captured_runs_without_a_graph(engine: Path, device: Device) -> None:
+    device.know(engine)
+    device.capturable = False
+    build_bundle(engine)
+    assert device.cuda.launches == 0
+
+
+def test_compiled_kernels_are_kept_in_the_users_cache_and_given_back(
+    engine: Path, device: Device, tmp_path: Path
+) -> None:
+    device.know(engine)
+    build_bundle(engine)
+    (kept,) = (tmp_path / "cache").rglob("*.kernels")
+    assert kept.parent.name == "tensorrt-rtx"
+    assert kept.read_bytes() == b"kernels"
+    assert device.given == []
+    first = kept.stat().st_ino
+    with load_runner(engine):
+        assert device.given == [b"kernels"]
+    assert kept.stat().st_ino == first  # nothing new was compiled, nothing is written
+    (tmp_path / "own").mkdir()
+    with load_runner(engine, cache_dir=tmp_path / "own"):
+        pass
+    assert [p.read_bytes() for p in (tmp_path / "own").iterdir()] == [b"kernels"]
+    assert not [p for p in engine.iterdir() if "kernels" in p.name]
+
+
+@pytest.mark.parametrize("command", ["inspect", "predict"])
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("OLD_CUDA_DRIVER", "the NVIDIA driver is too old"),
+        ("UNSUPPORTED_CC", "it has no code for this GPU's compute capability"),
+        ("VERSION_MISMATCH", "it was compiled by another version of TensorRT for RTX than the 1."),
+        ("INSUFFICIENT_GPU_MEMORY", "the GPU has too little memory"),
+        ("CUDA_ERROR", "CUDA does not work here"),
+    ],
+)
+def test_why_an_engine_will_not_load_is_said_and_it_is_not_loaded(
+    command: str, reason: str, words: str, engine: Path, device: Device, photograph: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    device.know(engine)
+    device.validity = "INVALID", reason
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(engine), *([str(photograph)] if command == "predict" else [])])
+    assert caught.value.code == 3
+    (line,) = [part for part in capsys.readouterr().err.splitlines() if part.startswith("error: ")]
+    assert f"{engine / 'model.engine'} is compiled, and will not load here: {words}" in line
+    assert device.loads == 0
+
+
+def test_a_suboptimal_engine_loads_with_a_note(engine: Path, device: Device) -> None:
+    device.know(engine)
+    device.validity = "SUBOPTIMAL", None
+    build_bundle(engine)
+    assert "TensorRT for RTX calls the engine suboptimal here" in inspect_bundle(engine).notes
+
+
+@without_gpu
+def test_an_engine_of_another_version_is_named_without_a_driver(
+    engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.open(engine)
+    assert bundle.manifest.build is not None
+    build = replace(bundle.manifest.build, details={**bundle.manifest.build.details, "version": "1.2.3.4"})
+    write_bundle(engine, replace(bundle.manifest, build=build), bundle.golden, bundle.labels)
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(engine)])
+    assert caught.value.code == 3
+    here = load_library(RTX).__version__
+    assert f"TensorRT for RTX 1.2.3.4 compiled it, here is {here}: dualtoken export anew" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_cut_behind_its_header_is_refused(engine: Path, device: Device) -> None:
+    """The hash of the file says so first; where a manifest was made to fit, the library does when it loads it."""
+    device.know(engine)
+    bundle = Bundle.open(engine)
+    plan = (engine / "model.engine").read_bytes()
+    (engine / "model.engine").write_bytes(plan[: len(plan) // 2])
+    with pytest.raises(BundleError, match="sha256 differs"):
+        load_runner(engine)
+    write_bundle(engine, bundle.manifest, bundle.golden, bundle.labels)
+    with pytest.raises(BundleError, match=r"TensorRT for RTX 1\..* refuses .*model\.engine: .*; rebuild it"):
+        load_runner(engine)
+    assert (device.cuda.memory, device.cuda.streams) == ({}, set())
+
+
+def test_a_weightless_engine_takes_its_weights_from_the_onnx(engine: Path, device: Device) -> None:
+    """Its builder needs a GPU, so the manifest says weightless of an engine that stands in for one."""
+    bundle = Bundle.open(engine)
+    assert bundle.manifest.build is not None
+    build = replace(bundle.manifest.build, details={**bundle.manifest.build.details, "weightless": True})
+    write_bundle(engine, replace(bundle.manifest, build=build), bundle.golden, bundle.labels)
+    device.know(engine, weights=False)
+    build_bundle(engine)
+    (checked,) = validate([engine], reference="golden")
+    assert checked.sqnr_db >= SQNR_DB["fp16"]
+
+
+def test_an_engine_that_is_wrong_is_not_made_complete(engine: Path, device: Device) -> None:
+    device.know(engine)
+    model = onnx.load(engine / "model.onnx")
+    weights = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+    weights.raw_data = (1.3 * np.frombuffer(weights.raw_data, np.float16)).astype(np.float16).tobytes()
+    device.computes = model.SerializeToString()
+    with pytest.raises(ToleranceError, match="the fp16 engine is out of tolerance on golden"):
+        build_bundle(engine)
+    assert Bundle.open(engine).manifest.state == "compiled"
+    assert [p.name for p in engine.parent.iterdir() if p.name.startswith(".")] == []

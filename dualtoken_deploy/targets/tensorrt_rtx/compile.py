@@ -73,6 +73,7 @@ class EngineBuild:
     compute_capabilities: tuple[str, ...]
     weightless: bool
     batches: Batches
+    version: str = ""
 
 
 @dataclass(frozen=True)

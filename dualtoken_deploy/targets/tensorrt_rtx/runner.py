@@ -27,15 +27,17 @@ def load(bundle: Bundle, options: RunnerOptions) -> RtxRunner:
     where the file is no engine.
     """
     path, manifest = bundle.path / ENGINE, bundle.manifest
-    notes = preflight(path, f"dualtoken export anew, or dualtoken build {bundle.path} --rebuild on its GPU")
+    made = None if manifest.build is None else manifest.build.typed(EngineBuild)
+    mend = f"dualtoken export anew, or dualtoken build {bundle.path} --rebuild on its GPU"
+    notes = preflight(path, mend, "" if made is None else made.version)
     specs = (manifest.input.tensor,), manifest.outputs
-    weightless = manifest.build is not None and manifest.build.typed(EngineBuild).weightless
-    refit = bundle.path / "model.onnx" if weightless else None
+    refit = bundle.path / "model.onnx" if made is not None and made.weightless else None
     return RtxRunner(path, *specs, options, notes=notes, refit_from=refit)
 
 
-def preflight(path: Path, mend: str) -> tuple[str, ...]:
-    """Asks the library about the engine's header. Notes on what loads but is not at its best.
+def preflight(path: Path, mend: str, compiled_by: str = "") -> tuple[str, ...]:
+    """Asks the library about the engine's header. Notes on what loads but is not at its best. `compiled_by`: the
+    version that the manifest names, since without a driver the library does not come as far as versions.
 
     Raises BundleError where it is no engine, MissingError where it will not load here; neither loads it.
     """
@@ -46,7 +48,9 @@ def preflight(path: Path, mend: str) -> tuple[str, ...]:
     if MALFORMED in names:
         raise BundleError(f"{path} is no engine: {in_words(trt, names)}; make it anew: {mend}")
     if verdict == "invalid":
-        raise MissingError(f"{path} is compiled, and will not load here: {in_words(trt, names)}")
+        other = compiled_by and compiled_by != trt.__version__
+        also = f"; {RTX.title} {compiled_by} compiled it, here is {trt.__version__}: {mend}" if other else ""
+        raise MissingError(f"{path} is compiled, and will not load here: {in_words(trt, names)}{also}")
     return (f"{RTX.title} calls the engine suboptimal here",) if verdict == "suboptimal" else ()
 
 
