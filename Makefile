@@ -1,14 +1,14 @@
-# install, check, test, demo: the only commands, and CI runs the same. fuzz takes an hour, and is for people.
+# install, check, test, demo, docs, wheel: the only commands, and CI runs the same. fuzz takes an hour, and is for people.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install lock check test fuzz demo clean
+.PHONY: install lock check test fuzz demo docs wheel clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[all,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[all,dev,docs]'
 	touch $@
 
 # The same versions with the hash of every file, for pip install --require-hashes -r constraints-hashed.txt. Where
@@ -43,6 +43,14 @@ fuzz: install
 
 demo: install
 	$(BIN)/python benchmarks/demo.py
+
+# Strict: a link that leads nowhere fails. build/site/index.html opens without a network.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# What other machines install: pip install 'dist/dualtoken_deploy-...whl[EXTRAS]'
+wheel: install
+	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
 	rm -rf $(VENV) .venv-clients build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache

@@ -1,5 +1,6 @@
 """DualToken-ViT from PyTorch to a verified bundle for every target.
 
+    from dualtoken_deploy import Classifier, Detector, Segmenter
     from dualtoken_deploy import create_model, export, Bundle, load_runner, validate
     from dualtoken_deploy.bench import bench
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dualtoken_deploy.pipeline.export import export
     from dualtoken_deploy.targets.load import load_runner
     from dualtoken_deploy.use.inspect import inspect_bundle
+    from dualtoken_deploy.use.model import Classifier, Detector, Segmenter
     from dualtoken_deploy.use.predict import predict
     from dualtoken_deploy.use.validate import validate
 
@@ -25,6 +27,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Bundle": "bundle",
+    "Classifier": "use.model",
+    "Detector": "use.model",
+    "Segmenter": "use.model",
     "create_dense_model": "models.heads.table",
     "create_model": "models.registry",
     "export": "pipeline.export",
@@ -36,6 +41,9 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Classifier",
+    "Detector",
+    "Segmenter",
     "__version__",
     "create_dense_model",
     "create_model",

@@ -15,6 +15,14 @@ DualTokenError
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+PACKAGE = "dualtoken-deploy"
+
 
 class Note(UserWarning):
     """What a user should know though nothing fails by it; the command line prints it as one line on stderr."""
@@ -66,9 +74,34 @@ class ConversionError(DualTokenError):
     exit_code = 6
 
 
-def missing_extra(extra: str, why: str) -> MissingError:
-    """The one sentence for a missing optional dependency: names the `pip install` to run."""
-    return MissingError(f"{why} needs the extra [{extra}]; run: pip install 'dualtoken-deploy[{extra}]'")
+def install_command(*extras: str) -> str:
+    """The command that installs this program with extras, from where it came: its checkout, its wheel, or an index."""
+    asked = f"[{','.join(dict.fromkeys(extras))}]" if extras else ""
+    place, editable = _came_from()
+    if place is None:
+        return f"pip install '{PACKAGE}{asked}'"
+    return f"pip install {'-e ' if editable else ''}{shlex.quote(f'{place}{asked}')}"
+
+
+def _came_from() -> tuple[str | None, bool]:
+    """The folder or wheel that was installed (PEP 610), and whether editable; None: an index has it."""
+    from importlib import metadata
+
+    try:
+        text = metadata.distribution(PACKAGE).read_text("direct_url.json")
+        said = json.loads(text) if text else {}
+        place = unquote(urlsplit(said["url"]).path)
+        editable = bool(said.get("dir_info", {}).get("editable"))
+    except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, False
+    return (place, editable) if Path(place).exists() else (Path(place).name if place.endswith(".whl") else None, False)
+
+
+def missing_extra(extra: str | Sequence[str], why: str) -> MissingError:
+    """The one sentence for missing optional dependencies: names the one `pip install` to run."""
+    extras = [extra] if isinstance(extra, str) else list(dict.fromkeys(extra))
+    what = "extra" if len(extras) == 1 else "extras"
+    return MissingError(f"{why} needs the {what} [{','.join(extras)}]; run: {install_command(*extras)}")
 
 
 def out_of_memory(error: Exception) -> bool:

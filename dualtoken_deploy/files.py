@@ -47,6 +47,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def folder_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; what cannot be looked at counts as none."""
+    total = 0
+    for file in [path, *path.rglob("*")] if is_folder(path) else [path]:
+        try:
+            found = file.lstat()
+        except OSError:
+            continue
+        total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
+
+
 def read_bytes(path: Path, limit: int, kind: type[DualTokenError], mend: str) -> bytes:
     """All of a regular file of at most `limit` bytes: no pipe is waited for and no device read.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ import pytest
 
 from dualtoken_deploy.cli import main
 
+SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
+
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """`main` takes the process's signals; a test gives them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -38,7 +41,18 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[i
 
 
 def prints(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
-    """The JSON document of a command that has to work."""
+    """The JSON document of a command that has to work; it fits the schema in docs/schemas."""
     with _signals_kept():
         main([str(a) for a in arguments])
-    return json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    check_schema(str(arguments[0]), document)
+    return document
+
+
+def check_schema(command: str, document: Any) -> None:
+    """Raises ValidationError where a command's document is not what docs/schemas says."""
+    if importlib.util.find_spec("jsonschema") is None:  # test_manners.py skips visibly then
+        return
+    import jsonschema
+
+    jsonschema.validate(document, json.loads((SCHEMAS / f"{command}.schema.json").read_text(encoding="utf-8")))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dualtoken_deploy.cli import main
-from tests.commands import fails
+from tests.commands import check_schema, fails
 
 COMMANDS = (
     *("models", "targets", "export", "build", "validate", "bench", "inspect", "predict", "serve", "train", "evaluate"),
@@ -149,7 +149,9 @@ def test_json_is_one_document_on_stdout(
     places = {"B": str(small_bundle()), "P": str(photograph)}
     capfd.readouterr()
     main([*(places.get(a, a) for a in arguments), "--json"])
-    assert json.loads(capfd.readouterr().out)
+    document = json.loads(capfd.readouterr().out)
+    assert document
+    check_schema(arguments[0], document)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

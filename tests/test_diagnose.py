@@ -20,8 +20,10 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets.inner import open_look
 from dualtoken_deploy.targets.table import TARGETS
-from dualtoken_deploy.use.compare import compare, verdict
+from dualtoken_deploy.use.compare import Lost, compare, verdict
 from dualtoken_deploy.use.diagnose import Diagnosis, diagnose, draw
+from dualtoken_deploy.use.intervals import jackknife, paired_difference, wilson
+from tests.commands import check_schema
 from tests.test_quantize import INT8
 
 
@@ -125,17 +127,67 @@ def test_drawing_marks_the_suspect(small_bundle: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("drop", "faster", "size", "untimed", "start"),
     [
-        (0.1, Ratio(1.5, 1.4, 1.6), 0.3, None, "worth it: faster"),
-        (0.1, Ratio(0.7, 0.6, 0.8), 0.3, None, "for its size only: slower here"),
-        (0.0, Ratio(1.0, 0.9, 1.1), 0.9, None, "for its size only: as fast"),
-        (0.0, Ratio(1.0, 0.96, 1.1), 0.3, None, "worth it: as fast"),
-        (3.0, Ratio(1.5, 1.4, 1.6), 0.3, None, "not worth it: faster"),
-        (0.0, None, 0.5, "a reference execution", "0.50x the size, loses nothing; its speed was not measured"),
-        (0.0, None, None, None, "the fp32 one"),
+        ((0.1, 0.0, 0.3), Ratio(1.5, 1.4, 1.6), 0.3, None, "worth it: faster"),
+        ((0.1, 0.0, 0.3), Ratio(0.7, 0.6, 0.8), 0.3, None, "for its size only: slower here"),
+        ((0.1, 0.0, 0.3), Ratio(0.79, 0.74, 0.99), 0.3, None, "for its size only: slower here (0.79x (0.74-0.99))"),
+        ((0.0, -0.1, 0.1), Ratio(1.0, 0.9, 1.1), 0.9, None, "cannot tell: cannot tell whether faster"),
+        ((0.0, -0.1, 0.1), Ratio(0.9, 0.8, 0.95), 0.9, None, "not worth it: slower here"),
+        ((0.0, -0.1, 0.1), Ratio(1.0, 0.97, 1.04), 0.3, None, "worth it: as fast"),
+        ((0.0, -0.1, 0.1), Ratio(1.02, 1.01, 1.04), 0.9, None, "no gain: faster"),
+        ((3.0, 0.6, 5.0), Ratio(1.5, 1.4, 1.6), 0.3, None, "not worth it: faster"),
+        (
+            (1.7, -0.6, 6.0),
+            Ratio(1.5, 1.4, 1.6),
+            0.3,
+            None,
+            "cannot tell by these pictures",
+        ),
+        (
+            (0.0, -1.0, 1.0),
+            Ratio(1.5, 1.4, 1.6),
+            0.3,
+            None,
+            "cannot tell by these pictures",
+        ),
+        ((0.0, 0.0, 0.1), None, 0.5, "a reference", "0.50x the size, loses 0.00 points (0.00 to 0.10); its speed was"),
+        ((0.0, 0.0, 0.1), None, None, None, "the fp32 one"),
     ],
 )
-def test_verdicts(drop: float, faster: Ratio | None, size: float | None, untimed: str | None, start: str) -> None:
-    assert verdict(drop, faster, size, untimed).startswith(start)
+def test_verdicts(
+    drop: tuple[float, float, float], faster: Ratio | None, size: float | None, untimed: str | None, start: str
+) -> None:
+    assert verdict(Lost(*drop), faster, size, untimed).startswith(start)
+
+
+def test_intervals_against_scipy() -> None:
+    from scipy.stats import binomtest
+
+    for right, total in ((0, 7), (3, 7), (355, 360), (360, 360), (58, 60)):
+        want = binomtest(right, total).proportion_ci(0.95, "wilson")
+        found = wilson(right, total)
+        assert (found.low, found.high) == pytest.approx((want.low, want.high), abs=1e-6)
+
+
+def test_a_paired_difference_covers_the_truth() -> None:
+    """Of pairs drawn with a known loss of 4 points the interval holds it in 95 % of the sets, and is no wider than that
+    of unpaired answers."""
+    random, held, narrower = np.random.default_rng(3), 0, 0
+    for _ in range(600):
+        kind = random.choice(4, size=150, p=[0.86, 0.06, 0.02, 0.06])  # both right, first alone, second alone, neither
+        found = paired_difference((kind <= 1).tolist(), ((kind == 0) | (kind == 2)).tolist())
+        held += found.low <= 0.04 <= found.high
+        first, second = wilson(int((kind <= 1).sum()), 150), wilson(int(((kind == 0) | (kind == 2)).sum()), 150)
+        narrower += found.high - found.low < first.high - second.low - (first.low - second.high)
+    assert 0.92 <= held / 600 <= 0.985
+    assert narrower == 600
+
+
+def test_the_jackknife_of_a_mean_is_its_interval() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    found = jackknife(values.tolist(), lambda some: float(np.mean(some)))
+    assert found is not None
+    assert (found.high - found.low) / 2 == pytest.approx(2.262 * values.std() / 20, rel=0.5)
+    assert jackknife(values[:9].tolist(), lambda some: float(np.mean(some))) is None
 
 
 def test_compare_counts_what_evaluate_counts(
@@ -153,10 +205,15 @@ def test_compare_counts_what_evaluate_counts(
     options = ["--data", "digits", "--limit", "30", "--rounds", "1", "--seconds", "0.05", "--threads", "1"]
     main(["compare", *map(str, folders), *options, "--picture", str(tmp_path / "p.png"), "--json"])
     found = json.loads(capsys.readouterr().out)
+    check_schema("compare", found)
+    check_schema("evaluate", json.loads(json.dumps(evaluate(folders[0], "digits", limit=3).to_json())))
+    check_schema("diagnose", json.loads(json.dumps(diagnose(folders[0], limit=1).to_json())))
     assert (tmp_path / "p.png").stat().st_size > 1000
     for folder, row in zip(folders, found["rows"], strict=True):
         assert row["top1"] == pytest.approx(evaluate(folder, "digits", limit=30).scores["top1"])
         assert row["drop"] == pytest.approx(100 * (found["eager_top1"] - row["top1"]))
+        assert row["drop_low"] <= row["drop"] <= row["drop_high"]
+    assert found["images"] == 30
     assert found["rows"][1]["size_ratio"] < 0.5
     assert found["rows"][1]["against_fp32"]["median"] > 0
 

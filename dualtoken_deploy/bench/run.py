@@ -234,7 +234,7 @@ def _open(bundle: BundleLike) -> Bundle:
 
 def _check(bundles: Sequence[Bundle], rounds: int, seconds: float, threads: int | None) -> None:
     if not bundles:
-        raise UsageError("no bundle to bench; name one, or make one with: dualtoken export")
+        raise UsageError("no bundle to bench; name one")
     if rounds < 1 or not 0 < seconds < float("inf"):
         raise UsageError(f"rounds ({rounds}) must be at least 1 and seconds ({seconds}) more than 0")
     if threads is not None and threads < 1:

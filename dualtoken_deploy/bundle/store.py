@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from dualtoken_deploy.bundle.labels import format_labels, parse_labels
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.trust import remember
 from dualtoken_deploy.errors import BundleError, InputError, OutputError, UsageError
-from dualtoken_deploy.files import is_folder, read_bytes
+from dualtoken_deploy.files import is_file, is_folder, read_bytes
 from dualtoken_deploy.staging import clear_abandoned, staged_folder, swap
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
@@ -51,8 +52,15 @@ class Bundle:
         Raises BundleError on a missing file, a changed byte, a manifest that cannot be read or a newer schema.
         """
         folder = Path(path)
+        if is_file(folder):
+            inside = (folder.parent / MANIFEST).is_file()
+            what = f"give its folder, {folder.parent}" if inside else f"give a folder with a {MANIFEST} in it"
+            raise BundleError(f"{folder} is a file, and a bundle is a folder; {what}")
         if not is_folder(folder):
-            raise BundleError(f"no bundle at {folder}: not a folder; make one with: dualtoken export --output {folder}")
+            raise BundleError(
+                f"no bundle at {folder}; make one with: dualtoken export --variant t-mix --weights digits "
+                f"--target onnxruntime --output {shlex.quote(str(folder))}"
+            )
         file = folder / MANIFEST
         if not os.path.lexists(file):
             raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle; export one first")

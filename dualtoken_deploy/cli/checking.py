@@ -15,10 +15,11 @@ from dualtoken_deploy.cli.common import (
     OneBundle,
     Threads,
     answer,
+    command_line,
     find_bundles,
     importing,
     progress,
-    say,
+    remark,
     show,
     with_torch,
     write_text,
@@ -35,11 +36,15 @@ def validate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Image folder, or `photographs`; of detectors and segmenters `scenes` or a folder; else golden."
+            help="Image folder, or `photographs`; of detectors and segmenters `scenes` or a folder. "
+            "Without it the one input stored in the bundle."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
-    reference: Annotated[str | None, typer.Option(help="eager or golden; eager where torch is installed.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="eager or golden; unless given eager with --data and torch, else golden."),
+    ] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Least share of equal answers, in 0..1.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Classifiers: least top-1 accuracy, in 0..1.")] = None,
     min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB.")] = None,
@@ -50,7 +55,10 @@ def validate(
     allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
-    """Compares bundles with the eager model they came from; a minimum that is missed exits with 5."""
+    """Compares bundles with the eager model they came from, or with its outputs stored in them (golden).
+
+    A minimum that is missed exits with 5.
+    """
     from dualtoken_deploy.bundle.trust import permit_native
 
     permit_native(allow_native)
@@ -87,6 +95,8 @@ def evaluate(
 
     with progress() as tell:
         result = run(source, data, limit, variant, device, threads, progress=tell)
+    if result.weights == "random":
+        remark("warning: the weights are random: the accuracy is that of guessing")
     show(json_output, result.to_json(), lambda r: r.evaluation_table(result))
     if confusion is None:
         return
@@ -97,7 +107,7 @@ def evaluate(
     from dualtoken_deploy.use.plots import plot_confusion
 
     title = f"{result.source} on {result.data}: top-1 {100 * result.scores['top1']:.2f} %"
-    plot_confusion(np.array(result.confusion), result.labels, confusion, title)
+    plot_confusion(np.array(result.confusion), result.labels, confusion, title, command_line())
 
 
 def inspect(
@@ -122,7 +132,7 @@ def inspect(
             raise UsageError(f"{bundle} is no INT8 bundle with a search behind it")
         from dualtoken_deploy.use.plots import plot_search
 
-        plot_search(calibration, calibration.search, search)
+        plot_search(calibration, calibration.search, search, command_line())
     show(json_output, inspection.to_json(), lambda r: r.inspection_table(inspection))
     if not json_output:
         contract = inspection.manifest.input
@@ -132,7 +142,7 @@ def inspect(
         if inspection.manifest.calibration is not None:
             _print_calibration(inspection, inspection.manifest.calibration)
     for note in inspection.notes:
-        say(f"note: {note}")
+        remark(f"note: {note}")
     check_promise(inspection)
 
 
@@ -170,7 +180,7 @@ def bench(
         report = run(find_bundles(bundles), against, threads, batch, rounds, seconds, device, progress=tell)
     show(json_output, report.to_json(), lambda r: r.bench_table(report))
     for note in report.notes:
-        say(f"note: {note}")
+        remark(f"note: {note}")
     if markdown is not None:  # last: figures that took minutes are shown even where the file cannot be written
         write_text(markdown, report.to_markdown())
 
@@ -195,14 +205,16 @@ def compare(
         found = module.compare(find_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
     show(json_output, found.to_json(), lambda r: r.comparison_table(found))
     for note in () if found.bench is None else found.bench.notes:
-        say(f"note: {note}")
+        remark(f"note: {note}")
     if picture is not None:
-        module.draw(found, picture)
+        module.draw(found, picture, command_line())
 
 
 def diagnose(
     bundle: OneBundle,
-    data: Annotated[str | None, typer.Option(help="Pictures; the photographs unless given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Pictures; those that the weights are of where they ship, or photographs.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Take this many pictures.")] = 4,
     threshold: Annotated[float | None, typer.Option(help="SQNR in dB below which a layer counts as drifted.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw SQNR over the layers here (.png, .svg, .pdf).")] = None,
@@ -224,4 +236,4 @@ def diagnose(
         if found.suspect is not None:
             answer(f"loses most by itself: {found.suspect}")
     if picture is not None:
-        module.draw(found, picture)
+        module.draw(found, picture, command_line())

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dualtoken_deploy.errors import UsageError, missing_extra
+from dualtoken_deploy.cli.progress import progress, remark, say
+from dualtoken_deploy.errors import OutputError, UsageError, missing_extra
 from dualtoken_deploy.use.text import printable
+
+__all__ = ["progress", "remark", "say"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Bundles = Annotated[list[Path] | None, typer.Argument(help="Bundle folders; without any, all under ./bundles.")]
@@ -27,31 +31,52 @@ AllowNative = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """Tells what happens now: a live line with its time on a terminal, plain lines elsewhere; always on stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield say
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda text: progress.update(task, description=printable(text))
-
-
-def say(text: str) -> None:
-    """A line on stderr."""
-    print(printable(text, lines=True), file=sys.stderr)
-
-
 def answer(text: str) -> None:
     """A line of the answer, on stdout."""
-    print(printable(text))
+    write_out(printable(text))
+
+
+def write_out(text: str) -> None:
+    """Raises OutputError where stdout takes no more; a reader that has gone is no error (main)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _give_up_stdout()
+        raise OutputError(f"cannot write the answer: {error.strerror or error}; send it where there is room") from error
+
+
+def _give_up_stdout() -> None:
+    """What is still in the buffer would fail once more at the end of the process."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Document:
+    """The one JSON document of a command, kept until its end: an error that comes after it belongs into it."""
+
+    def __init__(self) -> None:
+        self.data: Any = None
+        self.asked = False
+
+    def begin(self, asked: bool) -> None:
+        self.data, self.asked = None, asked
+
+    def end(self, code: int = 0, message: str = "") -> None:
+        """Prints the document, where one was asked for. An error is added to an object; a list, whose rows say what
+        failed, stays as it is."""
+        if not self.asked:
+            return
+        data, self.asked = self.data, False
+        if code:
+            error = {"error": {"code": code, "message": message}}
+            data = error if data is None else data | error if isinstance(data, dict) else data
+        if data is not None:
+            write_out(json.dumps(data, indent=2, allow_nan=False))
+
+
+DOCUMENT = Document()
 
 
 def take_any_text() -> None:
@@ -64,15 +89,26 @@ def take_any_text() -> None:
 def show(as_json: bool, data: Any, draw: Callable[[Any], Any]) -> None:
     """JSON, or the table that `draw` makes of the report module."""
     if as_json:
-        print(json.dumps(data, indent=2, allow_nan=False))
+        DOCUMENT.data, DOCUMENT.asked = data, True
         return
     from rich.console import Console
 
     from dualtoken_deploy.use import report
 
-    console = Console()
+    screen, drawn = Console(), _Drawn()
     # a pipe or a file has no width; a table cut to 80 columns would lose its figures
-    Console(width=None if console.is_terminal else 200).print(draw(report))
+    width = screen.width if screen.is_terminal else 200
+    console = Console(file=drawn, width=width, force_terminal=screen.is_terminal)
+    console.print(report.fitted(draw(report), console))
+    write_out(drawn.getvalue().rstrip("\n"))
+
+
+class _Drawn(io.StringIO):
+    """What rich draws, with the characters that stdout has."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def find_bundles(given: list[Path] | None) -> list[Path]:
@@ -81,7 +117,10 @@ def find_bundles(given: list[Path] | None) -> list[Path]:
     if given is None:
         found = [path for path in found if not _left_out(path)]
     if not found:
-        raise UsageError("no bundle was named and there is none under ./bundles; make one with: dualtoken export")
+        raise UsageError(
+            "no bundle was named and there is none under ./bundles; make one with: dualtoken export --variant t-mix "
+            "--weights digits --target onnxruntime"
+        )
     return list(found)
 
 
@@ -94,7 +133,7 @@ def _left_out(path: Path) -> bool:
     if state == COMPLETE:
         return False
     lacks = {"prepared": "prepared, not built", "compiled": "compiled, not executed"}[state]
-    say(f"note: {path} is {lacks}, and left out; on the device run: dualtoken build {path}")
+    remark(f"note: {path} is {lacks}, and left out; on the device run: dualtoken build {path}")
     return True
 
 
@@ -103,7 +142,9 @@ def model_options(pairs: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
-        if not separator or not name or name in ("image_size", "num_classes"):
+        if name in ("image_size", "num_classes"):
+            raise UsageError(f"{name} is no --option; give {'--image-size' if name == 'image_size' else '--classes'}")
+        if not separator or not name:
             raise UsageError(f"option {pair!r} is not NAME=VALUE of a model option, e.g. global_tokens=3")
         options[name] = _number(text)
     return options
@@ -153,8 +194,6 @@ def _number(text: str) -> int | float | str:
 
 
 def write_text(path: Path, text: str) -> None:
-    from dualtoken_deploy.errors import OutputError
-
     try:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:

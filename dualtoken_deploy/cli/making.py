@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,12 +18,16 @@ from dualtoken_deploy.cli.common import (
     model_options,
     progress,
     recipe_settings,
+    remark,
     say,
     show,
     split_names,
     with_torch,
 )
-from dualtoken_deploy.errors import MissingError, UsageError
+from dualtoken_deploy.errors import MissingError, UsageError, install_command
+
+if TYPE_CHECKING:
+    from dualtoken_deploy.targets.table import Target
 
 
 def models(
@@ -31,18 +36,19 @@ def models(
     json_output: Json = False,
 ) -> None:
     """Lists the variants, with counted parameters and MACs beside the paper's."""
+    from dualtoken_deploy.models.listing import counted, shipped
+
     if ablations and heads:
         raise UsageError("--ablations and --heads are two tables; give one of them")
-    count = "counting models"
-    if heads:
-        rows = with_torch(count, importing("models.heads.table")).describe_heads()
-        show(json_output, rows, lambda r: r.heads_table(rows))
-    elif ablations:
-        rows = with_torch(count, importing("models.ablations")).describe_ablations()
-        show(json_output, rows, lambda r: r.ablations_table(rows))
-    else:
-        rows = with_torch(count, importing("models.registry")).describe_variants()
-        show(json_output, rows, lambda r: r.models_table(rows))
+    kind = "heads" if heads else "ablations" if ablations else "variants"
+    with progress() as tell:
+        tell("counting models")
+        here = importlib.util.find_spec("torch") is not None
+        rows = counted(kind) if here else shipped(kind)
+    if not here:
+        remark(f"note: counted when this version was made; to count here: {install_command('export')}")
+    tables = {"heads": "heads_table", "ablations": "ablations_table", "variants": "models_table"}
+    show(json_output, rows, lambda r: getattr(r, tables[kind])(rows))
 
 
 def targets(json_output: Json = False) -> None:
@@ -52,8 +58,9 @@ def targets(json_output: Json = False) -> None:
     rows = []
     for row in TARGETS.values():
         can_run, can_export = not row.missing(), not row.missing(row.export_modules)
-        extras = [e for e, here in ((row.extra, can_run), ("export", not row.missing(EXPORT_MODULES))) if not here]
-        install = f"pip install 'dualtoken-deploy[{','.join(extras)}]'" if extras else None
+        export_here = not row.missing(EXPORT_MODULES if row.source == "onnx" else ("torch",))
+        extras = [e for e, here in ((row.extra, can_run), ("export", export_here)) if not here]
+        install = install_command(*extras) if extras else None
         if install and row.vendor and not can_run:
             install = f"{install} and {row.vendor}"
         rows.append(
@@ -63,6 +70,7 @@ def targets(json_output: Json = False) -> None:
                 "precisions": list(row.precisions),
                 "can_export": can_export,
                 "can_run": can_run,
+                "runs_as": _runs_as(row, can_run),
                 "install": install,
                 "devices": [
                     {"device": d.name, "commands": list(d.commands(row.name)), "where": d.where} for d in row.devices
@@ -70,6 +78,14 @@ def targets(json_output: Json = False) -> None:
             }
         )
     show(json_output, rows, lambda r: r.targets_tables(rows))
+
+
+def _runs_as(row: Target, can_run: bool) -> str:
+    """One of "device", "no", and "reference" where something stands in here for the target's own runtime."""
+    if not can_run:
+        return "no"
+    reason = getattr(row.part("runner"), "why_no_latency", None)
+    return "reference" if reason is not None and reason(None) is not None else "device"
 
 
 def train(
@@ -173,9 +189,13 @@ def export(
     calibration: Annotated[
         str | None, typer.Option(help="int8, int8-w8a8: folder, or digits, shapes, photographs; `random` only to try.")
     ] = None,
-    calibration_size: Annotated[int, typer.Option(min=1, help="int8: images that ranges are taken from.")] = 300,
-    calibrator: Annotated[str, typer.Option(help="int8: minmax, entropy or percentile.")] = "minmax",
-    max_drop: Annotated[float, typer.Option(help="int8: points of the metric that may be lost.")] = 0.5,
+    calibration_size: Annotated[
+        int | None, typer.Option(min=1, help="int8: images that ranges are taken from; 300 unless given.")
+    ] = None,
+    calibrator: Annotated[str | None, typer.Option(help="int8: minmax (unless given), entropy or percentile.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="int8: points of the metric that may be lost; 0.5 unless given.")
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="int8: top1, agreement or sqnr; detectors ap, segmenters miou instead of top1.")
     ] = None,
@@ -216,11 +236,18 @@ def export(
         names = [get_target(name).name for name in dict.fromkeys(target)]
     if variant is not None and model is not None:
         raise UsageError("--variant and --model both name the model; give one of them")
-    int8 = None
-    if calibration is not None:
-        int8 = exporting.Int8Options(
-            calibration, calibration_size, calibrator, metric, max_drop, quantizer, search_seconds
+    quantizing = {
+        "size": calibration_size, "method": calibrator, "metric": metric, "max_drop": max_drop,
+        "quantizer": quantizer, "time_limit_s": search_seconds,
+    }  # fmt: skip
+    said_of_int8 = {name: value for name, value in quantizing.items() if value is not None}
+    if calibration is None and said_of_int8:
+        names = ", ".join(INT8_OPTIONS[name] for name in said_of_int8)
+        raise UsageError(
+            f"{names} without --calibration changes nothing in {precision}; give --calibration with a precision that "
+            f"is calibrated (int8), or leave {'it' if len(said_of_int8) == 1 else 'them'} out"
         )
+    int8 = None if calibration is None else exporting.Int8Options(calibration, **said_of_int8)
     said = exporting.Model(
         variant or model, weights, labels, image_size, seed, head, classes, width, suppress, argmax, task,
         json_arguments(model_arg or []), split_names(output_names),
@@ -241,6 +268,12 @@ def export(
     _show_exports(results, json_output)
 
 
+INT8_OPTIONS = {
+    "size": "--calibration-size", "method": "--calibrator", "metric": "--metric", "max_drop": "--max-drop",
+    "quantizer": "--quantizer", "time_limit_s": "--search-seconds",
+}  # fmt: skip
+
+
 def _show_exports(results: Sequence[Any], json_output: bool) -> None:
     """Prints what was exported, and what was not; raises the worst of the errors, and MissingError where a step on the
     device is left without which nothing ships."""
@@ -248,15 +281,29 @@ def _show_exports(results: Sequence[Any], json_output: bool) -> None:
 
     made = [r for r in results if r.error is None]
     for warning in dict.fromkeys(w for r in made for w in r.warnings):
-        say(f"warning: {warning}")
+        remark(f"warning: {warning}")
     data: Any = [r.to_json() for r in results]
     show(json_output, data[0] if len(data) == 1 else data, lambda r: r.export_table(results))
     if failed := [r for r in results if r.error is not None]:
         raise max((r.error for r in failed), key=lambda error: error.exit_code)
     for result in (r for r in made if r.next_step and r.state == COMPILED):
-        say(f"note: {result.bundle} is compiled, not executed: {result.next_step}")
+        remark(f"note: {result.bundle} is compiled, not executed: {result.next_step}")
     if left := [r for r in made if r.next_step and r.state != COMPILED]:
         raise MissingError("; ".join(f"{r.bundle} is prepared and checked, not built: {r.next_step}" for r in left))
+
+
+def label(
+    bundle: OneBundle,
+    labels: Annotated[Path, typer.Argument(help="Text file, one class name a line, as many as the classes.")],
+    json_output: Json = False,
+) -> None:
+    """Gives the classes of a bundle other names; the hash in its manifest follows."""
+    from dualtoken_deploy.use.relabel import relabel
+
+    result = relabel(bundle, labels)
+    show(json_output, result.to_json(), lambda r: r.relabelled_table(result))
+    if result.signed:
+        remark(f"warning: the signature in {bundle} is of the names before; sign the bundle anew")
 
 
 def build(

@@ -12,7 +12,9 @@ from types import MappingProxyType
 from dualtoken_deploy.data.built_in import BUILT_IN, built_in_folder
 from dualtoken_deploy.errors import DatasetError, UsageError, missing_extra
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+)
 
 PARTS = ("train", "val")
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as Tag
 from PIL.GifImagePlugin import GifImageFile
@@ -27,7 +28,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from dualtoken_deploy.data.picture_bounds import ExcessError, canvas, check_parts
 from dualtoken_deploy.data.stretch import stretch
-from dualtoken_deploy.errors import ImageError, UsageError
+from dualtoken_deploy.errors import ImageError, UsageError, install_command
 from dualtoken_deploy.spec import CROP, STRETCH, InputContract
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself refuses only above 178 million
@@ -48,8 +49,20 @@ DECODERS: tuple[tuple[int, bytes, type[ImageFile.ImageFile]], ...] = (
 )
 
 FORMATS: Mapping[str, str] = MappingProxyType(  # Pillow's name -> how a person writes it
-    {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF"}
+    {
+        "JPEG": "JPEG",
+        "PNG": "PNG",
+        "WEBP": "WebP",
+        "AVIF": "AVIF",
+        "HEIF": "HEIC",
+        "GIF": "GIF",
+        "BMP": "BMP",
+        "TIFF": "TIFF",
+    }
 )
+
+# Brands of a file in ISO boxes (ISO/IEC 23008-12 and the AVIF specification): what is in it.
+AVIF_BRANDS, HEIF_BRANDS = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
 
 # What Pillow's decoders raise on damaged data: seen in a million damaged files, or raised in their source.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
@@ -76,9 +89,9 @@ def load_image(
 ) -> Pixels:
     """Decodes a picture: a path, or the bytes of a file, to uint8 RGB (H, W, 3).
 
-    JPEG, PNG, WebP, and the first frame of GIF, BMP and TIFF. It is turned upright by its EXIF orientation; an EXIF
-    block that cannot be read says nothing of the orientation. Grey of 16 bits is scaled to 8, palettes and CMYK are
-    converted, transparency is laid over white, ICC profiles are ignored.
+    JPEG, PNG, WebP, AVIF, HEIC (where pillow-heif is installed), and the first frame of GIF, BMP and TIFF. It is turned
+    upright by its EXIF orientation; an EXIF block that cannot be read says nothing of the orientation. Grey of 16 bits
+    is scaled to 8, palettes and CMYK are converted, transparency is laid over white, ICC profiles are ignored.
     `formats`: names of FORMATS that may be decoded; all unless given.
     Raises ImageError on what is missing, not a picture, damaged, truncated, empty, or over `max_pixels`
     (MAX_PIXELS unless given; read from the header, before anything is decoded), or of more parts (scans, strips,
@@ -192,6 +205,7 @@ def _decode(file: IO[bytes], data: bytes | mmap.mmap, name: str, limit: int, for
         if not start:
             raise _empty(name)
         decoder = next((decoder for at, magic, decoder in DECODERS if start.startswith(magic, at)), None)
+        decoder = _boxed(data[:64], name, formats) if decoder is None and start[4:8] == b"ftyp" else decoder
         if decoder is None or decoder.format is None or decoder.format not in formats:
             raise ImageError(f"{name} is not a {_listed(formats)} picture; save it as {_one_of(formats)}")
         _check_file(data, decoder.format, name, limit)
@@ -203,6 +217,54 @@ def _decode(file: IO[bytes], data: bytes | mmap.mmap, name: str, limit: int, for
         raise _too_large(name, _line(error), limit) from error
     except DAMAGE as error:
         raise ImageError(f"{name} is damaged, truncated or without pixels ({_line(error)}); save it again") from error
+
+
+def _boxed(head: bytes, name: str, formats: Sequence[str]) -> type[ImageFile.ImageFile] | None:
+    """The decoder of a file in ISO boxes, by its brands. Raises ImageError where it is not installed."""
+    length = int.from_bytes(head[:4], "big")
+    brands = [head[8:12], *(head[at : at + 4] for at in range(16, min(length, len(head)), 4))]
+    if any(brand in AVIF_BRANDS for brand in brands):
+        return AvifImageFile
+    if not any(brand in HEIF_BRANDS for brand in brands) or "HEIF" not in formats:
+        return None
+    try:
+        from pillow_heif.as_plugin import HeifImageFile
+    except ModuleNotFoundError as error:
+        raise ImageError(f"{name} is a HEIC picture, and reading it {_needs_heif()}") from error
+    decoder: type[ImageFile.ImageFile] = HeifImageFile
+    return decoder
+
+
+def _needs_heif() -> str:
+    return f"needs the extra [heif]; run: {install_command('heif')}"
+
+
+def as_pixels(source: Any, color: str = "RGB", what: str = "the frame") -> Pixels:
+    """uint8 RGB (H, W, 3) of a frame, a Pillow image, a path, or the bytes of a file.
+
+    A frame is uint8 (H, W, 3), in RGB or as `color` says "BGR" (OpenCV's), or grey (H, W). Raises ImageError on another
+    shape or dtype and on what load_image refuses, UsageError on another colour or kind of thing.
+    """
+    if color not in ("RGB", "BGR"):
+        raise UsageError(f"unknown colour order {color!r}; valid: RGB, BGR")
+    if isinstance(source, (str, Path, bytes)):
+        return load_image(source)
+    if isinstance(source, Image.Image):
+        try:
+            return _to_rgb(_upright(source), what)
+        except DAMAGE as error:
+            raise ImageError(f"{what} is damaged ({_line(error)}); save it again") from error
+    if not isinstance(source, np.ndarray):
+        raise UsageError(
+            f"{what} is of type {type(source).__name__}; give a numpy array, a Pillow image, a path or bytes"
+        )
+    if source.dtype != np.uint8:
+        raise ImageError(f"{what} is of dtype {source.dtype}; give uint8 in 0..255")
+    if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3) or source.size == 0:
+        raise ImageError(f"{what} has the shape {source.shape}; give (height, width, 3), or (height, width) in grey")
+    if source.ndim == 2:
+        return np.repeat(source[:, :, None], 3, axis=2)
+    return np.ascontiguousarray(source[:, :, ::-1]) if color == "BGR" else source
 
 
 def _check_file(data: bytes | mmap.mmap, kind: str, name: str, limit: int) -> None:
@@ -242,7 +304,7 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _upright(picture: ImageFile.ImageFile) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
     """ImageOps.exif_transpose without its rewriting of the EXIF block, which fails on damaged ones."""
     try:
         turn = TURNS.get(picture.getexif().get(Tag.Orientation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualtoken_deploy.data.objects import Objects
-from dualtoken_deploy.errors import ImageError, UsageError
+from dualtoken_deploy.errors import DatasetError, ImageError, Note, UsageError
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,33 @@ class SampleSet:
         """The samples of this set that `other`, a part of it, does not have."""
         taken = set(other.indices)
         return replace(self, indices=tuple(i for i in self.indices if i not in taken))
+
+
+MOST_UNREADABLE = 0.5  # of a set; training has the same bound
+
+
+def left_out(data: SampleSet, unreadable: Sequence[str]) -> None:
+    """Says which pictures of a set were left out. Raises DatasetError where they are more than half of it."""
+    if not unreadable:
+        return
+    said = f"{len(unreadable)} of {len(data)} pictures of {data.name} cannot be read"
+    if len(unreadable) > MOST_UNREADABLE * len(data):
+        raise DatasetError(f"{said} ({unreadable[0]} is one); save them again, or take other data")
+    more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
+    warnings.warn(f"{said} and are left out: {', '.join(unreadable[:3])}{more}", Note, stacklevel=3)
+
+
+def readable(data: SampleSet) -> SampleSet:
+    """The set without the pictures that cannot be decoded, which are named in a Note; each is decoded once for it.
+
+    Raises DatasetError where more than half cannot.
+    """
+    if not data.read.paths:
+        return data
+    bad = [i for i in range(len(data)) if read_or_none(data, i) is None]
+    left_out(data, [data.where(i) for i in bad])
+    missing = set(bad)
+    return replace(data, indices=tuple(index for i, index in enumerate(data.indices) if i not in missing))
 
 
 def read_or_none(data: SampleSet, index: int) -> Sample | None:

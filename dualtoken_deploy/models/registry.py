@@ -24,6 +24,7 @@ from dualtoken_deploy.models.weights import read_tensors, weights_path
 MIN_IMAGE_SIZE = 64
 MAX_IMAGE_SIZE = 4096
 DEFAULT_SEED = 0
+OWN_ARGUMENTS = ("num_classes", "image_size")  # of create_model, beside its options
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def make_config(variant: str, **options: Any) -> ModelConfig:
     family = family_of(config)
     for name, value in options.items():
         if name not in family.options:
-            raise UsageError(f"unknown option {name!r} of {variant}; valid options: {', '.join(family.options)}")
+            offered = ", ".join(o for o in family.options if o not in OWN_ARGUMENTS)
+            raise UsageError(f"unknown option {name!r} of {variant}; valid options: {offered}")
         if name in family.choices and value not in family.choices[name]:
             raise UsageError(f"{name} {value!r} is not one of {', '.join(map(str, family.choices[name]))}")
     if "image_size" in options:

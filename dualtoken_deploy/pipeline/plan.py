@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dualtoken_deploy.errors import UsageError, missing_extra
 from dualtoken_deploy.models.source import Source
+from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.quantize.judge import measures
 from dualtoken_deploy.spec import Dim, InputContract, Tolerance
@@ -18,6 +20,8 @@ from dualtoken_deploy.tasks.base import Task
 from dualtoken_deploy.tasks.table import get_task
 
 DYNAMIC = "dynamic"
+NAMELESS_SIZE = (224, 224)
+SHIPPED = tuple(BUILT_IN_WEIGHTS)
 BATCH = "batch"  # the name of an open one
 
 
@@ -72,7 +76,7 @@ def plan(
     """
     row = get_target(target)
     wanted = row.precision(precision)
-    check_can_export(row)
+    check_can_export(row, int8)
     if device is not None and (row.portable or row.built_by):
         raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
     own = target_settings(row, settings or {})
@@ -95,11 +99,28 @@ def plan(
         opset=opset,
         settings=own,
         device=device,
-        output=Path(output) if output is not None else Path("bundles") / f"{source.name}-{row.name}-{precision}",
+        output=Path(output) if output is not None else Path("bundles") / default_name(source, row.name, precision),
         force=force,
         int8=int8,
         command=command,
     )
+
+
+def default_name(source: Source, target: str, precision: str) -> str:
+    """What a bundle is called unless its folder is named: t-mix-digits-onnxruntime-int8, s-320x320-openvino-fp32.
+
+    Of this package's models the weights are in it, where they were trained, and the size, where it is not 224 nor that
+    of weights that ship.
+    """
+    parts, said = [source.name], str(source.weights["source"])
+    if "variant" in source.described and not source.random_weights:
+        path = Path(said)
+        parts.append(path.parent.name if path.stem == "best" and path.parent.name else path.stem)
+    height, width = source.size
+    if "variant" in source.described and (height, width) != NAMELESS_SIZE and said not in SHIPPED:
+        parts.append(str(height) if height == width else f"{height}x{width}")
+    clean = [re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") or "weights" for part in parts]
+    return "-".join([*clean, target, precision])
 
 
 def _check_any_size(source: Source, row: Target, precision: Precision) -> None:
@@ -158,12 +179,20 @@ def exportable_targets(precision: str, head: str | None = None) -> list[str]:
     return here
 
 
-def check_can_export(row: Target) -> None:
-    """Raises MissingError that names the extra to install."""
+def check_can_export(row: Target, int8: Int8Options | None = None) -> None:
+    """Raises MissingError that names every extra to install, at once."""
+    extras = []
     if row.missing(EXPORT_MODULES if row.source == "onnx" else ("torch",)):
-        raise missing_extra("export", f"exporting to {row.name}")
-    if row.missing(row.export_modules):
-        raise missing_extra(row.extra, f"exporting to {row.name}")
+        extras.append("export")
+    own = row.compiler if row.built_by else row.modules
+    if own and row.missing(own):
+        extras.append(row.extra)
+    if int8 is not None and int8.quantizer == "nncf" and row.missing(("nncf",)):
+        extras.append("quantize")
+    if int8 is not None and int8.calibration == "digits" and row.missing(("sklearn",)):
+        extras.append("train")
+    if extras:
+        raise missing_extra(extras, f"exporting to {row.name}")
 
 
 def target_settings(row: Target, given: Mapping[str, str | None]) -> dict[str, str]:

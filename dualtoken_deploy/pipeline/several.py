@@ -13,7 +13,7 @@ from dualtoken_deploy.models.source import Preprocessing, preprocessing_of
 from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.export import Model, open_source
 from dualtoken_deploy.pipeline.make import make
-from dualtoken_deploy.pipeline.plan import DYNAMIC, Plan, exportable_targets, plan
+from dualtoken_deploy.pipeline.plan import DYNAMIC, Plan, default_name, exportable_targets, plan
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.serve.triton import check_target, lay_out
 from dualtoken_deploy.targets.precision import NO_CALIBRATION
@@ -78,8 +78,8 @@ def export_several(
     """A bundle for each target, in their order. The arguments are those of `export`; of several targets `output` is the
     folder of the bundles, and a calibration set goes to those that take one.
 
-    Raises what is wrong with any of the plans, before anything is made; what fails later is in the list, and the
-    others are made all the same unless `fail_fast`. A single target raises.
+    A target that cannot take the model is said before anything is made; it is in the list as one that fails later is,
+    and the others are made all the same unless `fail_fast`. A single target raises, and so does what is wrong with all.
     """
     if triton_repository is not None:
         for target in targets:
@@ -88,15 +88,31 @@ def export_several(
 
     def planned(target: str) -> Plan:
         row, several = get_target(target), len(targets) > 1
-        folder = output / f"{source.name}-{row.name}-{precision}" if several and output is not None else output
+        folder = output / default_name(source, row.name, precision) if several and output is not None else output
         calibrates = not several or row.precision(precision).calibration != NO_CALIBRATION
         return plan(
             source, target, precision, folder, batch, said.image_size == DYNAMIC, input_kind, opset, device, force,
             int8 if calibrates else None, settings, command,
         )  # fmt: skip
 
+    plans: list[Plan | Failed] = []
+    for target in targets:
+        try:
+            plans.append(planned(target))
+        except DualTokenError as error:
+            if len(targets) == 1 or fail_fast:
+                raise
+            plans.append(_failed(source.name, target, precision, output, error))
+    refused = [one for one in plans if isinstance(one, Failed)]
+    if len(refused) == len(plans):
+        raise refused[0].error
+    for known in refused:
+        say(f"{known.target} is left out: {known.error}")
     results: list[Exported | Failed] = []
-    for one in [planned(target) for target in targets]:
+    for one in plans:
+        if isinstance(one, Failed):
+            results.append(one)
+            continue
         name = one.target.name
         try:
             result = make(one, lambda text, name=name: tell(f"{name}: {text}"))  # type: ignore[misc]
@@ -109,6 +125,12 @@ def export_several(
             say(f"{name} failed: {error}")
             results.append(Failed(str(one.output), name, precision, error))
     return results
+
+
+def _failed(source: str, target: str, precision: str, output: Path | None, error: DualTokenError) -> Failed:
+    """A target that cannot take the model, known before anything was made."""
+    name = get_target(target).name
+    return Failed(str((output or Path("bundles")) / f"{source}-{name}-{precision}"), name, precision, error)
 
 
 def own_preprocessing(

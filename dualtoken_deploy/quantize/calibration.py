@@ -12,7 +12,7 @@ import numpy as np
 from dualtoken_deploy.bundle.blocks import Calibration
 from dualtoken_deploy.data.images import preprocess
 from dualtoken_deploy.data.pictures import open_pictures
-from dualtoken_deploy.data.samples import Sample, SampleSet
+from dualtoken_deploy.data.samples import Sample, SampleSet, readable
 from dualtoken_deploy.errors import DatasetError, UsageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.spec import InputContract
@@ -93,6 +93,7 @@ def open_calibration(
         raise DatasetError(
             f"the calibration set {chosen.name} has {len(chosen)} images; at least {MIN_IMAGES} are needed"
         )
+    chosen = readable(chosen)
     inputs = np.stack([preprocess(chosen[i].image, contract) for i in range(len(chosen))])
     return CalibrationSet.of_arrays(chosen.name, inputs, contract), _held_out(task, val, contract, labels)
 
@@ -110,6 +111,7 @@ def _held_out(task: Task, images: SampleSet, contract: InputContract, labels: Se
         images = task.match(images, labels)
     if task.held_out is not None:
         images = images.limit(task.held_out)
+    images = readable(images)
     truth, inputs = [], []
     for i in range(len(images)):
         sample = images[i]

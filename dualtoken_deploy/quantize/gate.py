@@ -72,8 +72,9 @@ def quantize_within_budget(
         if not result.met:
             raise ToleranceError(
                 f"no INT8 assignment for {target} was found that loses at most {options.max_drop:g} points of "
-                f"{judge.metric}; the best loses {result.drop:.2f} with {100 * result.int8_share:.1f} % of the MACs in "
-                "INT8: raise --max-drop, give more calibration images, or another --calibrator"
+                f"{judge.metric}{_ended(options, result)}; the best loses {result.drop:.2f} with "
+                f"{100 * result.int8_share:.1f} % of the MACs in INT8: raise --max-drop, "
+                "give more calibration images, or another --calibrator"
             )
         final = scorer.deliver(frozenset(result.in_float), folder)
     if final.drop > options.max_drop:
@@ -92,6 +93,12 @@ def quantize_within_budget(
         macs=backend.products.macs,
         search=result,
     )
+
+
+def _ended(options: Int8Options, result: SearchResult) -> str:
+    """Says that the time limit ended a search, where it did."""
+    limit = options.time_limit_s
+    return "" if limit is None or result.seconds <= limit else f" within the {limit:g} s of --search-seconds"
 
 
 class Scorer:

@@ -35,6 +35,7 @@ class Target:
     then needs none of `modules`, and the files are checked with the runner of the target `checked_by` instead. `vendor`
     is what running needs besides the extra, from no package index. `compiler`: modules of a compiler that needs no
     device; exporting then ends with the target's `compile_files`, and the bundle is "compiled", not "prepared".
+    `labels_inside`: the artifact of a classifier holds the class names itself.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Target:
     quantizers: tuple[str, ...] = ()
     looks: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[Device, ...] = ()
+    labels_inside: bool = False
 
     def precision(self, name: str) -> Precision:
         """The row of a precision. Raises UsageError where the target does not offer it."""
@@ -288,6 +290,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 settings=("deployment_target", "layout"),
                 product_kinds=("linear", "conv", "matmul", "scaled_dot_product_attention"),
                 libraries=("coremltools",),
+                labels_inside=True,
                 looks=_COREML_LOOKS,
                 devices=(Device("iPhone, iPad, Mac", "fp16", "export anywhere, run on the device"),),
             ),
@@ -317,6 +320,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 heads=_RAW_DENSE,
                 product_kinds=("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D", "DEPTHWISE_CONV_2D"),
                 libraries=("ai-edge-litert", "ai-edge-quantizer"),
+                labels_inside=True,
                 looks=_LOOKS,
                 devices=(Device("Android phone, Raspberry Pi", "fp32", "export on Linux"),),
             ),

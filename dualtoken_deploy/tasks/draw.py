@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dualtoken_deploy.tasks.base import Found, Pixels
 
+LEAST_TEXT, LEAST_LINE, PADDING = 13, 2, 2  # pixels
 OPACITY = 0.5  # of a mask over the picture
 GOLDEN_RATIO = 0.618034  # of the colour circle from one class to the next: neighbours are far apart
 
@@ -20,6 +21,13 @@ def colour(index: int) -> tuple[int, int, int]:
     """RGB of a class, the same in every picture."""
     red, green, blue = colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1.0, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def ink(paper: tuple[int, int, int]) -> str:
+    """Black or white, which can be read on a colour: the one with more contrast (WCAG 2, relative luminance)."""
+    linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in paper]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "white"
 
 
 def paint_areas(picture: Pixels, found: Found, answers: Sequence[Any]) -> Pixels:
@@ -39,15 +47,19 @@ def paint_objects(picture: Pixels, found: Found, answers: Sequence[Any]) -> Pixe
     image = Image.fromarray(np.rint(out).astype(np.uint8))
     pen = ImageDraw.Draw(image)
     side = min(image.size)
-    font = ImageFont.load_default(max(10, side // 40))
+    font, width = ImageFont.load_default(max(LEAST_TEXT, side // 30)), max(LEAST_LINE, side // 160)
     for item in answers[::-1]:
         x1, y1, x2, y2 = item.box
-        pen.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour(item.index), width=max(1, side // 300))
+        pen.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour(item.index), width=width)
         text = f"{item.label} {item.score:.2f}"
         left, top, right, bottom = pen.textbbox((x1, y1), text, font=font, anchor="lb")
-        down = max(-top, 0)  # a label above the picture moves into it
-        pen.rectangle((left, top + down, right, bottom + down), fill=colour(item.index))
-        pen.text((x1, y1 + down), text, fill="black", font=font, anchor="lb")
+        down = max(PADDING - top, 0)  # a label above the picture moves into it
+        along = (
+            min(0, image.width - right - PADDING) if right - left < image.width else -left
+        )  # and one beyond its side
+        place = (left + along - PADDING, top + down - PADDING, right + along + PADDING, bottom + down + PADDING)
+        pen.rectangle(place, fill=colour(item.index))
+        pen.text((x1 + along, y1 + down), text, fill=ink(colour(item.index)), font=font, anchor="lb")
     return np.array(image)
 
 

@@ -45,7 +45,7 @@ def describe(found: Found, _labels: Sequence[str], _size: Size, _ask: Ask) -> tu
 
 
 def _no_score(_pairs: Sequence[Pair], _classes: object) -> dict[str, float]:
-    raise DatasetError("outputs of the task tensors have no accuracy; compare them by SQNR: dualtoken validate")
+    raise DatasetError("outputs of the task tensors have no accuracy; compare them by SQNR: dualtoken validate BUNDLE")
 
 
 TENSORS = Task(

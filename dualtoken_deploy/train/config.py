@@ -21,10 +21,13 @@ AUGMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # of each task
 PRECISIONS = ("no", "bf16", "fp16")
 IMAGES_ALONE = ("mixup", "cutmix", "erasing", "label_smoothing")  # what boxes and label maps do not go along with
 
+WARMUP: Mapping[str, float] = MappingProxyType(  # share of the epochs, unless warmup_epochs is said: the papers'
+    {"classify": 20 / 300, "detect": 0.5 / 12, "segment": 0.5 / 12}
+)
+
 # Dense tasks: the paper's sections 4.2 (lr 1e-4 at a batch of 16, 12 epochs) and 4.3 (2e-4 at 32, epochs not said).
 DENSE: Mapping[str, Any] = MappingProxyType(
-    {"lr": 6.4e-3, "weight_decay": 1e-4, "epochs": 12, "warmup_epochs": 0.5, "augment": "photometric"}
-    | dict.fromkeys(IMAGES_ALONE, 0.0)
+    {"lr": 6.4e-3, "weight_decay": 1e-4, "epochs": 12, "augment": "photometric"} | dict.fromkeys(IMAGES_ALONE, 0.0)
 )
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -128,7 +131,8 @@ class TrainConfig:
 
 
 def make_config(**settings: Any) -> TrainConfig:
-    """A recipe from settings by name; what is not given is the paper's for the task (DEFAULTS).
+    """A recipe from settings by name; what is not given is the paper's for the task (DEFAULTS); of the warm-up the
+    paper's share of the epochs (WARMUP).
 
     Raises UsageError on an unknown name or a value of the wrong kind.
     """
@@ -139,6 +143,9 @@ def make_config(**settings: Any) -> TrainConfig:
             raise UsageError(f"unknown setting {name!r}; valid settings: {', '.join(known)}")
         if not _is_like(value, known[name].default):
             raise UsageError(f"setting {name}={value!r} is not of the kind of its default, {known[name].default!r}")
+    if "warmup_epochs" not in settings and settings.get("task", "classify") in WARMUP:
+        epochs = settings.get("epochs", known["epochs"].default)
+        settings["warmup_epochs"] = WARMUP[settings.get("task", "classify")] * epochs
     return TrainConfig(**settings)
 
 

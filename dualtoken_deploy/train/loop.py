@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from dualtoken_deploy.errors import DatasetError, OutputError, ToleranceError, UsageError, WeightsError, missing_extra
-from dualtoken_deploy.machine import library_versions
+from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.train import checkpoint
 from dualtoken_deploy.train.classify import Classify
 from dualtoken_deploy.train.config import TrainConfig, make_config
@@ -31,6 +31,7 @@ from dualtoken_deploy.use.plots import plot_curves
 Tell = Callable[[str], None]
 LIBRARIES = ("torch", "kornia", "accelerate", "numpy", "pillow", "dualtoken-deploy")
 TELL_EVERY_S = 5.0
+UNMOVED = 0.98  # of the loss at the start: a run that ends above it has learned next to nothing
 LEARNED: Mapping[str, Callable[[TrainConfig], LearnedTask]] = MappingProxyType(
     {"classify": Classify, "detect": HeadTask, "segment": HeadTask}
 )
@@ -79,8 +80,25 @@ def train(config: TrainConfig, output: str | Path, progress: Tell | None = None)
 def resume(run: str | Path, progress: Tell | None = None, **changes: Any) -> TrainResult:
     """Goes on with a run after its last whole epoch. `changes`: settings that may differ, such as epochs."""
     folder = Path(run)
-    config = make_config(**checkpoint.read_config(folder).to_json() | changes)
+    before = checkpoint.read_config(folder)
+    config = make_config(**before.to_json() | changes)
+    _check_changes(folder, before, config)
     return _Run(config, folder, progress or (lambda _: None), resumed=True).go()
+
+
+def _check_changes(folder: Path, before: TrainConfig, config: TrainConfig) -> None:
+    """Raises UsageError where a run has all its epochs, so that its settings would change and nothing be trained."""
+    if not (folder / checkpoint.LAST).exists():
+        return
+    _, header = checkpoint.load_tensors(folder / checkpoint.LAST)
+    progress = header.get("progress")
+    done = progress.get("epoch", 0) if isinstance(progress, dict) else 0
+    changed = [name for name, value in config.to_json().items() if value != before.to_json()[name]]
+    if changed and done >= config.epochs:
+        raise UsageError(
+            f"{folder} has its {done} epochs, so {', '.join(changed)} would change nothing; give --epochs above {done} "
+            f"to go on, or begin anew with --init {folder / checkpoint.BEST}"
+        )
 
 
 class _Run:
@@ -91,6 +109,12 @@ class _Run:
         self.accelerator = _accelerator(config)
         self.task = LEARNED[config.task](config)
         self.notes = self.task.notes
+        self.losses: list[float] = []  # of each step of this call
+        if config.warmup_epochs >= config.epochs:
+            self.notes.append(
+                f"the warm-up of {config.warmup_epochs:g} epochs is as long as the run of {config.epochs}, so lr never "
+                f"gets to its peak of {config.peak_lr:.2g}; leave warmup_epochs out"
+            )
         self.main = self.accelerator.is_main_process
         torch.manual_seed(config.seed)
         self.model = self.task.model()
@@ -157,9 +181,13 @@ class _Run:
         # 32 images of t-mix in bfloat16, one thread)
         kernel = sdpa_kernel(SDPBackend.MATH) if self.accelerator.device.type == "cpu" else nullcontext()
         with kernel:
+            if self.progress.epoch >= self.config.epochs:
+                self._note(f"all {self.progress.epoch} epochs were there already: nothing was trained")
             for epoch in range(self.progress.epoch, self.config.epochs):
                 row = self._epoch(epoch)
                 self._finish(epoch, row)
+        if (unmoved := unmoved_loss(self.losses)) is not None:
+            self._note(unmoved)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         rows = self.progress.rows
@@ -194,6 +222,7 @@ class _Run:
             if config.ema and self.accelerator.sync_gradients:
                 self._average()
             everyone = self.accelerator.gather(loss.detach().reshape(1))
+            self.losses.append(float(everyone.mean()))
             total, seen = total + float(everyone.mean()), seen + 1
             now = time.monotonic()
             if now - told > TELL_EVERY_S:
@@ -276,12 +305,19 @@ class _Run:
                 weights = self.average or self.plain.state_dict()
                 checkpoint.save_weights(self.folder / checkpoint.BEST, weights, header)
             checkpoint.write_metrics(self.folder / checkpoint.METRICS, progress.rows)
-            plot_curves(progress.rows, self.folder / checkpoint.CURVE, self.task.shares)
+            plot_curves(progress.rows, self.folder / checkpoint.CURVE, self.task.shares, self._caption())
             _tensorboard(self.folder, row)
             optimiser = getattr(self.optimiser, "optimizer", self.optimiser)
             state = checkpoint.pack(self.plain, self.average, optimiser)
             checkpoint.save_tensors(self.folder / checkpoint.LAST, state, header | {"progress": vars(progress)})
         self.accelerator.wait_for_everyone()
+
+    def _caption(self) -> str:
+        config, machine = self.config, describe_machine()
+        return (
+            f"{config.variant} on {config.data}, {len(self.samples)} pictures, batch {config.batch_size}, "
+            f"lr {config.lr:g}; {machine['cpu']}, {machine['cores']} cores"
+        )
 
     def header(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What a weights file says of itself."""
@@ -308,9 +344,27 @@ class _Run:
             f"{len(self.samples) / per_epoch:.1f} images/s, about {left / 60:.0f} min left"
         )
 
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self._say(text)
+
     def _say(self, text: str) -> None:
         if self.main:
             self.tell(text)
+
+
+def unmoved_loss(losses: Sequence[float]) -> str | None:
+    """What to say of a run whose loss, in the means of its first and last tenth of steps, has not fallen by 2 %."""
+    part = max(len(losses) // 10, 1)
+    if len(losses) < 2 * part:
+        return None
+    first, last = (sum(some) / part for some in (losses[:part], losses[-part:]))
+    if last <= UNMOVED * first:
+        return None
+    return (
+        f"the loss has not fallen: {first:.4f} in the first {part} steps, {last:.4f} in the last; train longer, or "
+        "with another --lr"
+    )
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:

@@ -28,11 +28,20 @@ from dualtoken_deploy.targets.inner import Insides, open_look
 from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.targets.table import TARGETS, get_target
 from dualtoken_deploy.tasks.table import get_task
-from dualtoken_deploy.use.plots import save_figure
+from dualtoken_deploy.use.plots import COLOURS, LIMIT, label_points, save_figure
 
 REFERENCE_DB = 90.0  # the float program against eager
 LEAST_SEEN = 0.5  # of the values; the bundles of this version have 95 % and more
 DEFAULT_IMAGES = 4
+
+
+PHOTOGRAPHS = "photographs"
+KINDS = ("digits", "shapes", "scenes")  # sets that need no download, and the words of weights that begin so
+
+
+def own_data(manifest: Manifest) -> str:
+    """Pictures of the bundle's own kind: those that its weights were trained for where they ship, else photographs."""
+    return next((kind for kind in KINDS if manifest.weights.source.startswith(kind)), PHOTOGRAPHS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Diagnosis:
     """`first` is the first layer past the threshold, `suspect` the one that loses most by itself; None: none does."""
 
     bundle: str
+    data: str
     images: int
     threshold_db: float
     layers: tuple[Drift, ...]
@@ -76,7 +86,7 @@ def diagnose(
     threshold_db: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
-    """Compares every layer over `limit` pictures of `data` (the photographs unless given).
+    """Compares every layer over `limit` pictures of `data` (unless given, own_data).
 
     Raises BundleError, WeightsError (the eager model cannot be rebuilt), UsageError (a target without names inside).
     """
@@ -87,7 +97,8 @@ def diagnose(
         offered = ", ".join(name for name, other in TARGETS.items() if other.looks)
         raise UsageError(f"diagnose cannot look into {row.name}; it can into {offered}")
     look = open_look(row)
-    images = open_pictures("photographs") if data is None else get_task(manifest.task).open(data, "val")
+    data = data or own_data(manifest)
+    images = open_pictures(data) if data == PHOTOGRAPHS else get_task(manifest.task).open(data, "val")
     images = images.limit(limit)
     inputs = np.stack([preprocess(images[i].image, manifest.input) for i in range(len(images))])
     inside = look.expected(opened, inputs, tell)
@@ -114,8 +125,8 @@ def diagnose(
     suspect = max(past, key=_loss).name if past else None
     ends = tuple(replace(by_name[value], name=block) for block, value in blocks.items() if value in by_name)
     return Diagnosis(
-        str(opened.path), len(images), threshold, tuple(layers), ends, past[0].name if past else None, suspect,
-        len(kinds) - len(seen), look.engine,
+        str(opened.path), images.name, len(images), threshold, tuple(layers), ends,
+        past[0].name if past else None, suspect, len(kinds) - len(seen), look.engine,
     )  # fmt: skip
 
 
@@ -169,28 +180,44 @@ def _likeness(end: Array, value: Array, moved: bool) -> float:
     return numerics.compare(np.sort(want), np.sort(got)).sqnr_db if moved else numerics.compare(want, got).sqnr_db
 
 
-def draw(diagnosis: Diagnosis, path: Path) -> None:
-    """SQNR over the layers in the order that they run, with the ends of the blocks and the threshold."""
+CLIP_DB = 60.0  # noise below is no fault, and would flatten what matters
 
-    def fill(figure: Any) -> None:
-        axis = figure.subplots()
-        names = [layer.name for layer in diagnosis.layers]
-        values = [min(layer.sqnr_db, 160.0) for layer in diagnosis.layers]
-        axis.plot(values, marker=".", linewidth=0.8)
-        axis.axhline(
-            diagnosis.threshold_db, color="red", linewidth=0.8, label=f"threshold {diagnosis.threshold_db:g} dB"
-        )
-        starts: dict[str, int] = {}
-        for i, name in enumerate(names):
-            starts.setdefault(".".join(name.split("/")[0].split(".")[:2]) if name.startswith("stage") else "", i)
-        ticks = [(i, name) for name, i in starts.items() if name]
-        axis.set_xticks([i for i, _ in ticks], [name for _, name in ticks], rotation=60, ha="right", fontsize=7)
-        if diagnosis.suspect is not None:
-            at = names.index(diagnosis.suspect)
-            axis.annotate(diagnosis.suspect, (at, values[at]), xytext=(8, 12), textcoords="offset points", fontsize=8)
-            axis.plot([at], [values[at]], "ro")
-        axis.set_ylabel("SQNR against float (dB)")
-        axis.grid(alpha=0.3)
-        axis.legend()
 
-    save_figure(path, (11, 4), fill)
+def draw(diagnosis: Diagnosis, path: Path, caption: str = "") -> None:
+    """SQNR over the layers in the order that they run, clipped at CLIP_DB, coloured by stage, the suspect named."""
+    what = f"{diagnosis.images} pictures of {diagnosis.data}"
+    title = f"{Path(diagnosis.bundle).name}: SQNR of each layer against float, {what}"
+    save_figure(path, (11, 4.2), lambda figure: fill(figure, diagnosis), title, caption)
+
+
+def stage_of(layer: str) -> str:
+    """stem, stage1, ... or head, by a layer's name."""
+    first = layer.split("/")[0].split(".")[0]
+    return first if first.startswith(("stage", "stem")) else "head and others"
+
+
+def fill(figure: Any, diagnosis: Diagnosis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis = figure.subplots()
+    names = [layer.name for layer in diagnosis.layers]
+    values = [min(layer.sqnr_db, CLIP_DB) for layer in diagnosis.layers]
+    stages = [stage_of(name) for name in names]
+    for number, stage in enumerate(dict.fromkeys(stages)):
+        at = [i for i, own in enumerate(stages) if own == stage]
+        colour = COLOURS[number % len(COLOURS)]
+        axis.plot(at, [values[i] for i in at], linestyle="none", marker="o", markersize=4, color=colour, label=stage)
+    axis.plot(values, linewidth=0.5, color=COLOURS[6], zorder=1)
+    threshold = diagnosis.threshold_db
+    if threshold <= CLIP_DB:
+        axis.axhline(threshold, color=LIMIT, linewidth=1, linestyle="--", label=f"threshold {threshold:g} dB")
+    axis.set_ylim(min(0.0, min(values, default=0.0)), CLIP_DB + 8)
+    axis.set_yticks(range(0, int(CLIP_DB) + 1, 10), [*map(str, range(0, int(CLIP_DB), 10)), f"{CLIP_DB:g} and more"])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("layer, in the order that they run")
+    axis.set_ylabel("SQNR (dB)")
+    axis.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    if diagnosis.suspect is not None:
+        worst = names.index(diagnosis.suspect)
+        axis.scatter([worst], [values[worst]], s=110, facecolors="none", edgecolors=LIMIT, linewidths=1.8, zorder=3)
+        label_points(axis, [(worst, values[worst])], [f"loses most by itself: {diagnosis.suspect}"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle
-from dualtoken_deploy.data.samples import SampleSet
+from dualtoken_deploy.data.samples import SampleSet, left_out
 from dualtoken_deploy.errors import DatasetError, UsageError, WeightsError, missing_extra
 from dualtoken_deploy.spec import InputContract
 from dualtoken_deploy.targets.load import Runner, RunnerOptions, engine_of, load_runner
@@ -42,6 +42,8 @@ class Evaluation:
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...] | None = None
     engine: str | None = None
+    unreadable: int = 0  # pictures of the data that were left out
+    weights: str = ""  # what the model's weights are; "random" where its answers mean nothing
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "scores"} | self.scores
@@ -51,6 +53,7 @@ class Evaluation:
 class _Opened:
     """What is to be judged. `runner`: a context manager."""
 
+    weights: str
     runner: AbstractContextManager[Runner]
     contract: InputContract
     labels: tuple[str, ...]
@@ -89,13 +92,15 @@ def evaluate(
         source=str(source.path if isinstance(source, Bundle) else source),
         data=images.name,
         task=task.name,
-        images=len(images),
+        images=len(pairs),
+        unreadable=len(images) - len(pairs),
         scores=task.score(pairs, len(labels)),
         per_class=task.score_classes(pairs, labels),
-        images_per_s=None if engine else round(len(images) / seconds, 2),
+        images_per_s=None if engine else round(len(pairs) / seconds, 2),
         labels=tuple(labels),
         confusion=None if table is None else tuple(tuple(row) for row in table.tolist()),
         engine=engine,
+        weights=opened.weights,
     )
 
 
@@ -104,8 +109,9 @@ def _run(
 ) -> tuple[list[Pair], float]:
     """Truth and answers, and the seconds that the answers took."""
     pairs: list[Pair] = []
+    skipped: list[str] = []
     seconds = 0.0
-    for samples, inputs in chunks(images, opened.contract):
+    for samples, inputs in chunks(images, opened.contract, skipped):
         if progress:
             progress(f"evaluating {len(pairs)}/{len(images)}")
         began = time.perf_counter()
@@ -115,6 +121,7 @@ def _run(
         ]
         seconds += time.perf_counter() - began
         pairs += [(sample.truth, answer) for sample, answer in zip(samples, found, strict=True)]
+    left_out(images, skipped)
     return pairs, seconds
 
 
@@ -122,7 +129,9 @@ def _open(source: Bundle | str | Path, variant: str | None, options: RunnerOptio
     if isinstance(source, Bundle) or (Path(source) / MANIFEST).is_file():
         bundle = source if isinstance(source, Bundle) else Bundle.open(source)
         runner = load_runner(bundle, options.device, options.threads)
-        return _Opened(runner, bundle.manifest.input, bundle.labels, get_task(bundle.manifest.task))
+        return _Opened(
+            bundle.manifest.weights.source, runner, bundle.manifest.input, bundle.labels, get_task(bundle.manifest.task)
+        )
     if Path(source).is_dir() and not (Path(source) / BEST).is_file():
         raise UsageError(f"{source} is a folder without {MANIFEST} or {BEST}; give a bundle, a run or weights")
     try:
@@ -138,4 +147,4 @@ def _open(source: Bundle | str | Path, variant: str | None, options: RunnerOptio
     batch = 1 if found.one_picture else "batch"
     contract = found.contract("image", batch)
     model = EagerRunner(found.make(), contract, found.outputs(found.size, batch), options)
-    return _Opened(model, contract, found.labels, get_task(found.task))
+    return _Opened(str(source), model, contract, found.labels, get_task(found.task))

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.images import load_image, preprocess
+from dualtoken_deploy.data.images import as_pixels, load_image
 from dualtoken_deploy.errors import OutputError, UsageError
-from dualtoken_deploy.targets.load import engine_of, load_runner
-from dualtoken_deploy.targets.runner import run_each
-from dualtoken_deploy.tasks.base import Ask, Found
+from dualtoken_deploy.files import write_atomically
+from dualtoken_deploy.tasks.base import Pixels
 from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.use.model import Model, Picture, Prediction
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answers for one picture of `size` (h, w), best first: guesses of a classifier, objects of a detector, areas
-    of a segmenter, by `task`.
-
-    `found` has the boxes, masks and label maps themselves, for drawing; to_json leaves it out.
-    """
-
-    image: str
-    task: str
-    size: tuple[int, int]
-    answers: tuple[Any, ...]
-    engine: str | None = None  # what stood in for the target's own runtime, if anything did
-    found: Found = field(default_factory=Found, compare=False, repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "image": self.image,
-            "task": self.task,
-            "size": list(self.size),
-            get_task(self.task).rows: [asdict(answer) for answer in self.answers],
-            "engine": self.engine,
-        }
+__all__ = ["Prediction", "check_drawing", "draw", "predict"]
 
 
 def predict(
-    bundle: Bundle | str | Path,
-    images: Sequence[str | Path],
+    bundle: Model | Bundle | str | Path,
+    images: Picture | list[Any] | tuple[Any, ...],
     top: int = 5,
     min_score: float = 0.5,
     device: str | None = None,
@@ -53,48 +28,43 @@ def predict(
 ) -> list[Prediction]:
     """The `top` likeliest classes, or objects of at least `min_score`: what the bundle's task answers with.
 
+    `bundle`: a folder, or a Classifier, Detector or Segmenter, which stays loaded and has its own settings. `images`:
+    paths, bytes, Pillow images, or frames uint8 (H, W, 3) in RGB.
     Raises UsageError, BundleError, MissingError; ImageError on the first picture that cannot be read, before anything
     is run.
     """
-    if not images or top < 1 or not 0 <= min_score <= 1:
+    pictures: list[Picture] = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not pictures or top < 1 or not 0 <= min_score <= 1:
         raise UsageError("predict needs at least one picture, a top of at least 1 and a least score in 0..1")
+    if isinstance(bundle, Model):
+        return bundle.many(pictures)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    task, contract, labels = get_task(opened.manifest.task), opened.manifest.input, opened.labels
-    pictures = [load_image(image) for image in images]
-    inputs = [preprocess(picture, contract) for picture in pictures]
-    sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
-    with load_runner(opened, device, threads) as runner:
-        engine = engine_of(runner)
-        results = []
-        for name, size, outputs in zip(images, sizes, run_each(runner, contract, inputs), strict=True):
-            found = task.interpret(outputs, contract.size, size)
-            answers, found = task.describe(found, labels, size, Ask(top, min_score))
-            results.append(Prediction(str(name), task.name, size, answers, engine, found))
-    return results
+    named = [
+        (str(p) if isinstance(p, (str, Path)) else f"picture {i}", as_pixels(p, what=f"picture {i}"))
+        for i, p in enumerate(pictures)
+    ]
+    with Model(opened, device, threads, top, min_score) as model:
+        return model.answer(named)
 
 
 def check_drawing(bundle: Bundle, path: Path, pictures: int) -> None:
-    """Raises UsageError where there is nothing to draw, for another ending than .png and for more than one picture,
-    OutputError where the folder is not there: before anything is run."""
+    """Raises UsageError where there is nothing to draw, or the path does not fit: one picture is drawn to a .png, of
+    several each into the folder. OutputError where the folder above is not there. Before anything is run."""
     task = get_task(bundle.manifest.task)
     if task.paint is None:
         raise UsageError(f"{bundle.path} is for the task {task.name}, which has nothing to draw; leave --output out")
-    if path.suffix.lower() != ".png":
+    if pictures == 1 and path.suffix.lower() != ".png" and not path.is_dir():
         raise UsageError(f"{path} does not end in .png; what was found is drawn as a PNG")
-    if pictures != 1:
-        raise UsageError(f"--output is one drawing, but {pictures} pictures were given; give one")
+    if pictures != 1 and path.suffix:
+        raise UsageError(f"{pictures} pictures are drawn into a folder, and {path} looks like a file; name a folder")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: no folder {path.parent}; make it first")
 
 
-def draw(prediction: Prediction, path: Path) -> None:
+def draw(prediction: Prediction, path: Path, pixels: Pixels | None = None) -> None:
     """Writes the picture with its answers over it. Raises UsageError, OutputError."""
     paint = get_task(prediction.task).paint
     if paint is None:
         raise UsageError(f"the task {prediction.task} has nothing to draw")
-    picture = paint(load_image(prediction.image), prediction.found, prediction.answers)
-    try:
-        Image.fromarray(picture).save(path, format="PNG")
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    picture = paint(load_image(prediction.image) if pixels is None else pixels, prediction.found, prediction.answers)
+    write_atomically(path, lambda temporary: Image.fromarray(picture).save(temporary, format="PNG"))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.text import printable
@@ -17,13 +19,19 @@ if TYPE_CHECKING:
     from dualtoken_deploy.bench.report import BenchReport
     from dualtoken_deploy.pipeline.build import BuildResult
     from dualtoken_deploy.pipeline.check import ExportResult
+    from dualtoken_deploy.pipeline.several import Failed
     from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.use.compare import Comparison
     from dualtoken_deploy.use.diagnose import Diagnosis
+    from dualtoken_deploy.use.doctor import Report
     from dualtoken_deploy.use.evaluate import Evaluation
     from dualtoken_deploy.use.inspect import Inspection
-    from dualtoken_deploy.use.predict import Prediction
+    from dualtoken_deploy.use.model import Model, Prediction
+    from dualtoken_deploy.use.relabel import Relabelled
     from dualtoken_deploy.use.validate import Validation
+
+
+LONGEST_WORD = 24  # of a text column: longer ones, paths for one, are folded inside
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
@@ -35,6 +43,50 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     for row in rows:
         out.add_row(*(Text(printable(cell)) for cell in row))  # as Text: a string would be read as rich's markup
     return out
+
+
+def fitted(made: Table | Group, console: Console) -> Table | Group:
+    """Each table as `_fitted` makes it."""
+    if isinstance(made, Group):
+        return Group(*(_fitted(part, console) if isinstance(part, Table) else part for part in made.renderables))
+    return _fitted(made, console)
+
+
+def _fitted(made: Table, console: Console) -> Table:
+    """The table without the columns that say nothing in any row; one that its words do not fit the console with becomes
+    a list of each row's figures, one below the other."""
+    kept = [(column, list(column.cells)) for column in made.columns]
+    if made.row_count > 0:
+        kept = [(column, cells) for column, cells in kept if any(str(cell) not in ("", "-") for cell in cells)]
+    out = _copy(made, made.columns if made.row_count == 0 else [column for column, _ in kept])
+    for row in zip(*(cells for _, cells in kept), strict=True):
+        out.add_row(*row)
+    words = sum(_widest_word(column, cells) for column, cells in kept) + 3 * len(kept) + 1
+    if words <= console.width:
+        return out
+    listed = Table(title=made.title, title_justify="left", show_header=False)
+    listed.add_column(justify="left")
+    listed.add_column(justify="left", overflow="fold")
+    for row in zip(*(cells for _, cells in kept), strict=True):
+        for (column, _), cell in zip(kept, row, strict=True):
+            if str(cell):
+                listed.add_row(column.header, cell)
+        listed.add_section()
+    return listed
+
+
+def _copy(made: Table, columns: Sequence[Any]) -> Table:
+    out = Table(title=made.title, title_justify="left")
+    for column in columns:
+        out.add_column(column.header, justify=column.justify, overflow=column.overflow)
+    return out
+
+
+def _widest_word(column: Any, cells: Sequence[Any]) -> int:
+    """Of a column's cells and head; a path or a name may fold inside."""
+    words = [word for text in (column.header, *cells) for word in str(text).split()]
+    most = max((cell_len(word) for word in words), default=0)
+    return min(most, LONGEST_WORD) if column.justify == "left" else most
 
 
 def share(value: float | None) -> str:
@@ -113,7 +165,7 @@ def _targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             r["target"],
             ", ".join(r["precisions"]),
             _yes(r["can_export"]),
-            _yes(r["can_run"]),
+            {"device": "yes", "no": "no"}.get(r["runs_as"], r["runs_as"]),
             r["install"] or "-",
         )
         for r in rows
@@ -121,21 +173,52 @@ def _targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(columns, cells, left=5)
 
 
-def export_table(results: Sequence[ExportResult]) -> Table:
-    columns = ("bundle", "target", "precision", "executes", "INT8 MACs", "lost", "SQNR (dB)", "alike", "MiB", "s")
-    cells = [
-        (
-            *(r.bundle, r.target, get_target(r.target).precision(r.precision).title, r.executed_precision),
-            share(r.int8_mac_share if r.precision == "int8" else None),
-            "-" if r.drop is None else f"{r.drop:.2f}",
-            f"{r.sqnr_db:.1f}",
-            share(r.top1_agreement),
-            f"{r.size_mib:.1f}",
-            f"{r.seconds:.0f}",
+def relabelled_table(result: Relabelled) -> Table:
+    cells = [(result.bundle, str(result.classes), str(result.changed))]
+    return table(("bundle", "classes", "new names"), cells)
+
+
+def doctor_table(found: Report) -> Table:
+    """What works here and what does not, with the command that mends it."""
+    m, versions = found.machine, ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    memory = "memory unknown" if not m.get("memory_mib") else f"{m['memory_mib'] / 1024:.0f} GiB"
+    title = (
+        f"{m['cpu']} ({m['architecture']}), {m['cores']} cores, {memory}, {m['os']}, Python {m['python']}; "
+        f"GPU: {found.gpu or 'no NVIDIA driver'}\n{versions}"
+    )
+    rows = [(c.name, c.state, "; ".join(filter(None, (c.detail, c.mend)))) for c in found.checks]
+    return table(("what", "state", "why, and what mends it"), rows, title, left=3)
+
+
+def cache_table(data: Mapping[str, Any]) -> Table:
+    rows = [(e["name"], e["what"], f"{e['bytes'] / 2**20:.1f}") for e in data["entries"]]
+    total = sum(e["bytes"] for e in data["entries"]) / 2**20
+    return table(("entry", "what", "MiB"), rows, f"{data['folder']}: {total:.1f} MiB; cleared by --clear", left=2)
+
+
+def export_table(results: Sequence[ExportResult | Failed]) -> Table:
+    """One row a target, those that gave no bundle with their reason in place of the figures."""
+    columns: tuple[str, ...] = (
+        *("bundle", "target", "precision", "state", "executes", "INT8 MACs", "lost", "SQNR (dB)", "alike", "MiB", "s"),
+    )
+    cells: list[tuple[str, ...]] = []
+    for r in results:
+        error: Exception | None = getattr(r, "error", None)
+        if error is not None:
+            cells.append((r.bundle, r.target, r.precision, f"failed: {error}", *[""] * (len(columns) - 4)))
+            continue
+        made: Any = r
+        cells.append(
+            (
+                *(made.bundle, made.target, get_target(made.target).precision(made.precision).title, made.state),
+                *(made.executed_precision, share(made.int8_mac_share if made.precision == "int8" else None)),
+                "-" if made.drop is None else f"{made.drop:.2f}",
+                *(f"{made.sqnr_db:.1f}", share(made.top1_agreement), f"{made.size_mib:.1f}", f"{made.seconds:.0f}"),
+            )
         )
-        for r in results
-    ]
-    return table(columns, cells, "exported, and checked on the saved files against eager", left=4)
+    if len({row[3] for row in cells}) == 1 and cells[0][3] == "complete":
+        columns, cells = (*columns[:3], *columns[4:]), [(*row[:3], *row[4:]) for row in cells]
+    return table(columns, cells, "exported, and checked on the saved files against eager", left=5)
 
 
 def build_table(result: BuildResult) -> Table:
@@ -152,7 +235,7 @@ def validation_table(results: Sequence[Validation]) -> Table:
     names = list(dict.fromkeys(name for r in results for name in r.scores or {}))
     cells = [
         (
-            *(r.bundle, r.reference, str(r.images), f"{r.likeness.sqnr_db:.1f}", f"{r.likeness.max_abs_error:.2e}"),
+            *(r.bundle, r.reference, _counted(r), f"{r.likeness.sqnr_db:.1f}", f"{r.likeness.max_abs_error:.2e}"),
             share(r.likeness.agreement),
             *(_beside((r.scores or {}).get(name), (r.eager_scores or {}).get(name)) for name in names),
         )
@@ -163,6 +246,13 @@ def validation_table(results: Sequence[Validation]) -> Table:
     return table(columns, cells, _engines(results), left=2)
 
 
+def _counted(result: Validation) -> str:
+    """Of how many images the figures are: of golden the likeness is of the one stored input, the scores of the data."""
+    if result.likeness_images == result.images:
+        return str(result.images)
+    return f"{result.likeness_images} stored; scores of {result.images}"
+
+
 def _beside(own: float | None, reference: float | None) -> str:
     return share(own) if reference is None else f"{share(own)} / {share(reference)}"
 
@@ -171,14 +261,21 @@ def bench_table(report: BenchReport) -> Table:
     return table(report.columns(), report.rows(), f"{report.machine_line()}; {report.setting_line()}")
 
 
-def prediction_table(predictions: Sequence[Prediction]) -> Table:
-    """The answers for each picture, best first."""
-    columns = get_task(predictions[0].task).columns
-    cells = []
-    for p in predictions:
-        rows = [answer.cells() for answer in p.answers] or [("nothing found", *[""] * (len(columns) - 1))]
-        cells += [(p.image if rank == 0 else "", *row) for rank, row in enumerate(rows)]
-    return table(("image", *columns), cells, _engines(predictions), left=2)
+RANDOM_WEIGHTS = "the weights are random: answers mean nothing"
+
+
+def prediction_table(rows: Sequence[tuple[str, Exception | None, Prediction | None]], model: Model) -> Table:
+    """The answers for each picture, best first; of one that could not be read the reason."""
+    columns, cells = model.task.columns, []
+    for name, error, found in rows:
+        blank = [""] * (len(columns) - 1)
+        if found is None:
+            cells.append((name, f"not read: {error}", *blank))
+            continue
+        answers = [answer.cells() for answer in found.answers] or [("nothing found", *blank)]
+        cells += [(name if rank == 0 else "", *row) for rank, row in enumerate(answers)]
+    title = "; ".join(filter(None, (RANDOM_WEIGHTS if model.random_weights else None, model.engine)))
+    return table(("image", *columns), cells, title or None, left=2)
 
 
 def inspection_table(inspection: Inspection) -> Table:
@@ -209,6 +306,10 @@ def evaluation_table(result: Evaluation) -> Table:
     rest = ("",) * len(result.scores)
     rows += [(name, share(value), *rest) for name, value in result.per_class.items()]
     title = f"{result.source} ({result.engine})" if result.engine else result.source
+    if result.weights == RANDOM:
+        title += f"; {RANDOM_WEIGHTS}"
+    if result.unreadable:
+        title += f"; {result.unreadable} pictures could not be read"
     return table(("class", *result.scores, "images/s"), rows, title)
 
 
@@ -223,7 +324,7 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
     return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)
 
 
-def _engines(results: Sequence[Validation] | Sequence[Prediction]) -> str | None:
+def _engines(results: Sequence[Validation]) -> str | None:
     """A title that says what stood in for a target's own runtime."""
     return "; ".join(dict.fromkeys(r.engine for r in results if r.engine)) or None
 
@@ -243,7 +344,9 @@ def comparison_table(found: Comparison) -> Table:
     )
     cells = [
         (
-            *(row.bundle, share(row.score), f"{row.drop:.2f}", f"{row.sqnr_db:.1f}", f"{row.size_mib:.1f}"),
+            *(row.bundle, share(row.score)),
+            "-" if row.drop is None else f"{row.drop:.2f} ({row.drop_low:.2f} to {row.drop_high:.2f})",
+            *(f"{row.sqnr_db:.1f}", f"{row.size_mib:.1f}"),
             "-" if row.p50_ms is None else f"{row.p50_ms:.2f}",
             "-" if row.against_fp32 is None else str(row.against_fp32),
             "-" if row.against_eager is None else str(row.against_eager),
@@ -251,7 +354,7 @@ def comparison_table(found: Comparison) -> Table:
         )
         for row in found.rows
     ]
-    title = f"{found.data}; eager: {share(found.eager_score)}"
+    title = f"{found.data}, {found.images} images; eager: {share(found.eager_score)}; lost: points, 95 % interval"
     engines = {row.engine: row.target for row in found.rows if row.engine}
     title += "".join(f"; {target}: {engine}" for engine, target in engines.items())
     machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"

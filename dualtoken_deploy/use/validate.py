@@ -11,7 +11,7 @@ import numpy as np
 
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.data.images import preprocess
-from dualtoken_deploy.data.samples import Sample, SampleSet
+from dualtoken_deploy.data.samples import Sample, SampleSet, left_out, read_or_none
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.spec import InputContract
@@ -27,8 +27,9 @@ Tell = Callable[[str], None]
 class Validation:
     """A bundle against its reference. Shares are fractions of 1; None: that could not be measured.
 
-    `reference` "eager": the model rebuilt from where it came from, on every image. "golden": the outputs stored at
-    export, for the one golden input; the likeness is then of that input alone, scores are over the data.
+    `reference` "eager": the model rebuilt from where it came from, on every image, or on the golden input where no data
+    was given. "golden": the outputs stored at export, for the one golden input; the likeness is then of that input
+    alone (`likeness_images` says of how many), scores are over the data, `images` of it.
     `likeness` as the task measures it, `scores` the bundle's and `eager_scores` its reference's, by metric.
     `engine`: what stood in for the target's own runtime, if anything did.
     """
@@ -37,10 +38,12 @@ class Validation:
     task: str
     reference: str
     images: int
+    likeness_images: int
     likeness: Likeness
     scores: Mapping[str, float] | None = None
     eager_scores: Mapping[str, float] | None = None
     engine: str | None = None
+    unreadable: int = 0  # pictures of the data that were left out
 
     @property
     def sqnr_db(self) -> float:
@@ -67,6 +70,8 @@ class Validation:
             "task": self.task,
             "reference": self.reference,
             "images": self.images,
+            "likeness_images": self.likeness_images,
+            "unreadable": self.unreadable,
             **figures,
             "agreement": self.likeness.agreement,
             "scores": None if self.scores is None else dict(self.scores),
@@ -86,19 +91,19 @@ def validate(
 ) -> list[Validation]:
     """Validates bundles on `data` (a folder or a word that their task takes, its val part; None: the golden input).
 
-    `reference`: eager or golden; None: eager where torch is installed, else golden; each result says which.
+    `reference`: eager or golden; None: with data eager where torch is installed, else golden; each result says which.
     Raises UsageError, DatasetError, BundleError, MissingError, WeightsError.
     """
     if not bundles:
         raise UsageError("no bundle to validate")
-    chosen = choose_reference(reference)
+    chosen = "golden" if reference is None and data is None else choose_reference(reference)
     results = []
     for item in bundles:
         bundle = item if isinstance(item, Bundle) else Bundle.open(item)
         images = None if data is None else open_for(bundle, data, limit)
         if progress:
-            progress(f"validating {bundle.name} against {chosen if images is not None else 'golden'}")
-        results.append(_validate(bundle, images, chosen, RunnerOptions(device, threads)))
+            progress(f"validating {bundle.name} against {chosen}")
+        results.append(_validate(bundle, images, chosen, RunnerOptions(device, threads), progress or (lambda _: None)))
     return results
 
 
@@ -144,34 +149,57 @@ def compare_golden(bundle: Bundle, runner: Runner) -> Likeness:
     return task.compare(golden, task.thin(actual))
 
 
-def _validate(bundle: Bundle, images: SampleSet | None, reference: str, options: RunnerOptions) -> Validation:
+def _validate(
+    bundle: Bundle, images: SampleSet | None, reference: str, options: RunnerOptions, tell: Tell
+) -> Validation:
     task, path = get_task(bundle.manifest.task), str(bundle.path)
+    skipped: list[str] = []
+    if images is not None and reference == "golden" and not task.known(images):
+        raise UsageError(
+            f"golden is one stored input with its outputs, and {images.name} does not say what is true of its "
+            "pictures, so nothing would be measured on them; leave --data out, or give --reference eager (needs torch)"
+        )
     with load_runner(bundle, options.device, options.threads) as runner:
         engine = engine_of(runner)
-        if images is None:
-            found = compare_golden(bundle, runner)
-            return Validation(path, task.name, "golden", len(bundle.golden["input"]), found, engine=engine)
         if reference == "golden":
-            found = compare_golden(bundle, runner)
-            scores = _score(task, pairs_over(bundle, task, images, runner), bundle) if task.known(images) else None
-            return Validation(path, task.name, reference, len(images), found, scores, engine=engine)
+            found, stored = compare_golden(bundle, runner), len(bundle.golden["input"])
+            if images is None:
+                return Validation(path, task.name, reference, stored, stored, found, engine=engine)
+            pairs = pairs_over(bundle, task, images, runner, skipped)
+            left_out(images, skipped)
+            own = _score(task, pairs, bundle)
+            return Validation(
+                path, task.name, reference, len(pairs), stored, found, own, engine=engine, unreadable=len(skipped)
+            )
         from dualtoken_deploy.targets import eager
 
         with eager.load(bundle, RunnerOptions(threads=options.threads)) as model:
-            found, ours, theirs = _side_by_side(bundle, task, images, runner, model)
+            if images is None:
+                feeds = {bundle.manifest.input.tensor.name: bundle.golden["input"]}
+                stored = len(bundle.golden["input"])
+                found = task.compare(model.run(feeds), runner.run(feeds))
+                return Validation(path, task.name, reference, stored, stored, found, engine=engine)
+            found, ours, theirs = _side_by_side(bundle, task, images, runner, model, skipped, tell)
+    left_out(images, skipped)
     scores, eager_scores = (_score(task, pairs, bundle) if task.known(images) else None for pairs in (ours, theirs))
-    return Validation(path, task.name, reference, len(images), found, scores, eager_scores, engine)
+    count = len(images) - len(skipped)
+    return Validation(
+        path, task.name, reference, count, count, found, scores, eager_scores, engine, unreadable=len(skipped)
+    )
 
 
 def _side_by_side(
-    bundle: Bundle, task: Task, images: SampleSet, runner: Runner, model: Runner
+    bundle: Bundle, task: Task, images: SampleSet, runner: Runner, model: Runner, skipped: list[str], tell: Tell
 ) -> tuple[Likeness, list[Pair], list[Pair]]:
     """Both on every picture, read once; outputs are compared and interpreted at once, and not kept."""
     contract, meter = bundle.manifest.input, task.meter()
     ours: list[Pair] = []
     theirs: list[Pair] = []
-    for samples, inputs in chunks(images, contract):
+    seen = 0
+    for samples, inputs in chunks(images, contract, skipped):
         both = zip(samples, run_each(model, contract, inputs), run_each(runner, contract, inputs), strict=True)
+        tell(f"{bundle.name} against eager: {seen}/{len(images)} images")
+        seen += len(samples)
         for sample, want, got in both:
             meter.add(want, got)
             if task.known(images):
@@ -180,22 +208,36 @@ def _side_by_side(
     return meter.likeness(), ours, theirs
 
 
-def pairs_over(bundle: Bundle, task: Task, images: SampleSet, runner: Runner) -> list[Pair]:
+def pairs_over(
+    bundle: Bundle, task: Task, images: SampleSet, runner: Runner, skipped: list[str] | None = None
+) -> list[Pair]:
     """Truth and answer for every picture of a set."""
     contract = bundle.manifest.input
     return [
         (sample.truth, read(bundle, task, sample, outputs))
-        for samples, inputs in chunks(images, contract)
+        for samples, inputs in chunks(images, contract, skipped)
         for sample, outputs in zip(samples, run_each(runner, contract, inputs), strict=True)
     ]
 
 
-def chunks(images: SampleSet, contract: InputContract) -> Iterator[tuple[list[Sample], list[Array]]]:
-    """The samples of a set with their inputs, as many at a time as are run at once."""
+def chunks(
+    images: SampleSet, contract: InputContract, skipped: list[str] | None = None
+) -> Iterator[tuple[list[Sample], list[Array]]]:
+    """The samples of a set with their inputs, as many at a time as are run at once.
+
+    Pictures that cannot be read are added to `skipped`; without it the first raises ImageError.
+    """
     step = max(AT_ONCE // (contract.batch or 1), 1) * (contract.batch or 1)
     for start in range(0, len(images), step):
-        samples = [images[i] for i in range(start, min(start + step, len(images)))]
-        yield samples, [preprocess(sample.image, contract) for sample in samples]
+        samples = []
+        for i in range(start, min(start + step, len(images))):
+            sample = images[i] if skipped is None else read_or_none(images, i)
+            if sample is not None:
+                samples.append(sample)
+            elif skipped is not None:
+                skipped.append(images.where(i))
+        if samples:
+            yield samples, [preprocess(sample.image, contract) for sample in samples]
 
 
 def read(bundle: Bundle, task: Task, sample: Sample, outputs: Outputs) -> Found:

@@ -25,30 +25,33 @@ from dualtoken_deploy.use.plots import save_figure
 STRONGEST = 8  # tokens that the figure marks
 
 
-def visualize(source: str | Path, image: str | Path, output: str | Path) -> NDArray[np.float32]:
+def visualize(source: str | Path, image: str | Path, output: str | Path, caption: str = "") -> NDArray[np.float32]:
     """Draws the attention of the last block's Global Broadcast and returns it, (H/32 * W/32, n, n).
 
     `source`: a bundle's folder or weights (of a training run, or a word of BUILT_IN_WEIGHTS). The picture has four
-    parts: the image; for each of its tokens the n x n global tokens; the same with the eight strongest alone; the mean
-    over the image tokens with its eight strongest marked.
+    parts: the image; over it the mean over the image tokens with its eight strongest marked; for each image token the
+    n x n global tokens; the same with the eight strongest alone.
     Raises UsageError (a model without global tokens), BundleError, WeightsError, ImageError, OutputError.
     """
-    model = _model(source)
+    model = _model(source, image, output)
     if not isinstance(model, DualTokenViT) or not model.config.global_tokens:
         raise UsageError(f"{source} has no position-aware global tokens to look at")
     pixels = resize_and_crop(load_image(image), model.config.image_size, CROP_RATIO)
     maps, grid = broadcast_attention(model, pixels)
-    save_figure(Path(output), (16, 4.4), lambda figure: _draw(figure, pixels, maps, grid))
+    side = model.config.global_tokens
+    title = f"Global tokens of the last block, {side} x {side} over {Path(image).name}"
+    said = f"{caption}  A square is one of {grid[0]} x {grid[1]} image tokens; in it the {side} x {side} global tokens."
+    save_figure(Path(output), (16, 4.4), lambda figure: _draw(figure, pixels, maps, grid), title, said.strip())
     return maps
 
 
-def _model(source: str | Path) -> nn.Module:
+def _model(source: str | Path, image: str | Path, output: str | Path) -> nn.Module:
     if (Path(source) / MANIFEST).is_file():
         bundle = Bundle.open(source)
         if bundle.manifest.task != CLASSIFY:  # what is drawn are the classifier's global tokens
             raise UsageError(
-                f"{bundle.path} is for the task {bundle.manifest.task}; visualize is for classifiers: dualtoken "
-                "predict --output draws what it found"
+                f"{bundle.path} is for the task {bundle.manifest.task}, and visualize is for classifiers; to draw what "
+                f"it found: dualtoken predict {bundle.path} {image} --output {output}"
             )
         return rebuild(bundle.manifest)
     info = describe_weights(source, CLASSIFY)
@@ -88,19 +91,23 @@ def broadcast_attention(model: DualTokenViT, pixels: Pixels) -> tuple[NDArray[np
 def _draw(figure: Any, pixels: Pixels, maps: NDArray[np.float32], grid: tuple[int, int]) -> None:
     axes = figure.subplots(1, 4)
     mean = maps.mean(0)
-    high = float(maps.max())
+    high, (height, width) = float(maps.max()), pixels.shape[:2]
     axes[0].imshow(pixels)
-    axes[0].set_title("image")
-    axes[1].imshow(_tiles(maps, grid), cmap="viridis", vmin=0, vmax=high)
-    axes[1].set_title("each image token over the global tokens")
-    axes[2].imshow(_tiles(np.stack([strongest(m) for m in maps]), grid), cmap="viridis", vmin=0, vmax=high)
-    axes[2].set_title(f"the {STRONGEST} strongest of each")
-    shown = axes[3].imshow(mean, cmap="viridis", vmin=0)
-    axes[3].set_title(f"mean, the {STRONGEST} strongest marked")
+    axes[0].set_title("the photograph, cut as the model sees it")
+    axes[1].imshow(pixels)
+    whole = (0, width, height, 0)
+    shown = axes[1].imshow(mean, cmap="viridis", vmin=0, alpha=0.6, extent=whole, interpolation="bilinear")
     rows, columns = np.nonzero(strongest(mean))
-    axes[3].scatter(columns, rows, marker="o", s=60, facecolors="none", edgecolors="red")
-    figure.colorbar(shown, ax=axes[3], shrink=0.8)
+    tall, wide = height / mean.shape[0], width / mean.shape[1]
+    axes[1].scatter((columns + 0.5) * wide, (rows + 0.5) * tall, s=70, facecolors="none", edgecolors="#D55E00", lw=2)
+    axes[1].set_title(f"where all look, the {STRONGEST} strongest circled")
+    figure.colorbar(shown, ax=axes[1], shrink=0.7, label="attention")
+    axes[2].imshow(_tiles(maps, grid), cmap="viridis", vmin=0, vmax=high)
+    axes[2].set_title("where each image token looks")
+    axes[3].imshow(_tiles(np.stack([strongest(m) for m in maps]), grid), cmap="viridis", vmin=0, vmax=high)
+    axes[3].set_title(f"the {STRONGEST} strongest of each")
     for axis in axes:
+        axis.grid(visible=False)
         axis.set_xticks([])
         axis.set_yticks([])
 

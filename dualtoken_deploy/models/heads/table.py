@@ -141,7 +141,8 @@ def describe_head(weights: str | Path) -> WeightsInfo:
     said = describe_weights(weights)
     if said is None or said.head is None or said.width is None:
         raise WeightsError(
-            f"{weights} does not say that it holds a detector or segmenter; give weights of dualtoken train --task"
+            f"{weights} does not say that it holds a detector or segmenter; give those of a "
+            "run of train with --task detect or segment"
         )
     return said
 

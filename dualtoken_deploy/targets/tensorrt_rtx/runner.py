@@ -28,7 +28,7 @@ def load(bundle: Bundle, options: RunnerOptions) -> RtxRunner:
     """
     path, manifest = bundle.path / ENGINE, bundle.manifest
     made = None if manifest.build is None else manifest.build.typed(EngineBuild)
-    mend = f"dualtoken export anew, or dualtoken build {bundle.path} --rebuild on its GPU"
+    mend = f"export it anew, or dualtoken build {bundle.path} --rebuild on its GPU"
     notes = preflight(path, mend, "" if made is None else made.version)
     specs = (manifest.input.tensor,), manifest.outputs
     refit = bundle.path / "model.onnx" if made is not None and made.weightless else None

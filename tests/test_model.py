@@ -1,0 +1,241 @@
+"""A bundle that stays loaded: every kind of picture, many threads; and `predict` on folders, videos, stdin, with rows
+for what cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualtoken_deploy import Classifier, Detector, Segmenter, predict
+from dualtoken_deploy.cli import main
+from dualtoken_deploy.data.images import as_pixels, load_image
+from dualtoken_deploy.errors import ImageError, MissingError, UsageError
+from dualtoken_deploy.use.validate import validate
+from tests.commands import fails, prints
+
+ROOT = Path(__file__).parent.parent
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, photograph: Path) -> Path:
+    """Three pictures, one of them damaged."""
+    place = tmp_path_factory.mktemp("pictures")
+    with Image.open(photograph) as picture:
+        picture.resize((80, 60)).save(place / "a.png")
+        picture.resize((60, 80)).save(place / "c.jpg")
+    (place / "b.png").write_bytes((place / "a.png").read_bytes()[:300])
+    return place
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of six grey frames."""
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 30.0, (96, 64))
+    for shade in range(6):
+        writer.write(np.full((64, 96, 3), 40 * shade, np.uint8))
+    writer.release()
+    return path
+
+
+# the model
+
+
+def test_every_kind_of_picture_is_the_same_picture(small_bundle: MakeBundle, photograph: Path) -> None:
+    pixels = load_image(photograph)
+    with Classifier(small_bundle(), top=3) as classify:
+        want = classify(photograph)
+        assert want.probabilities.sum() == pytest.approx(1)
+        assert want.label == classify.labels[int(want.probabilities.argmax())]
+        assert len(want.answers) == 3
+        kinds = (pixels, Image.fromarray(pixels), photograph.read_bytes(), str(photograph))
+        for found in (
+            *[classify(kind) for kind in kinds],
+            *classify(list(kinds)),
+            classify(pixels[:, :, ::-1], color="BGR"),
+        ):
+            np.testing.assert_array_equal(found.probabilities, want.probabilities)
+        assert len(classify.many(np.stack([pixels, pixels]))) == 2
+        assert not np.array_equal(classify(pixels, color="BGR").probabilities, want.probabilities)
+        assert predict(classify, [pixels])[0].answers == want.answers
+        (loaded,) = predict(small_bundle(), photograph, top=3)
+        assert loaded.answers == want.answers
+
+
+def test_frames_that_are_none(small_bundle: MakeBundle) -> None:
+    with Classifier(small_bundle()) as classify:
+        for frame, message in (
+            (np.zeros((4, 4, 3), np.float32), "dtype float32"),
+            (np.zeros((4, 4, 4), np.uint8), r"shape \(4, 4, 4\)"),
+            (np.zeros((0, 4, 3), np.uint8), "shape"),
+            (b"no picture", "is not a JPEG"),
+        ):
+            with pytest.raises(ImageError, match=message):
+                classify(frame)
+        with pytest.raises(UsageError, match="of type int"):
+            classify(3)  # type: ignore[call-overload]
+        with pytest.raises(UsageError, match="valid: RGB, BGR"):
+            classify(np.zeros((4, 4, 3), np.uint8), color="HSV")
+        assert classify(np.zeros((4, 6), np.uint8)).size == (4, 6)
+    with pytest.raises(UsageError, match="closed"):
+        classify(np.zeros((4, 4, 3), np.uint8))
+    classify.close()
+
+
+def test_many_threads_get_their_own_answers(small_bundle: MakeBundle) -> None:
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    with Classifier(small_bundle("openvino"), threads=1) as classify:
+        classify.warm_up()
+        want = [found.probabilities for found in classify.many(frames)]
+        wrong: list[int] = []
+
+        def ask(which: int) -> None:
+            for _ in range(6):
+                if not np.array_equal(classify(frames[which]).probabilities, want[which]):
+                    wrong.append(which)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_each_task_has_its_class(small_bundle: MakeBundle, dense_bundle: MakeBundle, photograph: Path) -> None:
+    with Detector(dense_bundle("retinanet"), min_score=0.1) as detect:
+        found = detect(photograph)
+        assert found.answers
+        assert detect.draw(photograph, found).shape == load_image(photograph).shape
+    with Segmenter(dense_bundle("pspnet")) as segment:
+        seen = segment(photograph)
+        assert seen.found.label_map is not None
+        assert seen.found.label_map.shape == seen.size
+    with pytest.raises(UsageError, match="open it with Classifier"):
+        Detector(small_bundle())
+
+
+def test_avif_always_and_heic_with_its_extra(photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    with Image.open(photograph) as picture:
+        small = picture.convert("RGB").resize((64, 48))
+    small.save(tmp_path / "p.avif", quality=95)
+    pillow_heif.from_pillow(small).save(tmp_path / "p.heic", quality=95)
+    for name in ("p.avif", "p.heic"):
+        error = np.abs(load_image(tmp_path / name).astype(int) - np.asarray(small).astype(int)).mean()
+        assert error < 6, name
+    monkeypatch.setitem(sys.modules, "pillow_heif.as_plugin", None)
+    with pytest.raises(ImageError, match=r"\[heif\]; run: pip install"):
+        load_image(tmp_path / "p.heic")
+    assert as_pixels(small).shape == (48, 64, 3)
+
+
+# the command
+
+
+def test_one_bad_picture_is_a_row(small_bundle: MakeBundle, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source in (str(folder), str(folder / "*.*")):
+        with pytest.raises(SystemExit) as caught:
+            main(["predict", str(small_bundle()), source, "--json", "--top", "1"])
+        out, err = capsys.readouterr()
+        rows = json.loads(out)
+        assert caught.value.code == 4
+        assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png", "c.jpg"]
+        assert ["error" in row for row in rows] == [False, True, False]
+        assert (rows[1]["error"]["code"], rows[0]["weights"]) == (4, "random")
+        assert "weights are random" in err
+    with pytest.raises(SystemExit):
+        main(["predict", str(small_bundle()), str(folder), "--format", "csv", "--top", "2"])
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [Path(line["image"]).name for line in lines] == ["a.png", "a.png", "b.png", "c.jpg", "c.jpg"]
+    assert "damaged" in lines[2]["error"]
+    with pytest.raises(SystemExit):
+        main(["predict", str(small_bundle()), str(folder), "--format", "jsonl"])
+    kept = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(row.get("guesses", [])) for row in kept] == [5, 0, 5]
+    with pytest.raises(SystemExit):
+        main(["predict", str(small_bundle()), str(folder)])
+    shown = capsys.readouterr().out
+    assert "not read" in shown
+    assert "weights are random" in shown
+
+
+def test_stdin_and_what_is_no_source(
+    small_bundle: MakeBundle, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "dualtoken_deploy", "predict", str(small_bundle()), "-", "--json"]
+    done = subprocess.run(command, input=(folder / "a.png").read_bytes(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["image"] == "stdin"
+    for source, code, message in (
+        ("https://example.org/cat.jpg", 2, "is a URL"),
+        (str(tmp_path), 4, "folder without pictures"),
+        (str(tmp_path / "*.png"), 4, "nothing matches"),
+    ):
+        found, line = fails(capsys, "predict", small_bundle(), source)
+        assert (found, message in line) == (code, True), line
+    assert fails(capsys, "predict", small_bundle())[0] == 2
+
+
+def test_videos_are_answered_frame_by_frame_and_drawn(
+    small_bundle: MakeBundle, dense_bundle: MakeBundle, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["predict", str(small_bundle()), str(clip), "--top", "1", "--every", "2"])
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [line["image"].rpartition("#")[2] for line in lines] == ["0", "2", "4"]
+    drawn = tmp_path / "drawn.mp4"
+    rows = prints(capsys, "predict", dense_bundle("pspnet"), clip, "--frames", "3", "--output", drawn, "--json")
+    assert len(rows) == 3
+    import cv2
+
+    capture = cv2.VideoCapture(str(drawn))
+    assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FRAME_WIDTH)) == (3, 96)
+    code, line = fails(capsys, "predict", small_bundle(), clip, "--output", drawn)
+    assert (code, "nothing to draw" in line) == (2, True)
+    code, line = fails(capsys, "predict", small_bundle(), "--webcam", "63")
+    assert (code, "no webcam 63" in line) == (MissingError.exit_code, True)
+
+
+def test_several_drawings_go_into_a_folder(
+    dense_bundle: MakeBundle, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = fails(capsys, "predict", dense_bundle("pspnet"), folder, "--output", tmp_path / "drawn")
+    assert code == 4  # of the damaged one
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["a.png", "c.png"]
+
+
+def test_validation_skips_and_counts_what_cannot_be_read(small_bundle: MakeBundle, folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"1 of 3 pictures .* left out: .*b\.png"):
+        (result,) = validate([small_bundle()], folder)
+    assert (result.images, result.unreadable) == (2, 1)
+
+
+def test_the_camera_example_counts_what_it_drops(small_bundle: MakeBundle, tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "a.png").write_bytes((folder / "a.png").read_bytes())
+    command = [sys.executable, str(ROOT / "examples/python/camera.py"), str(small_bundle()), "--source", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--frames", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "weights are random" in lines[0]
+    assert len(lines) == 4
+    assert " dropped" in lines[-1]
