@@ -88,11 +88,11 @@ def _came_from() -> tuple[str | None, bool]:
     from importlib import metadata
 
     try:
-        text = metadata.distribution(PACKAGE).read_text("direct_url.json")
-        said = json.loads(text) if text else {}
+        found = (one.read_text("direct_url.json") for one in metadata.distributions(name=PACKAGE))
+        said = json.loads(next(filter(None, found), "{}"))  # a checkout has an egg-info without it beside the package
         place = unquote(urlsplit(said["url"]).path)
         editable = bool(said.get("dir_info", {}).get("editable"))
-    except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, False
     return (place, editable) if Path(place).exists() else (Path(place).name if place.endswith(".whl") else None, False)
 

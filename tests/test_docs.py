@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dualtoken_deploy import __version__
 from tests.commands import prints
 from tests.test_messages import PACKAGE, VALUE, parse, texts
 
@@ -108,6 +109,16 @@ def test_the_picture_is_what_its_command_draws() -> None:
     for (one, first), (two, second) in itertools.combinations(zip(boxes, pieces, strict=True), 2):
         apart = one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1]
         assert apart, (first.text, second.text)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").rglob("*.md"))], ids=lambda p: p.name)
+def test_no_page_installs_from_an_index_that_has_it_not(page: Path) -> None:
+    """The exact wheel of `make wheel` instead."""
+    text = page.read_text(encoding="utf-8")
+    assert "pip install 'dualtoken-deploy" not in text
+    assert "pip install dualtoken-deploy" not in text
+    for wheel in re.findall(r"dualtoken_deploy-[0-9a-z.]+-py3-none-any\.whl", text):
+        assert wheel == f"dualtoken_deploy-{__version__}-py3-none-any.whl"
 
 
 # the site

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -340,6 +341,34 @@ def test_doctor_says_what_mends_each_gap(capsys: pytest.CaptureFixture[str], mon
     assert rows["openvino"]["runs_as"] == "no"
     assert rows["coreml"]["runs_as"] == "reference"
     assert rows["onnxruntime"]["runs_as"] == "device"
+
+
+@pytest.mark.parametrize(
+    ("url", "command"),
+    [
+        ({"url": "file://{}", "dir_info": {"editable": True}}, "pip install -e '{}[export,openvino]'"),
+        ({"url": "file://{}", "dir_info": {}}, "pip install '{}[export,openvino]'"),
+        (
+            {"url": "file:///gone/dualtoken_deploy-1-py3-none-any.whl"},
+            "pip install 'dualtoken_deploy-1-py3-none-any.whl[export,openvino]'",
+        ),
+        ({"url": "file:///gone/checkout", "dir_info": {}}, "pip install 'dualtoken-deploy[export,openvino]'"),
+        (None, "pip install 'dualtoken-deploy[export,openvino]'"),
+    ],
+)
+def test_the_install_command_is_that_of_where_it_came_from(
+    url: dict[str, Any] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEP 610's direct_url.json: a checkout, a folder, a wheel that is gone, a folder that is gone, an index."""
+
+    class Distribution:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return None if url is None else json.dumps(url).replace("{}", str(tmp_path), 1)
+
+    egg_info = type("EggInfo", (), {"read_text": lambda self, name: None})()
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: iter([egg_info, Distribution()]))
+    assert install_command("export", "openvino", "export") == command.replace("{}", str(tmp_path))
 
 
 def test_models_are_listed_without_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

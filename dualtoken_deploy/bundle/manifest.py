@@ -8,7 +8,7 @@ from typing import Any
 
 from dualtoken_deploy.bundle.blocks import Build, Calibration, Measured, Origin, Weights
 from dualtoken_deploy.bundle.decode import decode, parse, plain
-from dualtoken_deploy.errors import BundleError
+from dualtoken_deploy.errors import BundleError, install_command
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 
 SCHEMA_VERSION = 1
@@ -80,7 +80,7 @@ class Manifest:
         if version > SCHEMA_VERSION:
             raise BundleError(
                 f"{what} has schema version {version}, this program reads up to {SCHEMA_VERSION}; "
-                "upgrade it: pip install -U dualtoken-deploy"
+                f"upgrade it (this one was installed by: {install_command()})"
             )
         found = decode(data, Manifest, what)
         if found.build is None:

@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dualtoken_deploy.errors import MissingError
+from dualtoken_deploy.errors import MissingError, install_command
 
 if TYPE_CHECKING:
     import tensorrt
@@ -40,7 +40,7 @@ RTX = Library(
     title="TensorRT for RTX",
     module="tensorrt_rtx_bindings",
     oldest=(1, 7),
-    install="run: pip install 'dualtoken-deploy[tensorrt-rtx]'",
+    install=f"run: {install_command('tensorrt-rtx')}",
 )
 
 
