@@ -149,7 +149,7 @@ def s_bundle(bundle_store: Path) -> Callable[[str], Path]:
 
 
 # those that run quickly here; the others have test files of their own
-SLOW = ("litert",)  # whose converters take ten times as long as ONNX's
+SLOW = ("litert", "executorch", "ncnn")  # whose converters take ten times as long as ONNX's
 PORTABLE = [t.name for t in TARGETS.values() if t.portable and t.check_images is None and t.name not in SLOW]
 ROWS = [
     (name, precision) for name in PORTABLE for precision in ("fp32", "fp16") if precision in TARGETS[name].precisions

@@ -270,7 +270,7 @@ def test_a_file_that_cannot_run_is_one_line(own: Path, how: str, words: str) -> 
 
 @pytest.mark.parametrize(
     ("options", "words"), [({"batch": "dynamic"}, "fixed shapes"), ({"opset": 20}, "opset"), ({"image_size": "dynamic"},
-     "dynamic image size"), ({"precision": "bf16"}, "fp32, fp16")],
+     "dynamic image size"), ({"precision": "bf16"}, "fp32, fp16, int8, int8-weights, int4-weights")],
 )  # fmt: skip
 def test_what_litert_does_not_have(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     given: dict[str, Any] = {"variant": "tiny-mix", "target": "litert", "output": tmp_path / "b"} | options

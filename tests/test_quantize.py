@@ -21,6 +21,7 @@ from dualtoken_deploy.errors import DatasetError, ToleranceError, UsageError
 from dualtoken_deploy.quantize.backend import layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.quantize.histogram import PERCENTILE, entropy_range, percentile_range
 from dualtoken_deploy.quantize.judge import make_judge
 from dualtoken_deploy.targets.load import load_runner
 from dualtoken_deploy.targets.onnx import qdq as onnx_qdq
@@ -34,13 +35,7 @@ from dualtoken_deploy.targets.onnx.qdq import (
     without_zero_points,
 )
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend
-from dualtoken_deploy.targets.onnx.ranges import (
-    PERCENTILE,
-    collect_ranges,
-    cut_by_readers,
-    entropy_range,
-    percentile_range,
-)
+from dualtoken_deploy.targets.onnx.ranges import collect_ranges, cut_by_readers
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.openvino.ir import save_ir, squeeze
 from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer

@@ -59,6 +59,14 @@ def apply(module: nn.Module, rules: list[str], *inputs: Tensor) -> tuple[Program
     return program, counts
 
 
+def apply_more(module: nn.Module, rules: list[str], more: Any, *inputs: Tensor) -> Program:
+    """The program rewritten by rules that may add constants too, once it is known to compute the same."""
+    program, _ = rewrite_program(traced(module, *inputs), rules, more)
+    with torch.no_grad():
+        assert_close(program.module()(*inputs), module(*inputs), relative=PARITY)
+    return program
+
+
 def heads(layer: nn.Module, x: Tensor, parts: int = 3, count: int = 2) -> Tensor:
     """A layer's parts, each made heads and turned, then multiplied."""
     b, n, _ = x.shape

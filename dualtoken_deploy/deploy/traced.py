@@ -46,16 +46,20 @@ class Editor:
         self.graph.erase_node(self.node)
 
 
-def rewrite_program(program: Program, rules: Iterable[str]) -> tuple[Program, dict[str, int]]:
+def rewrite_program(
+    program: Program, rules: Iterable[str], more: Mapping[str, Callable[[Program], int]] = MappingProxyType({})
+) -> tuple[Program, dict[str, int]]:
     """A functional program with these rules of TRACED_RULES applied, in the order of that table, and their counts.
 
-    The program given is left as it is. Raises UsageError on an unknown rule.
+    `more`: rules that come behind them and take the whole program. The program given is left as it is. Raises
+    UsageError on an unknown rule.
     """
     wanted = set(rules)
     if unknown := wanted - set(TRACED_RULES):
         raise UsageError(f"unknown rules {', '.join(sorted(unknown))}; valid rules: {', '.join(TRACED_RULES)}")
     program = program.run_decompositions({})
     counts = {name: rule(program.graph_module.graph) for name, rule in TRACED_RULES.items() if name in wanted}
+    counts |= {name: rule(program) for name, rule in more.items()}
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program, counts

@@ -144,7 +144,7 @@ def check_and_complete(
     checker = plan.target.checked_by
     if planned is not None and checker:  # another runtime's kernels say nothing of it; `build` measures it
         share = planned
-    elif planned is not None:
+    elif planned is not None and not plan.precision.weight_only:  # of those the plan is what is stored
         check_executed(planned, share, floats, f"{plan.what} for {draft.target}")
     kinds = {} if checker else kind_precision(ran.execution)
     ties = None if ran.kept is None else NearTies(TIE_MARGIN, int((~ran.kept).sum()))

@@ -33,9 +33,16 @@ class Products:
         return [Unit(name, macs) for name, macs in layers.items()]
 
 
+# as ONNX, TensorFlow Lite and torch call products
+_PRODUCT = re.compile(
+    r"/(MatMul|Conv|Gemm|FULLY_CONNECTED|BATCH_MATMUL|CONV_2D|DEPTHWISE_CONV_2D|linear|addmm|mm|bmm|matmul|conv2d)"
+    r"(_\d+)?$"
+)
+
+
 def layer_of(value: str) -> str:
     """The layer's name of a value that one of its products makes."""
-    return re.sub(r"/(MatMul|Conv|Gemm)(_\d+)?$", "", value)
+    return _PRODUCT.sub("", value)
 
 
 class Backend(Protocol):

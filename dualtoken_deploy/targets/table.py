@@ -107,6 +107,8 @@ _INT8 = Precision("int8", "int8", "int8", Tolerance(3.0, 0.0), SEARCH)
 _BF16_ROUNDED = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0, 0.9))
 _FP8 = Precision("fp8", "float8", "float8", Tolerance(3.0, 0.0), SEARCH)
 _INT4 = Precision("int4", "int4", "float16", Tolerance(3.0, 0.0), SEARCH)
+_INT8_WEIGHTS = Precision("int8-weights", "int8", "float32", Tolerance(3.0, 0.0), SEARCH)
+_INT4_WEIGHTS = Precision("int4-weights", "int4", "float32", Tolerance(3.0, 0.0), SEARCH)
 
 W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
@@ -315,14 +317,41 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="litert",
                 source="torch",
                 modules=("ai_edge_litert", "ai_edge_quantizer"),
-                precisions=by_name(_FP32, _FP16_WEIGHTS),
+                precisions=by_name(_FP32, _FP16_WEIGHTS, _INT8, _INT8_WEIGHTS, _INT4_WEIGHTS),
                 aliases=("tflite",),
                 heads=_RAW_DENSE,
                 product_kinds=("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D", "DEPTHWISE_CONV_2D"),
                 libraries=("ai-edge-litert", "ai-edge-quantizer"),
                 labels_inside=True,
-                looks=_LOOKS,
                 devices=(Device("Android phone, Raspberry Pi", "fp32", "export on Linux"),),
+                quantizers=("dynamic", "static"),
+                looks=MappingProxyType({**_LOOKS, "int8-weights": 8.0, "int4-weights": 2.0}),
+            ),
+            Target(
+                name="executorch",
+                title="ExecuTorch",
+                files=("model.pte",),
+                extra="executorch",
+                source="torch",
+                modules=("executorch", "torch"),
+                precisions=by_name(_FP32),
+                aliases=("pte",),
+                heads=_RAW_DENSE,
+                product_kinds=("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply"),
+                libraries=("executorch", "torchao"),
+                devices=(Device("Android phone or iPhone, in an app built on ExecuTorch", "fp32", "export on Linux"),),
+            ),
+            Target(
+                name="ncnn",
+                title="ncnn",
+                files=("model.ncnn.param", "model.ncnn.bin"),
+                extra="ncnn",
+                source="torch",
+                modules=("ncnn",),
+                precisions=by_name(_FP32, _FP16_WEIGHTS),
+                product_kinds=("Convolution", "ConvolutionDepthWise", "InnerProduct", "Gemm", "MatMul"),
+                libraries=("ncnn", "pnnx"),
+                devices=(Device("phone or board, in C++ without a framework", "fp32", "export on Linux"),),
             ),
         )
     }

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.litert.flat import Operator, is_constant, kinds_of, operators, schema, shape, tensor_name
+from dualtoken_deploy.targets.litert.flat import (
+    WIDENED,
+    Operator,
+    is_constant,
+    kinds_of,
+    operators,
+    schema,
+    shape,
+    tensor_name,
+)
 
 _NAMED = re.compile(r"(?<![^;/])d_([^;]+);")  # how the converter writes the module stack that export.py gave a node
 
@@ -63,6 +72,24 @@ def name_values(
 
 def _lost_bias(op: Operator) -> bool:
     return op.kind == "FULLY_CONNECTED" and (len(op.inputs) < 3 or op.inputs[2] < 0)
+
+
+def name_dequantized(model: Any) -> int:
+    """A value that ai-edge-quantizer widens behind a product, `x_dequant` of `x`, has the name; how many there are.
+
+    What the product itself makes is then `x` and WIDENED. The signature names what it did before.
+    """
+    graph = model.subgraphs[0]
+    count = 0
+    for op in operators(model):
+        if op.kind != "DEQUANTIZE" or is_constant(model, op.inputs[0]):
+            continue
+        name = tensor_name(model, op.inputs[0])
+        if tensor_name(model, op.outputs[0]) == f"{name}_dequant":
+            graph.tensors[op.inputs[0]].name = f"{name}{WIDENED}".encode()
+            graph.tensors[op.outputs[0]].name = name.encode()
+            count += 1
+    return count
 
 
 def equal_ranks(model: Any) -> int:

@@ -47,7 +47,7 @@ def finish(path: Path, request: Request, source: Source) -> None:
     changes.name_values(converted, names, source.biased, (request.contract.tensor,), request.outputs)
     if request.precision == "fp16":
         flat.write(converted, path)
-        from dualtoken_deploy.targets.litert.quantize import to_half
+        from dualtoken_deploy.targets.litert.compress import to_half
 
         converted = to_half(path)
     flat.write(converted, path, add_metadata(converted, request))

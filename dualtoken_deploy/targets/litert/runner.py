@@ -80,7 +80,8 @@ class LiteRtRunner(Bordered):
             dtype = _dtype(model, op, behind) + ("" if place in taken else f" {OUTSIDE}")
             kinds[op.kind] += 1
             dtypes.setdefault(op.kind, Counter())[dtype] += 1
-            nodes[flat.tensor_name(model, op.outputs[0])] = dtype
+            name = flat.tensor_name(model, op.outputs[0])
+            nodes.setdefault(name.removesuffix(flat.WIDENED) if op.kind in PRODUCTS else name, dtype)
         precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
         outside = Counter(op.kind for place, op in enumerate(ops) if place not in taken)
         notes = [f"XNNPACK takes {len(taken)} of {len(ops)} operators, in {pieces} pieces"]
@@ -115,18 +116,28 @@ def _dtype(model: Any, op: flat.Operator, behind: Mapping[int, flat.Operator]) -
     tensors, names = model.subgraphs[0].tensors, flat.type_names()
     types = [names[tensors[i].type] for i in op.inputs if i >= 0]
     if op.kind in PRODUCTS and len(types) > 1:
-        return types[1].lower() if types[1] in INTEGERS and op.inputs[1] not in behind else types[0].lower()
+        if types[1] in INTEGERS and op.inputs[1] not in behind:
+            return types[1].lower()
+        stored = names[tensors[behind[op.inputs[1]].inputs[0]].type] if op.inputs[1] in behind else ""
+        return f"{types[0].lower()} ({stored.lower()} weights)" if stored in INTEGERS else types[0].lower()
     return types[0].lower() if types else "none"
 
 
-def open_interpreter(path: Path, threads: int | None) -> Any:
-    """A prepared interpreter. Raises MissingError without the extra, BundleError where it refuses the file."""
+def open_interpreter(path: Path, threads: int | None, keep_all: bool = False) -> Any:
+    """A prepared interpreter; `keep_all`: one that no delegate serves and that keeps every value of a run.
+
+    Raises MissingError without the extra, BundleError where it refuses the file.
+    """
     try:
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
     except ImportError as error:
         raise missing_extra("litert", "running a LiteRT bundle") from error
     try:
-        interpreter = Interpreter(model_path=str(path), num_threads=threads)
+        kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if keep_all else OpResolverType.AUTO
+        interpreter = Interpreter(
+            model_path=str(path), num_threads=threads, experimental_op_resolver_type=kernels,
+            experimental_preserve_all_tensors=keep_all,
+        )  # fmt: skip
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         raise BundleError(f"LiteRT cannot load {path}: {first_line(error)}; copy the bundle anew") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from dualtoken_deploy.targets.apple.names import name_after_modules
 from dualtoken_deploy.targets.request import Request, Tell, quiet
 from dualtoken_deploy.targets.tracing import Around, own_path
 
+ProgramRules = Mapping[str, Callable[[Program], int]]
+NO_RULES: ProgramRules = MappingProxyType({})
 _PRODUCTS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 
 
@@ -45,8 +48,11 @@ class Source:
     biased: frozenset[str]
 
 
-def make_source(model: nn.Module, request: Request, traced: Iterable[str], tell: Tell) -> Source:
-    """The deploy form behind the input contract, traced at a fixed size and rewritten by rules of deploy/traced.py.
+def make_source(
+    model: nn.Module, request: Request, traced: Iterable[str], tell: Tell, more: ProgramRules = NO_RULES
+) -> Source:
+    """The deploy form behind the input contract, traced at a fixed size and rewritten by rules of deploy/traced.py,
+    then by `more`.
 
     Raises ConversionError where torch cannot trace the model.
     """
@@ -59,7 +65,7 @@ def make_source(model: nn.Module, request: Request, traced: Iterable[str], tell:
     example = torch.zeros(spec.concrete(), dtype=getattr(torch, spec.dtype))
     try:
         with quiet(), torch.no_grad():
-            program, counts = rewrite_program(torch.export.export(module.eval(), (example,)), traced)
+            program, counts = rewrite_program(torch.export.export(module.eval(), (example,)), traced, more)
     except Exception as error:  # torch.export has no common base for what it raises
         raise ConversionError(f"torch.export cannot trace the model: {first_line(error)}") from error
     names = name_after_modules(program, own_path(module), [output.name for output in request.outputs])

@@ -24,6 +24,7 @@ from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.histogram import Range, check_method
 from dualtoken_deploy.quantize.memory import Latest
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.migrate import (
@@ -34,7 +35,7 @@ from dualtoken_deploy.targets.onnx.migrate import (
     plan_migration,
 )
 from dualtoken_deploy.targets.onnx.noise import measure
-from dualtoken_deploy.targets.onnx.ranges import Range, check_method, collect_extremes, collect_ranges, cut_by_readers
+from dualtoken_deploy.targets.onnx.ranges import collect_extremes, collect_ranges, cut_by_readers
 from dualtoken_deploy.targets.request import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")

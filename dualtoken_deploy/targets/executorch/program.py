@@ -1,0 +1,143 @@
+"""A .pte as what it is: which operators a delegate took, and what XNNPACK's graph inside it is made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualtoken_deploy.errors import BundleError, first_line, missing_extra
+
+IDENTIFIER = b"ET12"
+HEADER = b"eh00"  # with it a .pte says how long it is
+XNNPACK = "XnnpackBackend"
+GRAPH = b"XH00"  # of what the delegate is given
+PRODUCTS = ("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply")
+_DTYPES = {"fp32": "float32", "fp16": "float16", "qint8": "int8", "quint8": "uint8", "qcint8": "int8", "qcint4": "int4",
+           "qdint8": "int8", "qpint8": "int8", "qint32": "int32", "qcint32": "int32", "qbint4": "int4"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator of XNNPACK's graph. `dtype`: in which it computes; `macs`: of a product."""
+
+    kind: str
+    dtype: str
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Contents:
+    """`outside`: what the plain kernels compute, in their order; `delegates`: XNNPACK's graphs."""
+
+    outside: tuple[str, ...]
+    delegates: tuple[tuple[Node, ...], ...]
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for graph in self.delegates for node in graph]
+
+    @property
+    def products(self) -> list[Node]:
+        return [node for node in self.nodes if node.kind in PRODUCTS]
+
+
+def check_file(path: Path) -> None:
+    """Raises BundleError on anything but a whole .pte of this version: the runtime ends the process on some."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error}); copy the whole bundle") from error
+    found = data[4:8]
+    if found[:2] == IDENTIFIER[:2] and found != IDENTIFIER:
+        raise BundleError(
+            f"{path} is of version {found.decode(errors='replace')}, this program reads {IDENTIFIER.decode()}; update "
+            "ExecuTorch"
+        )
+    if found != IDENTIFIER:
+        raise BundleError(f"{path} is no .pte (no {IDENTIFIER.decode()} at its start); export the bundle again")
+    whole = 0
+    if data[8:12] == HEADER and len(data) >= 40:
+        program, base, size = struct.unpack_from("<QQQ", data, 16)
+        whole = max(program, base + size)
+    if not 0 < whole <= len(data):
+        raise BundleError(f"{path} is cut short ({len(data)} of {whole} bytes); copy the bundle anew")
+
+
+def read(path: Path) -> Contents:
+    """What a file holds. Raises MissingError without the extra, BundleError on a file that is not whole."""
+    check_file(path)
+    try:
+        from executorch.exir._serialize._program import deserialize_pte_binary
+    except ImportError as error:
+        raise missing_extra("executorch", "reading a .pte") from error
+    try:
+        program = deserialize_pte_binary(path.read_bytes()).program
+        (plan,) = program.execution_plan
+        steps = [step.instr_args for chain in plan.chains for step in chain.instructions]
+        outside = tuple(
+            f"{op.name}.{op.overload}" for step in steps if hasattr(step, "op_index")
+            for op in (plan.operators[step.op_index],)
+        )  # fmt: skip
+        blobs = [program.backend_delegate_data[d.processed.index].data for d in plan.delegates if d.id == XNNPACK]
+        return Contents(outside, tuple(tuple(_nodes(bytes(blob))) for blob in blobs))
+    except Exception as error:  # flatc and its reader raise what they raise
+        raise BundleError(f"{path} is damaged ({first_line(error)}); copy the bundle anew") from error
+
+
+def _nodes(blob: bytes) -> Iterator[Node]:
+    graph = _graph(blob)
+    values = {v["xvalue_union"]["id_out"]: v["xvalue_union"] for v in graph["xvalues"]}
+    for node in graph["xnodes"]:
+        kind, fields = node["xnode_union_type"], node["xnode_union"]
+        dims = {name: _dims(values[fields[name]]) for name in fields if name.endswith("_id") and fields[name] in values}
+        yield Node(kind, _dtype(fields, values), _macs(kind, dims) if kind in PRODUCTS else 0)
+
+
+def _graph(blob: bytes) -> Mapping[str, Any]:
+    """XNNPACK's graph of a delegate, by ExecuTorch's own schema."""
+    import executorch.backends.xnnpack.serialization as serialization
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    if blob[4:8] != GRAPH:
+        raise ValueError(f"XNNPACK's part begins with {blob[4:8]!r}")
+    start, size = struct.unpack_from("<II", blob, 10)
+    schema = Path(next(iter(serialization.__path__))) / "schema.fbs"
+    with tempfile.TemporaryDirectory(prefix="dualtoken-executorch.") as folder:
+        file = Path(folder) / "graph.bin"
+        file.write_bytes(blob[start : start + size])
+        _flatc_decompile(folder, str(schema), str(file))
+        found: dict[str, Any] = dict(json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
+        return found
+
+
+def _tensor(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A quantized value has its tensor inside."""
+    inside: Mapping[str, Any] = value.get("tensor_value", value)
+    return inside
+
+
+def _dims(value: Mapping[str, Any]) -> list[int]:
+    return [int(n) for n in _tensor(value).get("dims", [])]
+
+
+def _dtype(fields: Mapping[str, Any], values: Mapping[int, Mapping[str, Any]]) -> str:
+    """Of what an operator reads first; integers that are made of floats as they come are integers."""
+    first = next(fields[name] for name in ("input1_id", "input_id", "output_id") if name in fields)
+    name = str(_tensor(values[first]).get("datatype", "")).removeprefix("xnn_datatype_")
+    return _DTYPES.get(name, name)
+
+
+def _macs(kind: str, dims: Mapping[str, list[int]]) -> int:
+    out = math.prod(dims["output_id"])
+    if kind == "XNNBatchMatrixMultiply":
+        return out * dims["input1_id"][-1]
+    weight = dims["filter_id"]
+    if kind == "XNNDepthwiseConv2d":
+        return out * math.prod(weight[1:3])  # (1, h, w, channels)
+    return out * math.prod(weight[1:])  # (out, h, w, in), (out, in)
