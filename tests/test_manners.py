@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.cli.main import COMMANDS
 from dualtoken_deploy.cli.progress import Lines, Pace
 from dualtoken_deploy.cli.shape import EXAMPLES
-from dualtoken_deploy.errors import ConversionError, install_command
+from dualtoken_deploy.errors import ConversionError, UsageError, install_command
 from dualtoken_deploy.files import cache_folder
 from dualtoken_deploy.models import listing
 from dualtoken_deploy.pipeline.build import BuildResult
@@ -28,6 +28,7 @@ from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.plan import Plan, default_name
 from dualtoken_deploy.pipeline.several import Exported, Failed
 from dualtoken_deploy.train.loop import TrainResult
+from dualtoken_deploy.use.relabel import relabel
 from dualtoken_deploy.use.report import fitted, table
 from tests.commands import SCHEMAS, check_schema, fails, prints
 
@@ -120,24 +121,28 @@ def test_a_terminal_that_goes_ends_a_command_tidily(own_bundle: Path) -> None:
 # errors as JSON
 
 
-def test_an_error_is_a_json_document_where_one_was_asked_for(tmp_path: Path, own_bundle: Path) -> None:
+def test_an_error_is_a_json_document_where_one_was_asked_for(
+    tmp_path: Path, own_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def document(*arguments: str | Path) -> tuple[object, Any]:
+        with pytest.raises(SystemExit) as caught:
+            main([*map(str, arguments), "--json"])
+        return caught.value.code, json.loads(capsys.readouterr().out)
+
     for arguments, code in (
         (("inspect", tmp_path / "none"), 4),
         (("export", "--target", "caffe", "--variant", "s"), 2),
         (("inspect",), 2),
         (("models", "--nothing"), 2),
     ):
-        done = run(*arguments, "--json")
-        assert done.returncode == code, done.stderr
-        error = json.loads(done.stdout)["error"]
-        assert error["code"] == code
-        assert error["message"]
-    gated = run("validate", own_bundle, "--min-sqnr", "500", "--json")
-    document = json.loads(gated.stdout)
-    assert gated.returncode == 5
-    assert document["results"][0]["sqnr_db"] > 100
-    assert document["error"]["code"] == 5
-    assert "sqnr_db" in document["error"]["message"]
+        found, said = document(*arguments)
+        assert found == said["error"]["code"] == code
+        assert said["error"]["message"]
+    found, said = document("validate", own_bundle, "--min-sqnr", "500")
+    check_schema("validate", said)
+    assert found == said["error"]["code"] == 5
+    assert said["results"][0]["sqnr_db"] > 100
+    assert "sqnr_db" in said["error"]["message"]
 
 
 def test_schemas_are_schemas_and_take_what_commands_give() -> None:
@@ -313,15 +318,12 @@ def test_a_bundle_is_relabelled(own_bundle: Path, tmp_path: Path, capsys: pytest
     assert (code, "2 names" in line, Bundle.open(own_bundle).labels[3]) == (4, True, "thing 3")
 
 
-def test_a_target_with_names_inside_is_not_relabelled(
-    small_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "b"
-    shutil.copytree(small_bundle("coreml"), copy)
-    names = tmp_path / "names.txt"
-    names.write_text("".join(f"thing {i}\n" for i in range(10)))
-    code, line = fails(capsys, "label", copy, names)
-    assert (code, "--labels" in line) == (2, True)
+def test_a_target_with_names_inside_is_not_relabelled(own_bundle: Path) -> None:
+    names, opened = [f"thing {i}" for i in range(10)], Bundle.open(own_bundle)
+    for target in ("coreml", "litert"):
+        with pytest.raises(UsageError, match="holds the class names itself; export it anew with --labels"):
+            relabel(Bundle(own_bundle, replace(opened.manifest, target=target)), names)
+    assert relabel(opened, names).changed == 10
 
 
 # this installation
