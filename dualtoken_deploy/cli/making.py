@@ -147,7 +147,7 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A model of yours: PACKAGE.MODULE:CALLABLE or FILE.py:CALLABLE, whose code runs."),
+        typer.Option(help="Yours: PACKAGE.MODULE:CALLABLE or FILE.py:CALLABLE, whose code runs, or FILE.onnx."),
     ] = None,
     model_arg: Annotated[
         list[str] | None, typer.Option(help="--model: argument of the callable, NAME=VALUE, the value in JSON.")
@@ -231,7 +231,7 @@ def export(
 
     exporting = with_torch("exporting", importing("pipeline.several"))
     if "all" in target:
-        names = exporting.exportable_targets(precision, head)
+        names = exporting.exportable_targets(precision, head, model)
     else:
         names = [get_target(name).name for name in dict.fromkeys(target)]
     if variant is not None and model is not None:

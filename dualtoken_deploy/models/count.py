@@ -16,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dualtoken_deploy.models.onnx_count import count_graph
+from dualtoken_deploy.models.onnx_reference import reference_inside
+
 aten = torch.ops.aten
 
 Product = tuple[int, int, int, int, int]  # batch, m, k, n, how often
@@ -42,6 +45,9 @@ def count_params(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
     """Multiply-accumulates for one image of (H, W)."""
+    file = reference_inside(model)
+    if file is not None:
+        return count_graph(file.proto, file.input, image_size)[0]
     return count_part(model, (1, 3, *image_size))
 
 
@@ -57,9 +63,14 @@ def matrix_products(model: nn.Module, image_size: tuple[int, int]) -> tuple[Prod
 
     Depth-wise convolutions are no matrix products and are left out. Sorted by shape.
     """
-    with _ProductRecorder() as recorder:
-        _run(model, (1, 3, *image_size))
-    return tuple((*shape, count) for shape, count in sorted(recorder.products.items()))
+    file = reference_inside(model)
+    if file is not None:
+        products = count_graph(file.proto, file.input, image_size)[1]
+    else:
+        with _ProductRecorder() as recorder:
+            _run(model, (1, 3, *image_size))
+        products = recorder.products
+    return tuple((*shape, count) for shape, count in sorted(products.items()))
 
 
 def _run(model: nn.Module, shape: tuple[int, ...]) -> None:

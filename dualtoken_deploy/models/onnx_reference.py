@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,74 @@ DOMAINS = ("", "ai.onnx")
 
 
 class OnnxReference(nn.Module):
-    """Runs the file as it is: float32 NCHW in, a tuple of tensors in the order of its outputs out. It cannot be traced;
-    exporters that take ONNX take `proto`."""
+    """Runs the file as it is: float32 NCHW in, its outputs by name out. It cannot be traced; exporters that take ONNX
+    take `proto`. Its initializers are its parameters and buffers, so that they can be counted and hashed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
         self.path = path
         self.proto = read_onnx(path)
         self.input, self.shape = _picture_input(self.proto, path)
         self.outputs = tuple(output.name for output in self.proto.graph.output)
         self._session: Any = None
+        for tensor in self.proto.graph.initializer:
+            self._hold(tensor)
+
+    def _hold(self, tensor: Any) -> None:
+        import onnx
+
+        if tensor.data_type == onnx.TensorProto.STRING:
+            return
+        name = "tensor:" + tensor.name.replace(".", "/")  # a dot would be a module's
+        value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+        if value.is_floating_point():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        else:
+            self.register_buffer(name, value)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
+        session = self._opened()
+        try:
+            values = session.run(None, {self.input: image.numpy()})
+        except Exception as error:  # ONNX Runtime's exceptions share no base but this
+            size = "x".join(map(str, image.shape))
+            raise InputError(f"{self.path} does not run on a picture of {size}: {first_line(error)}") from error
+        for name, value in zip(self.outputs, values, strict=True):
+            if getattr(value, "dtype", None) is None or value.dtype.kind not in "fiub":
+                raise InputError(f"output {name} of {self.path} is no tensor of numbers; a bundle's are")
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def _opened(self) -> Any:
         import onnxruntime as ort
 
         if self._session is None:
             settings = ort.SessionOptions()
-            settings.log_severity_level = 3
-            # by path, since weights may lie in files beside it
-            self._session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
-        values = self._session.run(None, {self.input: image.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+            settings.log_severity_level = 4  # what is wrong is raised
+            try:  # by path, since weights may lie in files beside it
+                self._session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
+            except Exception as error:  # ONNX Runtime's exceptions share no base but this
+                raise InputError(f"ONNX Runtime {ort.__version__} takes no {self.path}: {first_line(error)}") from error
+        return self._session
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxReference:
         return OnnxReference(self.path)  # a session cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle is made of: the file, and what it held."""
+        content = hashlib.sha256(self.proto.SerializeToString(deterministic=True)).hexdigest()
+        return {"path": self.path, "sha256": content}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__init__(self)
+        self._open(state["path"])
+
+
+def reference_inside(model: nn.Module) -> OnnxReference | None:
+    """The ONNX file that a module runs, if it does."""
+    return next((part for part in model.modules() if isinstance(part, OnnxReference)), None)
 
 
 def read_onnx(path: Path) -> Any:
@@ -82,4 +127,6 @@ def _picture_input(model: Any, path: Path) -> tuple[str, tuple[int | None, ...]]
         raise InputError(
             f"input {inputs[0].name} of {path} is {dtype} {said}, and a picture is float32 (batch, 3, H, W)"
         )
+    if dims[0] not in (None, 1):
+        raise InputError(f"{path} takes {dims[0]} pictures at once; export it for one, or for any number")
     return inputs[0].name, dims

@@ -38,6 +38,7 @@ OWN = "the model's own"  # weights that no file was named for
 MODULE: Literal["module"] = "module"
 REFERENCE: Literal["reference"] = "reference"
 ONNX: Literal["onnx"] = "onnx"
+ONNX_SUFFIX = ".onnx"
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,13 @@ class Source:
             kind=ONNX, name=_name(name or file.stem), reference=str(file.resolve()), outputs=tuple(output_names),
             sha256=sha256,
         )  # fmt: skip
-        return _foreign(lambda: model, origin, task, size, labels, preprocess)
+        found = _foreign(lambda: model, origin, task, size, labels, preprocess)
+        return replace(found, one_picture=model.shape[0] == 1)
+
+
+def is_onnx_file(model: object) -> bool:
+    """Whether a text or path names an ONNX file."""
+    return isinstance(model, (str, Path)) and str(model).endswith(ONNX_SUFFIX)
 
 
 def class_count(task: str, outputs: Sequence[TensorSpec]) -> int | None:

@@ -13,15 +13,13 @@ from dualtoken_deploy.bundle.labels import check_labels, read_labels
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.own_sources import ImageSize, Weights, head_source, variant_source
 from dualtoken_deploy.models.registry import DEFAULT_SEED, VARIANTS
-from dualtoken_deploy.models.source import Preprocessing, Source
+from dualtoken_deploy.models.source import Preprocessing, Source, is_onnx_file
 from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.make import make
 from dualtoken_deploy.pipeline.plan import DYNAMIC, plan
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.tasks.table import get_task
-
-ONNX_SUFFIX = ".onnx"
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def open_source(said: Model) -> Source:
 
 def _is_variant(model: str | Path | nn.Module | None) -> bool:
     """A text that can be nothing else is a variant's name, known or not."""
-    return isinstance(model, str) and (model in VARIANTS or not (":" in model or model.endswith(ONNX_SUFFIX)))
+    return isinstance(model, str) and (model in VARIANTS or not (":" in model or is_onnx_file(model)))
 
 
 def _check_own(said: Model) -> None:
@@ -99,11 +97,18 @@ def _foreign_source(said: Model, labels: tuple[str, ...]) -> Source:
             raise UsageError("a live module has its weights already; leave weights out, or load them into it before")
         return Source.module(said.model, task, size or 224, labels, names, preprocess)
     text = str(said.model)
-    if text.endswith(ONNX_SUFFIX):
-        raise UsageError(f"{text}: an ONNX file is not taken as a model yet; give the PyTorch module that it came from")
+    if is_onnx_file(text):
+        return _file_source(said, labels, size, task)
     return Source.reference(
         text, said.arguments, said.weights, task, size or 224, labels, names, preprocess, seed=said.seed
     )
+
+
+def _file_source(said: Model, labels: tuple[str, ...], size: Any, task: str) -> Source:
+    for name, given in (("--weights", said.weights is not None), ("--model-arg", bool(said.arguments))):
+        if given:
+            raise UsageError(f"{name} is for a model that is code; {said.model} holds its weights; leave {name} out")
+    return Source.onnx(str(said.model), task, size, labels, tuple(said.output_names), said.preprocess)
 
 
 def _labels(given: str | Path | Sequence[str] | None) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ def export(
     """Exports one model to one target, checks the saved files against eager, and only then names the bundle.
 
     `model` (or `variant`): a variant's name, a live module (B, 3, H, W) -> tensors, "package.module:callable" or
-    "file.py:callable" that makes one, or a Source; with `head` (retinanet, mask-rcnn, deeplabv3, pspnet)
+    "file.py:callable" that makes one, "file.onnx" for targets that take ONNX, or a Source; with `head` (retinanet, mask-rcnn, deeplabv3, pspnet)
     the variant below it. `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it; None: that of
     the weights, where they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
     (normalised float32 NCHW). `weights`: a file, of a variant also a word of BUILT_IN_WEIGHTS; None: random ones from

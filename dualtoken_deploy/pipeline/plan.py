@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualtoken_deploy.errors import UsageError, missing_extra
-from dualtoken_deploy.models.source import Source
+from dualtoken_deploy.models.source import ONNX, REFERENCE, Source, is_onnx_file
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.quantize.judge import measures
@@ -76,6 +76,12 @@ def plan(
     """
     row = get_target(target)
     wanted = row.precision(precision)
+    if not row.takes(source.origin.kind):
+        offered = ", ".join(name for name, other in TARGETS.items() if other.takes(source.origin.kind))
+        raise UsageError(
+            f"{row.name} converts PyTorch modules, and {source.origin.reference} is an ONNX file; targets that take "
+            f"one: {offered}"
+        )
     check_can_export(row, int8)
     if device is not None and (row.portable or row.built_by):
         raise UsageError(f"{row.name} does not compile for a device; leave --device to aotinductor")
@@ -158,13 +164,14 @@ def _check_calibration(
         raise UsageError(f"{row.name} {precision.name} takes minmax ranges; leave --calibrator out")
 
 
-def exportable_targets(precision: str, head: str | None = None) -> list[str]:
-    """Portable targets that offer the precision, and the head if one is given, and can be exported here: their modules
-    and those of [export] are here.
+def exportable_targets(precision: str, head: str | None = None, model: str | None = None) -> list[str]:
+    """Portable targets that offer the precision, and the head if one is given, take the model, and can be exported
+    here: their modules and those of [export] are here.
 
     Raises UsageError where no portable target offers both, MissingError where none of them can be exported.
     """
-    portable = [row for row in TARGETS.values() if row.portable]
+    origin = ONNX if is_onnx_file(model) else REFERENCE
+    portable = [row for row in TARGETS.values() if row.portable and row.takes(origin)]
     taking = [row for row in portable if head is None or head in row.heads]
     if not taking:
         known = dict.fromkeys(h for row in portable for h in row.heads)

@@ -71,6 +71,10 @@ class Target:
             )
         return self.precisions[name]
 
+    def takes(self, origin: str) -> bool:
+        """Whether the exporter converts models of that origin: an "onnx" file is none that can be traced."""
+        return origin != "onnx" or self.source == "onnx"
+
     @property
     def folder(self) -> str:
         """The package under dualtoken_deploy.targets with its exporter and runner."""

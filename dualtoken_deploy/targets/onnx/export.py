@@ -20,6 +20,7 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from dualtoken_deploy.targets.onnx.from_file import graph_of_file, is_file
 from dualtoken_deploy.targets.onnx.naming import name_after_modules, name_joined
 from dualtoken_deploy.targets.request import Request, Tell, quiet
 from dualtoken_deploy.targets.tracing import own_path, why
@@ -71,12 +72,12 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
         raise UsageError(f"opset {opset} is not offered; choose one of {OPSETS.start} to {OPSETS.stop - 1}")
     if _cuts_out(request) and opset > ROI_ALIGN_OPSET:
         raise UsageError(f"ONNX Runtime has RoiAlign up to opset {ROI_ALIGN_OPSET}, not for {opset}; leave --opset out")
-    tell("rewriting to the deploy form")
-    form = deploy_form(model, rules, request.contract.size, any_size=request.contract.any_size)
-    module = with_input(form.module, request)
-    tell(f"tracing to ONNX opset {opset}")
-    exported = trace(module, request, opset)
-    name_after_modules(exported, inside=own_path(module))
+    applied: tuple[str, ...] = ()
+    if is_file(model):  # which there is no module of, to rewrite and to trace
+        tell(f"putting the file behind its input, in opset {opset}")
+        exported = graph_of_file(model, request, opset)
+    else:
+        exported, applied = _traced(model, request, rules, opset, tell)
     tell("simplifying")
     simplified = simplify(exported, request)
     name_joined(simplified)
@@ -86,8 +87,20 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
         simplified = to_float16(simplified)
         operators["float16"] = operator_counts(simplified)
     _finish(simplified, request)
-    applied = tuple(name for name, count in form.rules.items() if count)
     return OnnxExport(simplified, applied, operators)
+
+
+def _traced(
+    model: nn.Module, request: Request, rules: Iterable[str], opset: int, tell: Tell
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The deploy form of a module as a graph with the modules' names, and the rules that applied."""
+    tell("rewriting to the deploy form")
+    form = deploy_form(model, rules, request.contract.size, any_size=request.contract.any_size)
+    module = with_input(form.module, request)
+    tell(f"tracing to ONNX opset {opset}")
+    exported = trace(module, request, opset)
+    name_after_modules(exported, inside=own_path(module))
+    return exported, tuple(name for name, count in form.rules.items() if count)
 
 
 def default_opset(request: Request) -> int:
