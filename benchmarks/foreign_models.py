@@ -4,9 +4,9 @@
     python benchmarks/foreign_models.py --output foreign.json --table
     python benchmarks/foreign_models.py --seeds
 
-A process a cell; what is in the output file already is not made again. int8 is calibrated on the built-in photographs
-and searched until SQNR is INT8_SQNR_DB on those that calibration did not see, or on scenes where the task calibrates on those.
-`--seeds`: the first seed of each classifier whose logits leave no photograph near a tie, which is its default.
+A process a cell; what is in the output file already is not made again. int8 is calibrated on the built-in photographs,
+or on scenes where the task calibrates on those, and searched until SQNR is INT8_SQNR_DB on pictures that calibration
+did not see. `--seeds`: the first seed of each classifier whose logits leave no photograph near a tie, its default.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def measure(name: str, target: str, precision: str) -> dict[str, Any]:
     row, start = ZOO[name], time.perf_counter()
     int8 = None
     if precision == "int8":
-        int8 = Int8Options("scenes" if row.task == "segment" else "photographs", 100, metric="sqnr", max_drop=ENOUGH_DB - INT8_SQNR_DB)
+        int8 = Int8Options(
+            "scenes" if row.task == "segment" else "photographs", 100, metric="sqnr", max_drop=ENOUGH_DB - INT8_SQNR_DB
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = export(

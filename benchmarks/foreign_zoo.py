@@ -103,8 +103,8 @@ def photographs(size: int = 64) -> Tensor:
 
 
 def convnext(seed: int = 2) -> nn.Module:
-    return _make(seed, "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[24, 32, 48, 64], depths=[1, 1, 2, 1],
-                 num_labels=10, image_size=64)  # fmt: skip
+    return _make(seed, "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[24, 32, 48, 64],
+                 depths=[1, 1, 2, 1], num_labels=10, image_size=64)  # fmt: skip
 
 
 def convnext_v2(seed: int = 0) -> nn.Module:
@@ -113,8 +113,8 @@ def convnext_v2(seed: int = 0) -> nn.Module:
 
 
 def swin(seed: int = 1) -> nn.Module:
-    return _make(seed, "SwinForImageClassification", "SwinConfig", image_size=64, patch_size=4, embed_dim=24, depths=[2, 2],
-                 num_heads=[2, 4], window_size=4, num_labels=10)  # fmt: skip
+    return _make(seed, "SwinForImageClassification", "SwinConfig", image_size=64, patch_size=4, embed_dim=24,
+                 depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=10)  # fmt: skip
 
 
 def swin_v2(seed: int = 1) -> nn.Module:
@@ -134,8 +134,9 @@ def beit(seed: int = 1) -> nn.Module:
 
 
 def deit(seed: int = 2) -> nn.Module:
-    return _make(seed, "DeiTForImageClassificationWithTeacher", "DeiTConfig", image_size=64, patch_size=8, hidden_size=48,
-                 num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, num_labels=10)  # fmt: skip
+    return _make(seed, "DeiTForImageClassificationWithTeacher", "DeiTConfig", image_size=64, patch_size=8,
+                 hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+                 num_labels=10)  # fmt: skip
 
 
 def dinov2(seed: int = 3) -> nn.Module:

@@ -19,6 +19,7 @@ from typing import Any
 
 from dualtoken_deploy.bench.process import Job, Series, measure
 from dualtoken_deploy.bench.report import BenchReport, Contestant, Latency, Ratio, latency, noise_notes, ratio_of
+from dualtoken_deploy.bundle.manifest import EAGER, ONNX_FILE
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.machine import available_cores, busy_cores, describe_machine, library_versions
@@ -27,7 +28,7 @@ from dualtoken_deploy.targets.table import get_target
 
 __all__ = ["EAGER", "GEMM", "BenchReport", "Contestant", "Latency", "Ratio", "bench"]
 
-EAGER, GEMM = "eager", "gemm"  # names of the contestants that are no bundles
+GEMM = "gemm"  # with EAGER the names of the contestants that are no bundles
 
 BundleLike = Bundle | str | os.PathLike[str]
 
@@ -195,6 +196,13 @@ def common_batch(bundles: Sequence[Bundle], batch: int | None) -> int:
     return wanted
 
 
+# What runs a contestant that is no bundle, by its kind and what the bundle is held against
+_OTHERS = {
+    ("eager", EAGER): "pytorch", ("eager", ONNX_FILE): "onnxruntime, the file", ("limit", EAGER): "numpy",
+    ("limit", ONNX_FILE): "numpy",
+}  # fmt: skip
+
+
 def contestant(entrant: Entrant, setting: Setting, found: Mapping[str, Series], baseline: str) -> Contestant:
     """One row of the report, from what all of them measured."""
     own, manifest = found[entrant.name], entrant.bundle.manifest
@@ -205,7 +213,7 @@ def contestant(entrant: Entrant, setting: Setting, found: Mapping[str, Series], 
     return Contestant(
         name=entrant.name,
         kind=entrant.kind,
-        target=manifest.target if is_bundle else {"eager": "pytorch", "limit": "numpy"}[entrant.kind],
+        target=manifest.target if is_bundle else _OTHERS[entrant.kind, manifest.reference],
         precision=manifest.precision if is_bundle else "fp32",
         bundle=str(entrant.bundle.path) if is_bundle else None,
         **vars(all_laps),

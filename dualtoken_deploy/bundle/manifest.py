@@ -14,6 +14,9 @@ from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
 SCHEMA_VERSION = 1
 COMPLETE, COMPILED, PREPARED = "complete", "compiled", "prepared"
 CLASSIFY = "classify"
+# References: the PyTorch model, or the ONNX file that a bundle was made from, in ONNX Runtime in float32
+EAGER, ONNX_FILE = "eager", "onnx-file"
+REFERENCES = {EAGER: "eager", ONNX_FILE: "the ONNX file in ONNX Runtime, float32"}  # as tables say it
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Manifest:
     origin: Origin | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def reference(self) -> str:
+        """What the files are held against, where that can be had: "eager", or ONNX_FILE."""
+        return EAGER if self.origin is None or self.origin.kind != "onnx" else ONNX_FILE
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in the order of the fields, `schema_version` first."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dualtoken_deploy.errors import InputError, UsageError
+from dualtoken_deploy.models.onnx_reference import OnnxReference
 from dualtoken_deploy.models.user_code import blamed
 from dualtoken_deploy.spec import Dim, TensorSpec
 from dualtoken_deploy.tasks.base import OutputKind
@@ -48,6 +49,11 @@ class NamedOutputs(nn.Module):
         return tuple(v.to(image.dtype if v.is_floating_point() else torch.int32) for v in values)
 
 
+def called(model: nn.Module) -> str:
+    """A module for messages: its class, or the ONNX file that it runs."""
+    return str(model.path) if isinstance(model, OnnxReference) else type(model).__name__
+
+
 def picture_keyword(model: nn.Module) -> str | None:
     """The keyword under which forward takes the picture; None where it is the first argument.
 
@@ -62,7 +68,7 @@ def picture_keyword(model: nn.Module) -> str | None:
     ]
     if needed:
         raise UsageError(
-            f"forward of {type(model).__name__} needs {', '.join(needed)} beside the picture; give a module whose "
+            f"forward of {called(model)} needs {', '.join(needed)} beside the picture; give a module whose "
             "forward takes the picture alone"
         )
     return keyword
@@ -102,14 +108,14 @@ def look_at(model: nn.Module, image: Tensor) -> list[tuple[str, Tensor]]:
 
     def run(picture: Tensor) -> list[tuple[str, Tensor]]:
         size = "x".join(map(str, picture.shape[2:]))
-        with blamed(f"{type(model).__name__} on a picture of {size}"), torch.no_grad():
+        with blamed(f"{called(model)} on a picture of {size}"), torch.no_grad():
             given = model(picture) if keyword is None else model(**{keyword: picture})
         return flatten(given)
 
     first, again, other = run(image), run(image), run(image.flip(0, 2) * -0.5)
     if not first:
-        raise InputError(f"{type(model).__name__} gives no tensors; let forward return what the bundle is to give")
-    _check_steady(type(model).__name__, first, again, other)
+        raise InputError(f"{called(model)} gives no tensors; let forward return what the bundle is to give")
+    _check_steady(called(model), first, again, other)
     return first
 
 
@@ -193,7 +199,7 @@ def describe(model: NamedOutputs, task: str, image_size: tuple[int, int], batch:
     """
     count = batch if isinstance(batch, int) else 2
     pictures = f"{count} pictures of {image_size[0]}x{image_size[1]}"
-    with blamed(f"{type(model.model).__name__} on {pictures}"), torch.no_grad():
+    with blamed(f"{called(model.model)} on {pictures}"), torch.no_grad():
         values = model(torch.zeros(count, 3, *image_size))
     specs = []
     for name, value in zip(model.names, values, strict=True):

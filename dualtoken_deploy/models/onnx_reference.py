@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ class OnnxReference(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
+        if image.device.type != "cpu":
+            raise UsageError(f"{self.path} is run by ONNX Runtime on the CPU here, not on {image.device.type}; use cpu")
         session = self._opened()
         try:
             values = session.run(None, {self.input: image.numpy()})
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             size = "x".join(map(str, image.shape))
-            raise InputError(f"{self.path} does not run on a picture of {size}: {first_line(error)}") from error
+            raise InputError(f"{self.path} does not run on a picture of {size}: {_reason(error)}") from error
         for name, value in zip(self.outputs, values, strict=True):
             if getattr(value, "dtype", None) is None or value.dtype.kind not in "fiub":
                 raise InputError(f"output {name} of {self.path} is no tensor of numbers; a bundle's are")
@@ -61,10 +64,11 @@ class OnnxReference(nn.Module):
         if self._session is None:
             settings = ort.SessionOptions()
             settings.log_severity_level = 4  # what is wrong is raised
+            settings.intra_op_num_threads = torch.get_num_threads()  # a bench gives eager as many as the others
             try:  # by path, since weights may lie in files beside it
                 self._session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime's exceptions share no base but this
-                raise InputError(f"ONNX Runtime {ort.__version__} takes no {self.path}: {first_line(error)}") from error
+                raise InputError(f"ONNX Runtime {ort.__version__} takes no {self.path}: {_reason(error)}") from error
         return self._session
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxReference:
@@ -78,6 +82,15 @@ class OnnxReference(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
         self._open(state["path"])
+
+
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime says, without codes and places in its own source; the node first, where it names one."""
+    text = first_line(error).rpartition("[ONNXRuntimeError] : ")[2]
+    node = re.search(r"while running (\w+) node\. Name:'([^']*)'", text)
+    said = re.split(r"Status Message: (?:/\S+:\d+ )?|Load model from .* failed:", text)[-1]
+    said = re.sub(r"^\d+ : \w+ : |^onnxruntime::[^ ]*\(.*?\) ", "", said)
+    return f"{node[1]} {node[2]}: {said}" if node else said
 
 
 def reference_inside(model: nn.Module) -> OnnxReference | None:
@@ -97,7 +110,10 @@ def read_onnx(path: Path) -> Any:
         raise UsageError(f"no file {path}; give an .onnx file")
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(str(path), full_check=True)
+        if all(output.type.tensor_type.HasField("shape") for output in model.graph.output):
+            onnx.checker.check_model(str(path), full_check=True)
+        else:  # not every exporter notes the shapes of outputs, which the checker asks for
+            onnx.checker.check_model(onnx.shape_inference.infer_shapes(model))
     except _unreadable() as error:
         raise InputError(f"{path} is no whole ONNX model ({first_line(error)}); export or copy it again") from error
     return model

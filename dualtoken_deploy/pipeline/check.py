@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from dualtoken_deploy.bundle.blocks import Figures, Measured, NearTies, Weights
-from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, PREPARED, Manifest
+from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, EAGER, PREPARED, REFERENCES, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.data.images import preprocess
 from dualtoken_deploy.data.pictures import open_pictures
@@ -59,7 +59,8 @@ class ExportResult:
 
     `top1_agreement`: of the task, None where it has none. `state` "prepared": the bundle is whole but for a step that
     needs the device; "compiled": it is whole, and no device has run it; `next_step` says what is left and why. `drop`:
-    points of the metric that int8 loses on held-out pictures.
+    points of the metric that int8 loses on held-out pictures. `reference`: what the figures are against, a key of
+    manifest.REFERENCES.
     """
 
     bundle: str
@@ -76,6 +77,7 @@ class ExportResult:
     next_step: str | None = None
     int8_mac_share: float = 0.0
     drop: float | None = None
+    reference: str = EAGER
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -176,6 +178,7 @@ def check_and_complete(
         seconds=0.0,
         warnings=(f"{draft.target}: checked by {ran.engine}",) if ran.engine else (),
         state=manifest.state,
+        reference=draft.reference,
     )
 
 
@@ -191,7 +194,7 @@ def _run(plan: Plan, folder: Path, draft: Manifest, module: nn.Module, tell: Tel
     pictures = open_pictures("photographs")
     count = min([len(pictures), *limits])
     inputs = np.stack([preprocess(pictures[i].image, contract) for i in range(count)])
-    tell(f"checking the saved files against eager on {count} photographs")
+    tell(f"checking the saved files against {REFERENCES[draft.reference]} on {count} photographs")
     with EagerRunner(module, contract, draft.outputs, RunnerOptions()) as eager:
         kept = clear_of_ties(classifier_of(module), eager.normalised(inputs), draft.precision)
         inputs = inputs if kept is None else inputs[kept]

@@ -153,7 +153,8 @@ def export(
     """Exports one model to one target, checks the saved files against eager, and only then names the bundle.
 
     `model` (or `variant`): a variant's name, a live module (B, 3, H, W) -> tensors, "package.module:callable" or
-    "file.py:callable" that makes one, "file.onnx" for targets that take ONNX, or a Source; with `head` (retinanet, mask-rcnn, deeplabv3, pspnet)
+    "file.py:callable" that makes one, "file.onnx" for targets that take ONNX, or a Source; with `head` (retinanet,
+    mask-rcnn, deeplabv3, pspnet)
     the variant below it. `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it; None: that of
     the weights, where they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
     (normalised float32 NCHW). `weights`: a file, of a variant also a word of BUILT_IN_WEIGHTS; None: random ones from

@@ -11,6 +11,7 @@ import numpy as np
 
 from dualtoken_deploy.bench.report import BenchReport, Contestant, Ratio
 from dualtoken_deploy.bench.run import bench
+from dualtoken_deploy.bundle.manifest import EAGER
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.data.samples import SampleSet, readable
 from dualtoken_deploy.errors import UsageError
@@ -72,7 +73,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`metric` and `eager_score` are None where the data lacks the truth, `bench` where no bundle could be timed."""
+    """`metric` and `eager_score` are None where the data lacks the truth, `bench` where no bundle could be timed.
+    `reference`: what stands for eager, a key of manifest.REFERENCES."""
 
     data: str
     images: int
@@ -80,11 +82,13 @@ class Comparison:
     eager_score: float | None
     rows: tuple[Row, ...]
     bench: BenchReport | None
+    reference: str = EAGER
 
     def to_json(self) -> dict[str, Any]:
         return {
             "data": self.data,
             "images": self.images,
+            "reference": self.reference,
             "metric": self.metric,
             "eager_score": self.eager_score,
             "eager_top1": self.eager_score if self.metric == "top1" else None,
@@ -117,7 +121,7 @@ def compare(
     task, images = get_task(opened[0].manifest.task), readable(open_for(opened[0], data, limit))
     measure = task.metrics[0] if task.metrics and task.known(images) else None
     with eager.load(opened[0], RunnerOptions(threads=threads)) as model:
-        expected = _outputs(opened[0], images, model, "eager", tell)
+        expected = _outputs(opened[0], images, model, opened[0].manifest.reference, tell)
     truth = None if measure is None else _answered(opened[0], task, images, expected)
     eager_score = None if truth is None else task.score(truth, len(opened[0].labels))[measure or ""]
     found: dict[int, dict[str, Any]] = {}
@@ -138,7 +142,9 @@ def compare(
     timed = [b for b in opened if why_no_latency(b) is None]
     report = bench(timed, "eager", threads, None, rounds, seconds, None, tell) if timed else None
     rows = tuple(_row(b, found[i], opened, report, len(images)) for i, b in enumerate(opened))
-    return Comparison(images.name, len(images), measure, eager_score, rows, report)
+    return Comparison(
+        images.name, len(images), measure, eager_score, rows, report, opened[0].manifest.reference
+    )
 
 
 def _outputs(bundle: Bundle, images: SampleSet, runner: Runner, who: str, tell: Tell) -> list[Outputs]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualtoken_deploy.bundle.blocks import RANDOM
+from dualtoken_deploy.bundle.manifest import EAGER, REFERENCES
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.text import printable
@@ -218,7 +219,9 @@ def export_table(results: Sequence[ExportResult | Failed]) -> Table:
         )
     if len({row[3] for row in cells}) == 1 and cells[0][3] == "complete":
         columns, cells = (*columns[:3], *columns[4:]), [(*row[:3], *row[4:]) for row in cells]
-    return table(columns, cells, "exported, and checked on the saved files against eager", left=5)
+    against = dict.fromkeys(REFERENCES[r.reference] for r in results if getattr(r, "error", None) is None)
+    said = " and ".join(against) or REFERENCES[EAGER]
+    return table(columns, cells, f"exported, and checked on the saved files against {said}", left=5)
 
 
 def build_table(result: BuildResult) -> Table:
@@ -339,7 +342,7 @@ def comparison_table(found: Comparison) -> Table:
         "MiB",
         "p50 (ms)",
         "vs fp32",
-        "vs eager",
+        f"vs {found.reference}",
         "verdict",
     )
     cells = [
@@ -354,7 +357,7 @@ def comparison_table(found: Comparison) -> Table:
         )
         for row in found.rows
     ]
-    title = f"{found.data}, {found.images} images; eager: {share(found.eager_score)}; lost: points, 95 % interval"
+    title = f"{found.data}, {found.images} images; {REFERENCES[found.reference]}: {share(found.eager_score)}; lost: points, 95 % interval"
     engines = {row.engine: row.target for row in found.rows if row.engine}
     title += "".join(f"; {target}: {engine}" for engine, target in engines.items())
     machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dualtoken_deploy.bundle.manifest import EAGER
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.data.images import preprocess
 from dualtoken_deploy.data.samples import Sample, SampleSet, left_out, read_or_none
@@ -28,8 +29,9 @@ class Validation:
     """A bundle against its reference. Shares are fractions of 1; None: that could not be measured.
 
     `reference` "eager": the model rebuilt from where it came from, on every image, or on the golden input where no data
-    was given. "golden": the outputs stored at export, for the one golden input; the likeness is then of that input
-    alone (`likeness_images` says of how many), scores are over the data, `images` of it.
+    was given; "onnx-file": the same with the ONNX file that the bundle was made from, in ONNX Runtime in float32.
+    "golden": the outputs stored at export, for the one golden input; the likeness is then of that input alone
+    (`likeness_images` says of how many), scores are over the data, `images` of it.
     `likeness` as the task measures it, `scores` the bundle's and `eager_scores` its reference's, by metric.
     `engine`: what stood in for the target's own runtime, if anything did.
     """
@@ -91,7 +93,8 @@ def validate(
 ) -> list[Validation]:
     """Validates bundles on `data` (a folder or a word that their task takes, its val part; None: the golden input).
 
-    `reference`: eager or golden; None: with data eager where torch is installed, else golden; each result says which.
+    `reference`: eager (of a bundle that was made from an ONNX file that file) or golden; None: with data eager where
+    torch is installed, else golden; each result says which.
     Raises UsageError, DatasetError, BundleError, MissingError, WeightsError.
     """
     if not bundles:
@@ -102,7 +105,8 @@ def validate(
         bundle = item if isinstance(item, Bundle) else Bundle.open(item)
         images = None if data is None else open_for(bundle, data, limit)
         if progress:
-            progress(f"validating {bundle.name} against {chosen}")
+            against = bundle.manifest.reference if chosen == EAGER else chosen
+            progress(f"validating {bundle.name} against {against}")
         results.append(_validate(bundle, images, chosen, RunnerOptions(device, threads), progress or (lambda _: None)))
     return results
 
@@ -173,6 +177,7 @@ def _validate(
             )
         from dualtoken_deploy.targets import eager
 
+        reference = bundle.manifest.reference
         with eager.load(bundle, RunnerOptions(threads=options.threads)) as model:
             if images is None:
                 feeds = {bundle.manifest.input.tensor.name: bundle.golden["input"]}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx.inliner import inline_local_functions
 from torch import nn
 
-from dualtoken_deploy.errors import ConversionError, InputError, first_line
+from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.models.named_outputs import NamedOutputs
 from dualtoken_deploy.models.onnx_reference import DOMAINS, reference_inside
 from dualtoken_deploy.spec import InputContract, TensorSpec
@@ -24,11 +25,14 @@ def is_file(model: nn.Module) -> bool:
 def graph_of_file(model: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
     """The file's graph in this opset: the contract's input in front, fixed shapes, the outputs that were asked for.
 
-    Raises ConversionError where the opset cannot be had, InputError where the picture's shape does not go through.
+    Raises UsageError on an output named as the input is, ConversionError where the opset cannot be had, InputError
+    where the picture's shape does not go through.
     """
     reference = reference_inside(model)
     assert isinstance(model, NamedOutputs)  # noqa: S101  # is_file() was asked
     assert reference is not None  # noqa: S101
+    if request.contract.tensor.name in {spec.name for spec in request.outputs}:
+        raise UsageError(f"an output is called {request.contract.tensor.name!r}, as the input is; give --output-names")
     graph = ir.from_proto(_in_opset(reference.proto, opset, reference.path.name))
     _drop_notes(graph)
     _put_constants_second(graph.graph)
@@ -43,7 +47,7 @@ def _in_opset(given: onnx.ModelProto, opset: int, file: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     proto.CopyFrom(given)
     if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+        proto = inline_local_functions(proto)
     own = next((o.version for o in proto.opset_import if o.domain in DOMAINS), opset)
     if own != opset:
         try:
@@ -85,14 +89,7 @@ def _constant_value(value: ir.Value | None) -> bool:
 def _choose_outputs(graph: ir.Graph, model: NamedOutputs, specs: tuple[TensorSpec, ...]) -> None:
     """The picked outputs in their order, under the bundle's names and types; others go."""
     every = list(graph.outputs)
-    wanted = {spec.name for spec in specs}
-    for node in graph.all_nodes():  # a value inside may have the name of an output already
-        for value in node.outputs:
-            if value.name in wanted:
-                value.name = f"{value.name}_inside"
-    for held in (*graph.inputs, *list(graph.initializers.values())):
-        if held.name in wanted:
-            held.name = f"{held.name}_inside"
+    _make_free(graph, {spec.name for spec in specs})
     del graph.outputs[:]
     for (place, _), spec in zip(model.picks, specs, strict=True):
         node = ir.node(
@@ -104,12 +101,18 @@ def _choose_outputs(graph: ir.Graph, model: NamedOutputs, specs: tuple[TensorSpe
         graph.outputs.append(node.outputs[0])
 
 
+def _make_free(graph: ir.Graph, names: set[str], beside: ir.Value | None = None) -> None:
+    """Takes names of the bundle's own off the file's values, but off `beside`."""
+    inside = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in (*inside, *graph.inputs, *list(graph.initializers.values())):
+        if value.name in names and value is not beside:
+            value.name = f"{value.name}_inside"
+
+
 def _put_input(graph: ir.Graph, picture: ir.Value, contract: InputContract) -> None:
     """The contract's tensor in front: as it is, or uint8 NHWC RGB -> (x - 255 mean) / (255 std) in NCHW."""
     spec = contract.tensor
-    taken = {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers)
-    if spec.name in taken:
-        raise ConversionError(f"a value of the file is called {spec.name!r} as the bundle's input is; rename it")
+    _make_free(graph, {spec.name}, beside=picture)
     if contract.kind == "tensor":
         picture.name, picture.shape = spec.name, ir.Shape(spec.shape)
         return
@@ -136,7 +139,7 @@ def _put_input(graph: ir.Graph, picture: ir.Value, contract: InputContract) -> N
 
 def _constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
     tensor = ir.tensor(values.astype(np.float32), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

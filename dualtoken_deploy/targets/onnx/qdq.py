@@ -180,7 +180,7 @@ class QdqQuantizer:
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             raise ConversionError(f"onnxruntime.quantization failed: {first_line(error)}") from error
         out: onnx.ModelProto = quantizer.model.model
-        _keep_bias_apart(out)
+        _keep_bias_apart(out, _ranks(migrated))
         return out
 
     def sensitivity(self, products: Products | None = None) -> Sensitivity:
@@ -250,8 +250,15 @@ def _scaled_ranges(plan: Migration, channels: Mapping[str, Channels]) -> dict[st
     }
 
 
-def _keep_bias_apart(model: onnx.ModelProto) -> None:
-    """Gives the bias behind a matrix product the shape (1, 1, N), which adds the same.
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    """Axes of the values whose shapes are noted."""
+    values = (*model.graph.value_info, *model.graph.output)
+    return {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.tensor_type.HasField("shape")}
+
+
+def _keep_bias_apart(model: onnx.ModelProto, ranks: Mapping[str, int]) -> None:
+    """Gives the bias behind a matrix product the shape (1, 1, N), which adds the same; behind one of a matrix the axis
+    that comes with it is taken off again.
 
     ONNX Runtime joins MatMul and Add to a Gemm before it looks for Q/DQ pairs, and its integer Gemm then does not take
     the float bias: every linear layer would run in float32 on dequantized weights, slower than without INT8, and
@@ -260,11 +267,19 @@ def _keep_bias_apart(model: onnx.ModelProto) -> None:
     biases = {t.name: t for t in model.graph.initializer}
     products = {n.output[0] for n in model.graph.node if n.op_type == "MatMul"}
     readers = Counter(i for n in model.graph.node for i in n.input)
-    for node in model.graph.node:
-        if node.op_type == "Add" and node.input[0] in products and node.input[1] in biases:
-            bias = biases[node.input[1]]
-            if len(bias.dims) == 1 and readers[bias.name] == 1:
-                bias.dims[:] = [1, 1, bias.dims[0]]
+    for node in list(model.graph.node):
+        if node.op_type != "Add" or node.input[0] not in products or node.input[1] not in biases:
+            continue
+        bias, rank = biases[node.input[1]], ranks.get(node.output[0], 0)
+        if len(bias.dims) != 1 or readers[bias.name] != 1 or rank < 2:
+            continue
+        bias.dims[:] = [1, 1, bias.dims[0]]
+        if rank == 2:
+            axes = f"{node.output[0]}/axes"
+            model.graph.initializer.append(numpy_helper.from_array(np.array([0]), axes))
+            last = onnx.helper.make_node("Squeeze", [f"{node.output[0]}/wide", axes], [node.output[0]])
+            model.graph.node.insert(list(model.graph.node).index(node) + 1, last)
+            node.output[0] = f"{node.output[0]}/wide"
 
 
 def without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
