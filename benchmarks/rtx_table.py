@@ -40,8 +40,9 @@ from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
 from dualtoken_deploy.targets.onnxruntime.runner import OnnxRuntimeRunner
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.targets.runner import RunnerOptions
+from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.targets.tensorrt.export import PRODUCTS, type_onnx
-from dualtoken_deploy.targets.tensorrt_rtx import quantize
+from dualtoken_deploy.targets.tensorrt_rtx import fp8, int4
 from dualtoken_deploy.targets.tensorrt_rtx.compile import CompileOptions, compile_engine, left_out
 from dualtoken_deploy.targets.tensorrt_rtx.export import RULES, opset_of
 
@@ -95,10 +96,10 @@ class Subject:
         if precision == "int8":
             graph = QdqQuantizer(graph, self.calibration, NEUTRAL).quantize()
         elif precision == "fp8":
-            graph = quantize.Fp8Backend(graph, self.calibration, "minmax", say).quantize(())
+            graph = fp8.Fp8Backend(graph, self.calibration, "minmax", say).quantize(())
         elif precision == "int4":
-            graph = quantize.Int4Backend(graph).quantize(())
-        return type_onnx(graph, precision, opset_of(precision))
+            graph = int4.Int4Backend(graph).quantize(())
+        return type_onnx(graph, get_target("tensorrt-rtx").precision(precision).beside, opset_of(precision))
 
     def sqnr_db(self, path: Path, precision: str) -> float:
         contract, outputs = self.request.contract, self.request.outputs

@@ -39,7 +39,7 @@ from dualtoken_deploy.targets.nvidia.network import parse_batches, read_network
 from dualtoken_deploy.targets.onnx.export import export_onnx
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
 from dualtoken_deploy.targets.request import Artifact, Request
-from dualtoken_deploy.targets.table import Target
+from dualtoken_deploy.targets.table import TARGETS, Target
 from dualtoken_deploy.targets.tensorrt.export import OPSET, RULES, type_onnx
 from dualtoken_deploy.targets.tensorrt_rtx.compile import _ORIGIN
 from dualtoken_deploy.targets.tensorrt_rtx.validity import malformed
@@ -119,7 +119,7 @@ def typed_graph(small_bundle: MakeBundle) -> Callable[[dict[str, Any]], onnx.Mod
         if precision == "int8":
             noise = np.random.default_rng(6).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
             source = QdqQuantizer(source, CalibrationSet.of_arrays("noise", noise, contract), NEUTRAL).quantize()
-        return type_onnx(source, precision)
+        return type_onnx(source, TARGETS["tensorrt"].precision(precision).beside)
 
     return make
 
@@ -266,7 +266,7 @@ def test_a_quantized_source_keeps_its_pairs(small_bundle: MakeBundle, tmp_path: 
         weight_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
     )  # fmt: skip
     source = onnx.load(tmp_path / "q.onnx")
-    typed = type_onnx(source, "int8")
+    typed = type_onnx(source, "float16")
     before, after = (Counter(n.op_type for n in m.graph.node) for m in (source, typed))
     assert after["QuantizeLinear"] == before["QuantizeLinear"] > 30
     assert after["DequantizeLinear"] == before["DequantizeLinear"] > 60

@@ -23,8 +23,8 @@ from dualtoken_deploy.pipeline.build import build_bundle, why_no_build
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.nvidia.binding import RTX, load_library
+from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.targets.tensorrt_rtx.compile import (
-    OLDEST,
     CompileOptions,
     check_options,
     compile_engine,
@@ -247,7 +247,7 @@ def one_product(precision: str) -> bytes:
     return helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
 
 
-@pytest.mark.parametrize("precision", OLDEST)
+@pytest.mark.parametrize("precision", TARGETS["tensorrt-rtx"].precisions)
 def test_the_builder_takes_a_precision_from_the_capability_on_that_we_say(precision: str) -> None:
     """Our table against the library: every precision for every capability that it has."""
     taken = dict.fromkeys(compute_capabilities(load_library(RTX)), True)
@@ -259,7 +259,9 @@ def test_the_builder_takes_a_precision_from_the_capability_on_that_we_say(precis
             taken[capability] = False
             with pytest.raises(MissingError, match=f"compute capability {capability} have no {precision}"):
                 check_options(options, precision)
-    oldest = ".".join(map(str, OLDEST[precision]))
+    needed = TARGETS["tensorrt-rtx"].precision(precision).oldest
+    assert needed is not None
+    oldest = ".".join(map(str, needed))
     capabilities = list(taken)
     assert len(capabilities) >= 6
     assert taken == {c: capabilities.index(c) >= capabilities.index(oldest) for c in capabilities}

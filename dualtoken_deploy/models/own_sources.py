@@ -31,7 +31,7 @@ from dualtoken_deploy.models.registry import (
 from dualtoken_deploy.models.source import ONNX, OWN, REFERENCE, Preprocessing, Size, Source
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights, weights_path
 from dualtoken_deploy.spec import STRETCH, Dim, TensorSpec
-from dualtoken_deploy.tasks.segment import MOST_CLASSES
+from dualtoken_deploy.tasks.table import get_task
 
 DEFAULT_SIZE = 224
 Weights = str | Path | None
@@ -131,8 +131,9 @@ def head_source(
         variant, width = variant or row.variant, width or row.width
         size = parse_image_size(image_size or row.image_size)
     _check_count(labels, len(names))
-    if row.task == "segment" and len(names) > MOST_CLASSES:
-        raise UsageError(f"a label map holds at most {MOST_CLASSES} classes, not {len(names)}")
+    most = get_task(row.task).most_classes
+    if most is not None and len(names) > most:
+        raise UsageError(f"a label map holds at most {most} classes, not {len(names)}")
     names = tuple(labels) or names
     config = make_config(variant, image_size=size, **options)
 

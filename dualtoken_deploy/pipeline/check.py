@@ -25,6 +25,7 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.pipeline.plan import Plan
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import Execution, RunnerOptions, engine_of, load_runner
+from dualtoken_deploy.targets.precision import Precision
 from dualtoken_deploy.targets.request import Artifact, Request
 from dualtoken_deploy.targets.runner import run_each
 from dualtoken_deploy.targets.table import TARGETS
@@ -196,7 +197,7 @@ def _run(plan: Plan, folder: Path, draft: Manifest, module: nn.Module, tell: Tel
     inputs = np.stack([preprocess(pictures[i].image, contract) for i in range(count)])
     tell(f"checking the saved files against {REFERENCES[draft.reference]} on {count} photographs")
     with EagerRunner(module, contract, draft.outputs, RunnerOptions()) as eager:
-        kept = clear_of_ties(classifier_of(module), eager.normalised(inputs), draft.precision)
+        kept = clear_of_ties(classifier_of(module), eager.normalised(inputs), plan.precision)
         inputs = inputs if kept is None else inputs[kept]
         expected: list[Outputs] = list(run_each(eager, contract, inputs))
     with load_runner(Bundle(folder, replace(draft, target=row.checked_by or draft.target))) as runner:
@@ -234,7 +235,7 @@ def check_executed(planned: float, executed: float, floats: tuple[str, ...], wha
         )
 
 
-def clear_of_ties(model: ImageModel | None, images: Array, precision: str) -> Array | None:
+def clear_of_ties(model: ImageModel | None, images: Array, precision: Precision) -> Array | None:
     """Which images stay TIE_MARGIN away from every point where the model jumps; None where it never does.
 
     Nearer, two exact float32 programs may round to different sides, and neither is wrong. In another precision hardly
@@ -242,7 +243,7 @@ def clear_of_ties(model: ImageModel | None, images: Array, precision: str) -> Ar
     """
     import torch
 
-    if precision != "fp32" or model is None:
+    if model is None or not precision.exact:
         return None
     parts = [model.smallest_margin(torch.from_numpy(image[None])) for image in images]
     margins = [float(part) for part in parts if part is not None]

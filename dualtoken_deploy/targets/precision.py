@@ -15,13 +15,37 @@ NO_CALIBRATION, RANGES, SEARCH = "none", "ranges", "search"
 @dataclass(frozen=True)
 class Precision:
     """One precision of a target. `weights` and `activations` name number formats, `calibration` is NO_CALIBRATION,
-    RANGES or SEARCH; `tolerance`: what saved files must reach against eager."""
+    RANGES or SEARCH; `tolerance`: what saved files must reach against eager.
+
+    `floats`: of one with pairs, what it computes in beside them; `opset`: of its ONNX, None for the target's own;
+    `oldest`: the compute capability of NVIDIA's GPUs from which on they have it; `part`: the module in the target's
+    folder whose `prepare` quantizes, so that one more of a precision is a row and a file.
+    """
 
     name: str
     weights: str
     activations: str
     tolerance: Tolerance
     calibration: str = NO_CALIBRATION
+    floats: str = ""
+    opset: int | None = None
+    oldest: tuple[int, int] | None = None
+    part: str = "quantize"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is that of eager."""
+        return self.weights == self.activations == "float32"
+
+    @property
+    def integers(self) -> bool:
+        """Whether matrix products run in integers, of which an INT8 share is counted."""
+        return self.weights == self.activations == "int8"
+
+    @property
+    def beside(self) -> str:
+        """The number format of what has no pairs."""
+        return self.floats or self.activations
 
     @property
     def weight_only(self) -> bool:

@@ -104,7 +104,8 @@ def run_quantizer(
         raise UsageError(
             f"unknown quantizer {name!r} for {target.name}; valid quantizers: {', '.join(target.quantizers)}"
         )
-    prepared: Prepared = target.part("quantize").prepare(model, request, calibration, name, options.method, tell)
+    part = target.part(target.precision(request.precision).part)
+    prepared: Prepared = part.prepare(model, request, calibration, name, options.method, tell)
     return prepared
 
 

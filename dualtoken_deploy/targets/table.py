@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, ModuleType
 
 from dualtoken_deploy.errors import UsageError
@@ -109,10 +109,22 @@ _INT8 = Precision("int8", "int8", "int8", Tolerance(3.0, 0.0), SEARCH)
 # Every operator is rounded to 8 bits where it is checked, more than a device does that keeps sums in float32: of 16
 # photographs one near-tie of a small random model fell to the other side, at 44 dB.
 _BF16_ROUNDED = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0, 0.9))
-_FP8 = Precision("fp8", "float8", "float8", Tolerance(3.0, 0.0), SEARCH)
-_INT4 = Precision("int4", "int4", "float16", Tolerance(3.0, 0.0), SEARCH)
 _INT8_WEIGHTS = Precision("int8-weights", "int8", "float32", Tolerance(3.0, 0.0), SEARCH)
 _INT4_WEIGHTS = Precision("int4-weights", "int4", "float32", Tolerance(3.0, 0.0), SEARCH)
+# TensorRT's is Q/DQ around float16.
+_INT8_HALF = replace(_INT8, floats="float16")
+
+# Attention in its parts, which the builder fuses by itself. Convolutions and pooling have bfloat16 from opset 22 on,
+# DequantizeLinear has INT4 and blocks from 21 on. The oldest GPUs are those for which the builder 1.7.1 does not refuse
+# the precision; a test asks it.
+_RTX = by_name(
+    replace(_FP32, oldest=(8, 0)),
+    replace(_FP16, oldest=(7, 5)),
+    replace(_BF16_ROUNDED, oldest=(8, 0), opset=22),
+    replace(_INT8_HALF, oldest=(7, 5)),
+    Precision("fp8", "float8", "float8", Tolerance(3.0, 0.0), SEARCH, "float16", oldest=(8, 9), part="fp8"),
+    Precision("int4", "int4", "float16", Tolerance(3.0, 0.0), SEARCH, opset=21, oldest=(8, 0), part="int4"),
+)
 
 W8A8 = "int8-w8a8"  # Core ML's precision whose activations are calibrated
 # Core ML's, oldest first. Measured by the reference runner on S: see docs/coreml.md.
@@ -210,7 +222,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="tensorrt",
                 source="onnx",
                 modules=("tensorrt", "cuda"),
-                precisions=by_name(_FP32, _FP16, _INT8),
+                precisions=by_name(_FP32, _FP16, _INT8_HALF),
                 aliases=("trt",),
                 portable=False,
                 built_by="build",
@@ -242,7 +254,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="tensorrt-rtx",
                 source="onnx",
                 modules=("tensorrt_rtx_bindings", "cuda"),
-                precisions=by_name(_FP32, _FP16, _BF16_ROUNDED, _INT8, _FP8, _INT4),
+                precisions=_RTX,
                 aliases=("rtx",),
                 portable=False,
                 built_by="build",

@@ -164,6 +164,7 @@ class Task:
     names of the outputs. `outputs`: of a model of the user's, in the alternatives that the task takes; empty: any.
     `check_images`: photographs that export checks
     on, where outputs are large; None: all. `held_out`: pictures that the loss of int8 is measured on at most.
+    `most_classes`: that outputs can tell apart; None: any number.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Task:
     outputs: tuple[tuple[OutputKind, ...], ...] = ()
     check_images: int | None = None
     held_out: int | None = None
+    most_classes: int | None = None
 
     @property
     def agrees(self) -> bool:

@@ -131,4 +131,5 @@ SEGMENT = Task(
     outputs=((OutputKind("logits", 4, layout="NCHW"),), (OutputKind("labels", 3, indices=True, layout="NHW"),)),
     check_images=4,  # an image has as many values as a thousand classifications
     held_out=100,  # a metric of fewer jumps by points
+    most_classes=MOST_CLASSES,
 )

@@ -94,7 +94,7 @@ class TrainConfig:
         _need(self.batch_size % self.accumulate == 0, parts)
 
     def _check_task(self) -> None:
-        if self.task == "classify":
+        if "head" not in DEFAULTS[self.task]:
             _need(self.head is None and self.width is None, "a head and a width belong to --task detect or segment")
             return
         _need(self.head is not None, f"task {self.task} needs a head")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,57 @@ TRAINABLE = ("retinanet", "deeplabv3", "pspnet")
 Truth = tuple[NDArray[Any], ...]
 
 
+class Anchored:
+    """What a detector learns: classes (A,) and offsets (A, 4) of its anchors."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.width, self.anchors = size[1], anchors(size)
+
+    def of(self, sample: Sample, scale: tuple[float, float], flip: bool) -> Truth | None:
+        """The truth of a stretched picture, mirrored or not; None where the sample has none of this kind."""
+        if sample.boxes is None:
+            return None
+        boxes = boxes_to_model(sample.boxes.shapes, scale)
+        boxes = flipped(boxes, self.width) if flip else boxes
+        classes, offsets = match(self.anchors, boxes, sample.boxes.classes)
+        return classes, offsets.astype(np.float32)
+
+    def nothing(self) -> Truth:
+        """The truth that counts nowhere."""
+        return np.full(len(self.anchors), UNDECIDED), np.zeros((len(self.anchors), 4), np.float32)
+
+    @staticmethod
+    def loss(outputs: tuple[Tensor, Tensor], truth: Batch) -> Tensor:
+        by_class, by_box = detection_losses(*outputs, truth[0], truth[1])
+        return by_class + by_box
+
+
+class Mapped:
+    """What a segmenter learns: a label map (H, W)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def of(self, sample: Sample, _scale: tuple[float, float], flip: bool) -> Truth | None:
+        """The truth of a stretched picture, mirrored or not; None where the sample has none of this kind."""
+        if sample.label_map is None:
+            return None
+        labels = resize_map(sample.label_map, self.size)
+        return (np.ascontiguousarray(labels[:, ::-1] if flip else labels).astype(np.int64),)
+
+    def nothing(self) -> Truth:
+        """The truth that counts nowhere."""
+        return (np.full(self.size, IGNORE, np.int64),)
+
+    @staticmethod
+    def loss(outputs: tuple[Tensor, Tensor], truth: Batch) -> Tensor:
+        return segmentation_loss(*outputs, truth[0])
+
+
+# What training adds to a task's row: its truth for a picture, and the loss of that.
+LESSONS: Mapping[str, type[Anchored] | type[Mapped]] = MappingProxyType({"detect": Anchored, "segment": Mapped})
+
+
 class LocatedImages(Dataset[tuple[Any, ...]]):
     """(uint8 (3, H, W), truth..., index, readable): of detection classes (A,) and offsets (A, 4) of the anchors, of
     segmentation a label map (H, W). A picture that cannot be decoded is black and its truth counts nowhere."""
@@ -42,7 +94,7 @@ class LocatedImages(Dataset[tuple[Any, ...]]):
     def __init__(self, data: SampleSet, config: TrainConfig) -> None:
         self.data, self.config = data, config
         self.epoch = 0
-        self.anchors = anchors(config.image_size) if config.task == "detect" else np.zeros((0, 4))
+        self.lesson = LESSONS[config.task](config.image_size)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -51,29 +103,15 @@ class LocatedImages(Dataset[tuple[Any, ...]]):
         size = self.config.image_size
         sample = read_or_none(self.data, index)
         if sample is None:
-            return np.zeros((3, *size), np.uint8), *self._nothing(), index, False
+            return np.zeros((3, *size), np.uint8), *self.lesson.nothing(), index, False
         image, scale = stretch(sample.image, size)
         flip = np.random.default_rng((self.config.seed, self.epoch, index)).random() < self.config.flip
-        truth = self._truth(sample, scale, flip)
+        truth = self.lesson.of(sample, scale, flip)
+        if truth is None:
+            raise DatasetError(f"{self.data.name} has neither boxes nor label maps for the task {self.config.task}")
         if flip:
             image = image[:, ::-1]
         return np.ascontiguousarray(image.transpose(2, 0, 1)), *truth, index, True
-
-    def _truth(self, sample: Sample, scale: tuple[float, float], flip: bool) -> Truth:
-        height, width = self.config.image_size
-        if sample.label_map is not None:
-            labels = resize_map(sample.label_map, (height, width))
-            return (np.ascontiguousarray(labels[:, ::-1] if flip else labels).astype(np.int64),)
-        if sample.boxes is None:
-            raise DatasetError(f"{self.data.name} has neither boxes nor label maps for the task {self.config.task}")
-        boxes = boxes_to_model(sample.boxes.shapes, scale)
-        classes, offsets = match(self.anchors, flipped(boxes, width) if flip else boxes, sample.boxes.classes)
-        return classes, offsets.astype(np.float32)
-
-    def _nothing(self) -> Truth:
-        if self.config.task == "segment":
-            return (np.full(self.config.image_size, IGNORE, np.int64),)
-        return np.full(len(self.anchors), UNDECIDED), np.zeros((len(self.anchors), 4), np.float32)
 
 
 class CheckImages(Dataset[tuple[Any, ...]]):
@@ -154,10 +192,7 @@ class HeadTask:
             images = self.jitter(images).clamp(0, 1)
         with autocast():
             first, second = (t.float() for t in model(normalise(images)))
-        if self.config.task == "segment":
-            return segmentation_loss(first, second, batch[1])
-        by_class, by_box = detection_losses(first, second, batch[1], batch[2])
-        return by_class + by_box
+        return self.samples.lesson.loss((first, second), batch[1:-2])
 
     def judge(self, forward: Callable[[Tensor], Any], checks: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         """The task's scores, and how many pictures could not be decoded and were left out of them."""

@@ -389,7 +389,7 @@ def _accelerator(config: TrainConfig) -> Any:
         gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # RetinaNet has the paper's parameters of a level that its head does not read
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.task != "classify")],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.head is not None)],
     )
 
 

@@ -18,6 +18,7 @@ from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets import eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions, engine_of, load_runner, why_no_latency
 from dualtoken_deploy.targets.runner import run_each
+from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.base import Outputs, Pair, Task
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.intervals import jackknife, paired_difference, wilson
@@ -193,7 +194,8 @@ def _row(
     bundle: Bundle, numbers: dict[str, Any], bundles: Sequence[Bundle], report: BenchReport | None, images: int
 ) -> Row:
     manifest = bundle.manifest
-    floats = [b for b in bundles if b.manifest.target == manifest.target and b.manifest.precision == "fp32"]
+    row = get_target(manifest.target)
+    floats = [b for b in bundles if b.manifest.target == row.name and row.precision(b.manifest.precision).exact]
     fp32 = floats[0] if floats and floats[0] is not bundle else None
     own, base = _timed(report, bundle), None if fp32 is None else _timed(report, fp32)
     faster = None if own is None or base is None else _over(base, own)

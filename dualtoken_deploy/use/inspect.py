@@ -11,7 +11,7 @@ from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.targets.load import Execution, engine_of, load_runner
-from dualtoken_deploy.targets.table import product_kinds
+from dualtoken_deploy.targets.table import get_target, product_kinds
 
 SHARE_SLACK = 0.005  # of the MACs: kernels differ a little between versions of a runtime
 
@@ -58,12 +58,19 @@ def inspect_bundle(bundle: Bundle | str | Path, device: str | None = None) -> In
 
 def int8_share(manifest: Manifest, execution: Execution) -> tuple[float, tuple[str, ...]]:
     """Share of an INT8 bundle's MACs that execute in integers, and the products that do not; 0 for other bundles."""
-    macs = None if manifest.calibration is None else manifest.calibration.macs
-    if manifest.precision != "int8" or not macs:
+    macs = _in_integers(manifest)
+    if not macs:
         return 0.0, ()
     integers = {name for name, dtype in execution.nodes.items() if dtype in ("int8", "uint8")}
     done = sum(count for name, count in macs.items() if name in integers)
     return done / sum(macs.values()), tuple(name for name in macs if name not in integers)
+
+
+def _in_integers(manifest: Manifest) -> Mapping[str, int]:
+    """MACs by product of a bundle whose products were to run in integers; none of others."""
+    if manifest.calibration is None or not get_target(manifest.target).precision(manifest.precision).integers:
+        return {}
+    return manifest.calibration.macs or {}
 
 
 def kind_precision(execution: Execution) -> dict[str, str]:
@@ -83,7 +90,7 @@ def _bare(dtype: str) -> str:
 
 def check_promise(inspection: Inspection) -> None:
     """Raises ToleranceError where the matrix products run in another dtype than the manifest says."""
-    if inspection.manifest.precision == "int8" and inspection.manifest.calibration is not None:
+    if _in_integers(inspection.manifest):
         _check_int8(inspection)
         _check_float32(inspection)
         return

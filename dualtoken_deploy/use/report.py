@@ -209,16 +209,17 @@ def export_table(results: Sequence[ExportResult | Failed]) -> Table:
             cells.append((r.bundle, r.target, r.precision, f"failed: {error}", *[""] * (len(columns) - 4)))
             continue
         made: Any = r
+        row = get_target(made.target).precision(made.precision)
         cells.append(
             (
-                *(made.bundle, made.target, get_target(made.target).precision(made.precision).title, made.state),
-                *(made.executed_precision, share(made.int8_mac_share if made.precision == "int8" else None)),
+                *(made.bundle, made.target, row.title, made.state),
+                *(made.executed_precision, share(made.int8_mac_share if row.integers else None)),
                 "-" if made.drop is None else f"{made.drop:.2f}",
                 *(f"{made.sqnr_db:.1f}", share(made.top1_agreement), f"{made.size_mib:.1f}", f"{made.seconds:.0f}"),
             )
         )
-    if len({row[3] for row in cells}) == 1 and cells[0][3] == "complete":
-        columns, cells = (*columns[:3], *columns[4:]), [(*row[:3], *row[4:]) for row in cells]
+    if len({cell[3] for cell in cells}) == 1 and cells[0][3] == "complete":
+        columns, cells = (*columns[:3], *columns[4:]), [(*cell[:3], *cell[4:]) for cell in cells]
     against = dict.fromkeys(REFERENCES[r.reference] for r in results if getattr(r, "error", None) is None)
     said = " and ".join(against) or REFERENCES[EAGER]
     return table(columns, cells, f"exported, and checked on the saved files against {said}", left=5)

@@ -17,13 +17,10 @@ from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.table import get_target
 
 # What its graph transformers and its profiler append to a node's name.
 _ADDED = re.compile(r"(/MatMulAddFusion|_token_\d+|_nchwc|/QDQ)*_kernel_time$")
-
-# Whose pairs run as they stand: onnxruntime 1.31 moves a DequantizeLinear of float8 behind operators that have none,
-# and joins one of int4 with its product to a kernel that rounds the activations to int8 too.
-PLAIN_PAIRS = ("fp8", "int4")
 
 IN_FLIGHT = 2  # asynchronous runs at a time
 
@@ -58,7 +55,9 @@ class OnnxRuntimeRunner(Bordered):
         self._options = options
         rounds = precision == "bf16"
         self._source: str | bytes = _rounding(path) if rounds else str(path)
-        self._plain = precision in PLAIN_PAIRS
+        # Pairs of another target's precision run as they stand: onnxruntime 1.31 moves a DequantizeLinear of float8
+        # behind operators that have none, and joins one of int4 with its product to a kernel that rounds activations.
+        self._plain = precision not in get_target("onnxruntime").precisions
         self.engine = "ONNX Runtime in float32, rounded to bfloat16 behind every operator" if rounds else None
         self._session = self._open()
 

@@ -13,6 +13,7 @@ from dualtoken_deploy.targets.nvidia.builder import BuildOptions, build_engine
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, INSPECTION, Host
 from dualtoken_deploy.targets.nvidia.engine import this_host as host
 from dualtoken_deploy.targets.nvidia.network import Tell
+from dualtoken_deploy.targets.table import get_target
 
 __all__ = ["CONFIRMS", "FILES", "host", "make", "timing_cache"]
 
@@ -22,11 +23,12 @@ LIBRARIES = ("tensorrt", "cuda-bindings", "numpy", "dualtoken-deploy")
 
 # What may run in float32 although the bundle is of a narrower precision: nothing that the ONNX types, and 5 % for
 # layers in which TensorRT keeps a product between float32 neighbours.
-FLOAT32_SHARE = {"fp16": 0.05, "int8": 0.05}
+FLOAT32_SHARE = 0.05
 
 
 def make(folder: Path, manifest: Manifest, options: BuildOptions, host: Host, _rebuild: bool, tell: Tell) -> Build:
     """Writes FILES beside model.onnx; what the manifest says of that. Raises MissingError, ConversionError."""
+    row = get_target(manifest.target)
     tell(f"building an engine for {host.gpu} with TensorRT {host.tensorrt}")
     onnx = (folder / "model.onnx").read_bytes()
     engine = build_engine(onnx, (manifest.input.tensor,), options, timing_cache(host), tell)
@@ -34,7 +36,7 @@ def make(folder: Path, manifest: Manifest, options: BuildOptions, host: Host, _r
     (folder / INSPECTION).write_text(engine.layers, encoding="utf-8")
     return Build(
         ships=(ENGINE,),
-        float32_share_allowed=FLOAT32_SHARE.get(manifest.precision),
+        float32_share_allowed=None if row.precision(manifest.precision).exact else FLOAT32_SHARE,
         details={
             "host": host.to_json(),
             "machine": describe_machine(),

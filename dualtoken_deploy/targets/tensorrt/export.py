@@ -6,8 +6,10 @@ both. The engine is built from it on the device: `dualtoken build`, dualtoken_de
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 from torch import nn
@@ -17,6 +19,7 @@ from dualtoken_deploy.errors import ConversionError, UsageError
 from dualtoken_deploy.targets.onnx.bfloat16 import to_bfloat16
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
+from dualtoken_deploy.targets.table import get_target
 
 RULES = DEFAULT_RULES
 
@@ -25,7 +28,10 @@ OPSET = DECOMPOSED_OPSET
 
 PRODUCTS = ("MatMul", "Conv", "Gemm")
 
-FLOAT16_PRECISIONS = ("fp16", "int8", "fp8", "int4")  # the narrow ones are Q/DQ around float16
+Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
+_TYPES: Mapping[str, Convert] = MappingProxyType(
+    {"float32": lambda model: model, "float16": to_float16, "bfloat16": to_bfloat16}
+)
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -37,28 +43,25 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
         raise UsageError(f"opset {request.opset} is not offered for tensorrt; its parsers from 10.0 on take {OPSET}")
     exported = export_onnx(model, replace(request, precision="fp32"), RULES, OPSET, tell)
     tell(f"typing the ONNX as {request.precision}")
-    typed = type_onnx(exported.model, request.precision)
+    typed = type_onnx(exported.model, get_target("tensorrt").precision(request.precision).beside)
     onnx.save(typed, folder / "model.onnx")
     return Artifact(exported.rules, {**exported.operators, "typed": operator_counts(typed)})
 
 
-def type_onnx(source: onnx.ModelProto, precision: str, opset: int = OPSET) -> onnx.ModelProto:
+def type_onnx(source: onnx.ModelProto, floats: str, opset: int = OPSET) -> onnx.ModelProto:
     """`source`, float32 with or without Q/DQ pairs, as the ONNX that a strongly typed network takes; source is kept.
 
-    fp32 leaves the types; fp16 and int8 make all but softmax and normalisation float16 (a quantized source keeps its
-    int8 tensors, their scales become float16), bf16 makes it bfloat16. Products are named by the value they make,
+    `floats` float32 leaves the types; float16 is for all but softmax and normalisation (a quantized source keeps its
+    narrow tensors, their scales become float16), bfloat16 for all. Products are named by the value they make,
     "<layer>/<operator>" or "<layer>@<operator>": TensorRT's inspector tells the origin of a layer by those names.
     Raises UsageError on another opset than `opset`, ConversionError where the result does not check.
     """
     version = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
     if version != opset:
         raise UsageError(f"opset {version} is not offered for tensorrt; its parsers from 10.0 on take {opset}")
-    typed = onnx.ModelProto()
-    typed.CopyFrom(source)
-    if precision in FLOAT16_PRECISIONS:
-        typed = to_float16(typed)
-    elif precision == "bf16":
-        typed = to_bfloat16(source)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(source)
+    typed = _TYPES[floats](copy)
     for node in typed.graph.node:
         if node.op_type in PRODUCTS:
             value = node.output[0]

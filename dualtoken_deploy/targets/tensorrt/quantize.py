@@ -19,7 +19,7 @@ class TensorRtBackend(OnnxBackend):
     """The graph with what is not quantized in float16: what `dualtoken build` makes an engine of."""
 
     def write(self, in_float: Iterable[str], folder: Path) -> None:
-        onnx.save(type_onnx(self._quantizer.quantize(in_float), "int8"), folder / "model.onnx")
+        onnx.save(type_onnx(self._quantizer.quantize(in_float), "float16"), folder / "model.onnx")
 
 
 def prepare(

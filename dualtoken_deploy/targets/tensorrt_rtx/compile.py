@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dualtoken_deploy.bundle.blocks import Build
@@ -25,6 +24,7 @@ from dualtoken_deploy.targets.nvidia.network import (
     parse_batches,
     read_network,
 )
+from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.targets.tensorrt_rtx.validity import malformed
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")
 
-# The oldest compute capability that the builder compiles a precision for: what its 1.7.1 refuses, and a test asks it.
-OLDEST: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {"fp32": (8, 0), "fp16": (7, 5), "bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9), "int4": (8, 0)}
-)
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")  # the parser's note on each layer
 
 
@@ -103,8 +99,9 @@ def check_options(options: CompileOptions, precision: str) -> None:
                 f"{RTX.title} {trt.__version__} compiles for no compute capability {capability}; it has "
                 f"{', '.join(known)} (Jetson and data-centre GPUs: --target tensorrt)"
             )
-        if version_tuple(capability) < OLDEST[precision]:
-            oldest = ".".join(map(str, OLDEST[precision]))
+        needed = get_target("tensorrt-rtx").precision(precision).oldest
+        if needed is not None and version_tuple(capability) < needed:
+            oldest = ".".join(map(str, needed))
             raise MissingError(
                 f"GPUs of compute capability {capability} have no {precision} in {RTX.title}; it needs {oldest} or "
                 "later: leave that capability out, or take --precision fp16"

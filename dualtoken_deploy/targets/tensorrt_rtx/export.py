@@ -17,6 +17,7 @@ from dualtoken_deploy.targets.nvidia.binding import RTX
 from dualtoken_deploy.targets.nvidia.engine import ENGINE
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx, operator_counts
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
+from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.targets.tensorrt.export import PRODUCTS, type_onnx
 from dualtoken_deploy.targets.tensorrt_rtx.compile import (
     CompileOptions,
@@ -27,9 +28,6 @@ from dualtoken_deploy.targets.tensorrt_rtx.compile import (
 )
 
 RULES = DEFAULT_RULES
-# Attention in its parts, which the builder fuses by itself. Convolutions and pooling have bfloat16 from opset 22 on,
-# DequantizeLinear has INT4 and blocks from 21 on.
-OPSETS = {"bf16": 22, "int4": 21}
 
 
 def check(precision: str, opset: int | None, settings: Mapping[str, str]) -> None:
@@ -43,7 +41,7 @@ def check(precision: str, opset: int | None, settings: Mapping[str, str]) -> Non
 
 def opset_of(precision: str) -> int:
     """The opset that a precision is exported in."""
-    return OPSETS.get(precision, DECOMPOSED_OPSET)
+    return get_target("tensorrt-rtx").precision(precision).opset or DECOMPOSED_OPSET
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -51,7 +49,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     opset = opset_of(request.precision)
     exported = export_onnx(model, replace(request, precision="fp32"), RULES, opset, tell)
     tell(f"typing the ONNX as {request.precision}")
-    typed = type_onnx(exported.model, request.precision, opset)
+    typed = type_onnx(exported.model, get_target("tensorrt-rtx").precision(request.precision).beside, opset)
     onnx.save(typed, folder / "model.onnx")
     return Artifact(exported.rules, {**exported.operators, "typed": operator_counts(typed)})
 
