@@ -28,6 +28,7 @@ from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import AsyncRunner, Runner, RunnerOptions
 from dualtoken_deploy.targets.openvino.runner import has_bfloat16
 from dualtoken_deploy.targets.table import TARGETS
+from dualtoken_deploy.tasks.classify import level_top1
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
 from dualtoken_deploy.use.validate import gate, validate
 from tests.conftest import PORTABLE, ROWS, SMALL, TINY
@@ -92,6 +93,40 @@ def test_bf16_computes_in_bfloat16(small_bundle: MakeBundle) -> None:
     ours, theirs = (compare(narrow.golden["logits"], logits).sqnr_db for logits in (found, same))
     assert 30 <= ours <= 60
     assert abs(ours - theirs) < 10, (ours, theirs)
+    assert narrow.manifest.tolerance.top1_agreement == 1.0
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no bfloat16")
+def test_only_answers_that_bfloat16_cannot_tell_apart_may_turn(small_bundle: MakeBundle) -> None:
+    """Counted here on the photographs by the neighbours of each logit in torch's bfloat16."""
+    full, narrow = (Bundle.open(small_bundle("openvino", p)) for p in ("fp32", "bf16"))
+    pictures = [preprocess(load_image(path), full.manifest.input) for path in open_dataset("photographs").images]
+    with load_runner(full) as wide, load_runner(narrow) as runner:
+        logits, found = (
+            np.concatenate([one.run({"image": p[None]})["logits"] for p in pictures]) for one in (wide, runner)
+        )
+    best, second = np.sort(logits, -1)[:, ::-1][:, :2].T
+    step = neighbour(best, 1) - neighbour(best, 0)
+    level = best - second < 2 * np.abs(step)
+    assert (logits.argmax(-1) == found.argmax(-1))[~level].all()
+    said = narrow.manifest.measured.level
+    assert level.sum() == (0 if said is None else said.images)
+
+
+def neighbour(values: np.ndarray, above: int) -> np.ndarray:
+    """The bfloat16 number that values are cut to, or the one with the next larger magnitude."""
+    bits = torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(torch.int32) >> 16
+    return ((bits + above) << 16).view(torch.float32).numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize(("steps", "level"), [(0, True), (1, True), (2, False), (5, False)])
+@pytest.mark.parametrize("top", [0.73, -3.0, 1100.0, 1e-4])
+def test_level_answers_are_those_nearer_than_two_steps(steps: int, level: bool, top: float) -> None:
+    first = neighbour(np.array([top]), 0)
+    second = neighbour(np.array([top]), -steps if top > 0 else steps)
+    logits = np.stack([first, second, second - 1], -1)
+    assert second <= first
+    assert level_top1({"logits": logits}, 2.0**-7).tolist() == [level]
 
 
 def test_a_device_without_bfloat16_runs_nothing_else_instead(

@@ -71,6 +71,15 @@ class NearTies:
     images: int
 
 
+@dataclass(frozen=True)
+class Level:
+    """Pictures of which no agreement was asked: their two best answers are so near that the precision's numbers, which
+    have steps of `step` at one, cannot say which comes first."""
+
+    step: float
+    images: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Counted on the model, and measured on the saved files before the bundle got its name.
@@ -83,6 +92,7 @@ class Measured:
     macs: int | None = None
     int8_mac_share: float = 0.0
     near_ties: NearTies | None = None
+    level: Level | None = None
     golden: Figures | None = None
     photographs: Figures | None = None
     checked_by: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dualtoken_deploy.bundle.blocks import Figures, Measured, NearTies, Weights
+from dualtoken_deploy.bundle.blocks import Figures, Level, Measured, NearTies, Weights
 from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, EAGER, PREPARED, REFERENCES, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.data.images import preprocess
@@ -139,9 +139,11 @@ def check_and_complete(
     meter = task.meter()
     for want, got in zip(ran.expected, ran.actual, strict=True):
         meter.add(want, got)
+    decided = _decided(plan, ran.expected, ran.actual)
     golden, wanted, given = (_first(rows, contract.batch or 1) for rows in (ran.inputs, ran.expected, ran.actual))
     likeness, on_golden = meter.likeness(), task.compare(wanted, given)
-    _check_tolerance(plan, draft, {"golden": on_golden, "photographs": likeness})
+    of_golden = _decided(plan, [wanted], [given])
+    _check_tolerance(plan, draft, {"golden": (on_golden, of_golden), "photographs": (likeness, decided)})
     share, floats = int8_share(draft, ran.execution)
     planned = None if draft.calibration is None else draft.calibration.planned_int8_mac_share
     checker = plan.target.checked_by
@@ -158,6 +160,7 @@ def check_and_complete(
             draft.measured,
             int8_mac_share=share,
             near_ties=ties,
+            level=decided.level,
             golden=figures(task, on_golden),
             photographs=figures(task, likeness, len(ran.inputs)),
             checked_by=checker,
@@ -214,10 +217,34 @@ def _first(rows: Any, count: int) -> Any:
     return chosen[0] if count == 1 else {name: np.concatenate([one[name] for one in chosen]) for name in chosen[0]}
 
 
-def _check_tolerance(plan: Plan, draft: Manifest, measured: Mapping[str, Likeness]) -> None:
+@dataclass(frozen=True)
+class _Decided:
+    """What agrees of the pictures whose best answer the precision can tell, and those that it cannot."""
+
+    agreement: float
+    level: Level | None
+
+
+def _decided(plan: Plan, expected: Sequence[Outputs], actual: Sequence[Outputs]) -> _Decided:
+    task, step = plan.task, plan.precision.step
+    left, meter, added = 0, task.meter(), False
+    for want, got in zip(expected, actual, strict=True):
+        if task.level is not None and step is not None:
+            clear = ~task.level(want, step)
+            left += int((~clear).sum())
+            if not clear.any():
+                continue
+            want, got = ({name: rows[clear] for name, rows in one.items()} for one in (want, got))
+        meter.add(want, got)
+        added = True
+    agreement = meter.likeness().agreement if added else None
+    return _Decided(1.0 if agreement is None else agreement, Level(step, left) if left and step else None)
+
+
+def _check_tolerance(plan: Plan, draft: Manifest, measured: Mapping[str, tuple[Likeness, _Decided]]) -> None:
     wanted = draft.tolerance
-    for where, found in measured.items():
-        agreement = 1.0 if found.agreement is None else found.agreement
+    for where, (found, decided) in measured.items():
+        agreement = decided.agreement
         if found.sqnr_db < wanted.sqnr_db or agreement < wanted.top1_agreement:
             raise ToleranceError(
                 f"{plan.what} as {draft.target} {draft.precision} is out of tolerance on {where}: SQNR "

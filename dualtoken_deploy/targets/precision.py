@@ -11,6 +11,9 @@ from dualtoken_deploy.spec import Tolerance
 # How a precision gets its ranges: it needs none; it measures them on pictures; it also searches which layers take it
 NO_CALIBRATION, RANGES, SEARCH = "none", "ranges", "search"
 
+# 2**-(bits of the fraction), IEEE 754 and bfloat16
+_STEPS = MappingProxyType({"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7})
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -41,6 +44,11 @@ class Precision:
     def integers(self) -> bool:
         """Whether matrix products run in integers, of which an INT8 share is counted."""
         return self.weights == self.activations == "int8"
+
+    @property
+    def step(self) -> float | None:
+        """Between a number at one and the next, of the format that is computed in; None for integers."""
+        return _STEPS.get(self.activations)
 
     @property
     def beside(self) -> str:

@@ -102,13 +102,9 @@ _FP32 = Precision("fp32", "float32", "float32", Tolerance(100.0))
 _FP16 = Precision("fp16", "float16", "float16", Tolerance(45.0))
 _FP16_WEIGHTS = Precision("fp16", "float16", "float32", Tolerance(45.0))
 # bf16 keeps 8 bits of a number; measured 46 dB on S, 19 dB less than fp16 with its 11, as three bits should be.
-# With the general deploy rules one photograph of 16 turned on a small random model (42.8 dB); the cause was not found.
-_BF16 = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0, 0.9))
+_BF16 = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0))
 # int8 is gated by its accuracy on held-out pictures instead, so all that is asked of the logits is to be of use.
 _INT8 = Precision("int8", "int8", "int8", Tolerance(3.0, 0.0), SEARCH)
-# Every operator is rounded to 8 bits where it is checked, more than a device does that keeps sums in float32: of 16
-# photographs one near-tie of a small random model fell to the other side, at 44 dB.
-_BF16_ROUNDED = Precision("bf16", "bfloat16", "bfloat16", Tolerance(30.0, 0.9))
 _INT8_WEIGHTS = Precision("int8-weights", "int8", "float32", Tolerance(3.0, 0.0), SEARCH)
 _INT4_WEIGHTS = Precision("int4-weights", "int4", "float32", Tolerance(3.0, 0.0), SEARCH)
 # TensorRT's is Q/DQ around float16.
@@ -120,7 +116,7 @@ _INT8_HALF = replace(_INT8, floats="float16")
 _RTX = by_name(
     replace(_FP32, oldest=(8, 0)),
     replace(_FP16, oldest=(7, 5)),
-    replace(_BF16_ROUNDED, oldest=(8, 0), opset=22),
+    replace(_BF16, oldest=(8, 0), opset=22),
     replace(_INT8_HALF, oldest=(7, 5)),
     Precision("fp8", "float8", "float8", Tolerance(3.0, 0.0), SEARCH, "float16", oldest=(8, 9), part="fp8"),
     Precision("int4", "int4", "float16", Tolerance(3.0, 0.0), SEARCH, opset=21, oldest=(8, 0), part="int4"),

@@ -164,7 +164,9 @@ class Task:
     names of the outputs. `outputs`: of a model of the user's, in the alternatives that the task takes; empty: any.
     `check_images`: photographs that export checks
     on, where outputs are large; None: all. `held_out`: pictures that the loss of int8 is measured on at most.
-    `most_classes`: that outputs can tell apart; None: any number.
+    `most_classes`: that outputs can tell apart; None: any number. `level(expected, step)`: (N,), whether the two best
+    answers to a picture lie so near that numbers with steps of that part of themselves cannot say which comes first;
+    None: the task chooses no best one.
     """
 
     name: str
@@ -189,6 +191,7 @@ class Task:
     check_images: int | None = None
     held_out: int | None = None
     most_classes: int | None = None
+    level: Callable[[Outputs, float], Array] | None = None
 
     @property
     def agrees(self) -> bool:

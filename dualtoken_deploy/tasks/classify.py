@@ -40,6 +40,21 @@ def same_top1(expected: Outputs, actual: Outputs) -> Array:
     return same
 
 
+STEPS = 2  # each of two numbers is rounded by half a step where it is written, and by as much before that
+
+
+def level_top1(expected: Outputs, step: float) -> Array:
+    """(N,): whether the two largest logits are nearer than STEPS steps of a number format at their size. `step`: the
+    format's, at one."""
+    logits = logits_of(expected).astype(np.float64)
+    if logits.shape[-1] < 2:
+        return np.zeros(len(logits), bool)
+    best = np.sort(logits, -1)[:, -2:]
+    at_size = step * 2.0 ** np.floor(np.log2(np.maximum(np.abs(best).max(-1), 1e-30)))
+    near: Array = best[:, 1] - best[:, 0] < STEPS * at_size
+    return near
+
+
 @dataclass(frozen=True)
 class _Renumbered:
     """Samples of `data` whose labels are indices of another list."""
@@ -123,4 +138,5 @@ CLASSIFY = Task(
     paint=None,
     tolerance=same_tolerance,
     outputs=((OutputKind("logits", 2, layout="NC"),),),
+    level=level_top1,
 )

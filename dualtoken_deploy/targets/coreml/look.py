@@ -37,7 +37,9 @@ def coreml_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
     outputs = {spec.arg.name for spec in program.graph_signature.output_specs}
     tell("running the float program")
     nodes = [node for node in program.graph.nodes if node.name in names]
-    kinds = {names[n.name]: operation(n) for n in nodes if n.name in outputs or operation(n) not in MOVES}
+    held = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
+    kept = [n for n in nodes if n.name in outputs or (operation(n) not in MOVES and not _joins(n, held))]
+    kinds = {names[n.name]: operation(n) for n in kept}
     recorder = Recorder(program.module(), {graph: name for graph, name in names.items() if name in kinds})
     with torch.no_grad():
         batches = [torch.from_numpy(planar(_batch(bundle, image), manifest.input.tensor)) for image in inputs]
@@ -45,6 +47,15 @@ def coreml_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
     values = {name: np.concatenate([_first(bundle, run[name]) for run in runs]) for name in kinds}
     edges = [([names[i.name] for i in node.all_input_nodes if i.name in names], [names[node.name]]) for node in nodes]
     return Insides(kinds, values, edges, _to_tokens if layout == "ane" else lambda value: value)
+
+
+def _joins(node: torch.fx.Node, held: set[str]) -> bool:
+    """Whether coremltools makes one batch_norm of a product with a constant and the sum with one that alone reads it:
+    the package then has the sum's value and not the product's. `held`: names of constants."""
+    if operation(node) != "mul" or len(node.users) != 1:
+        return False
+    (reader,) = node.users
+    return operation(reader) == "add" and all(any(i.name in held for i in n.all_input_nodes) for n in (node, reader))
 
 
 def float_program(
