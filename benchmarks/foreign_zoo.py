@@ -15,6 +15,11 @@ from torch import Tensor, nn
 # Least distance of the two best logits of any photograph, in root mean squares of the logits. A target at 40 dB, the
 # loosest of float16, is off by 0.01 of them.
 CLEAR = 0.03
+# Random batch normalisations one after the other blow rounding up, MobileNetV2's to 20 dB in PyTorch's own float16. They
+# do so less where most units pass what they get, with biases this far above zero, and where no channel that hardly
+# varies, below this part of its layer's mean variance, is stretched to one.
+CALM = 1.0
+FLOOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ def _fill(key: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.copy_(0.1 * noise)
     elif key.endswith("weight"):
         tensor.copy_(noise / tensor[0].numel() ** 0.5)
+        if tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[2] > 1:  # of a channel alone
+            tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2] += 1  # noise alone is what takes a map's edges
     else:
         tensor.copy_(0.1 * noise)
 
@@ -67,6 +74,7 @@ def _settle(made: nn.Module) -> None:
     pictures = photographs()
     norms = [m for m in made.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)]
     for norm in norms:
+        norm.bias.add_(CALM)
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all that is seen
         norm.train()
@@ -74,6 +82,9 @@ def _settle(made: nn.Module) -> None:
     for norm in norms:
         norm.momentum = 0.1
         norm.eval()
+        variance = norm.running_var
+        assert variance is not None  # noqa: S101
+        variance.copy_(variance.maximum(FLOOR * variance.mean()))  # what hardly varies would be rounding, blown up
     logits = getattr(given, "logits", None)
     if logits is None or logits.ndim != 2:
         return
@@ -102,7 +113,7 @@ def photographs(size: int = 64) -> Tensor:
     return torch.stack([torch.from_numpy(preprocess(pictures[i].image, contract)) for i in range(len(pictures))])
 
 
-def convnext(seed: int = 2) -> nn.Module:
+def convnext(seed: int = 0) -> nn.Module:
     return _make(seed, "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[24, 32, 48, 64],
                  depths=[1, 1, 2, 1], num_labels=10, image_size=64)  # fmt: skip
 
@@ -144,32 +155,32 @@ def dinov2(seed: int = 3) -> nn.Module:
                  num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, num_labels=10)  # fmt: skip
 
 
-def mobilevit(seed: int = 4) -> nn.Module:
+def mobilevit(seed: int = 5) -> nn.Module:
     return _make(seed, "MobileViTForImageClassification", "MobileViTConfig", image_size=64, hidden_sizes=[24, 32, 40],
                  neck_hidden_sizes=[8, 16, 24, 32, 40, 48, 96], num_attention_heads=4, num_labels=10)  # fmt: skip
 
 
-def mobilenet_v2(seed: int = 0) -> nn.Module:
+def mobilenet_v2(seed: int = 1) -> nn.Module:
     return _make(seed, "MobileNetV2ForImageClassification", "MobileNetV2Config", image_size=64, depth_multiplier=0.35,
                  num_labels=10)  # fmt: skip
 
 
-def resnet(seed: int = 1) -> nn.Module:
+def resnet(seed: int = 0) -> nn.Module:
     return _make(seed, "ResNetForImageClassification", "ResNetConfig", embedding_size=16, hidden_sizes=[16, 24, 32, 48],
                  depths=[1, 1, 2, 1], layer_type="basic", num_labels=10)  # fmt: skip
 
 
-def regnet(seed: int = 1) -> nn.Module:
+def regnet(seed: int = 0) -> nn.Module:
     return _make(seed, "RegNetForImageClassification", "RegNetConfig", embedding_size=16, hidden_sizes=[16, 24, 32, 48],
                  depths=[1, 1, 2, 1], groups_width=8, num_labels=10)  # fmt: skip
 
 
-def efficientnet(seed: int = 1) -> nn.Module:
+def efficientnet(seed: int = 0) -> nn.Module:
     return _make(seed, "EfficientNetForImageClassification", "EfficientNetConfig", image_size=64, width_coefficient=0.5,
                  depth_coefficient=0.5, hidden_dim=640, num_labels=10)  # fmt: skip
 
 
-def pvt_v2(seed: int = 1) -> nn.Module:
+def pvt_v2(seed: int = 0) -> nn.Module:
     return _make(seed, "PvtV2ForImageClassification", "PvtV2Config", image_size=64, hidden_sizes=[16, 24, 32, 48],
                  depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 4], num_labels=10)  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,23 @@ def test_other_peoples_models_run_as_eager_does(name: str, tmp_path: Path) -> No
     layers = [path for path, part in source.make().named_modules() if type(part) is nn.Linear]
     named = [path for path in layers if path.removeprefix("model.") in made]
     assert len(named) > len(layers) / 2  # the rest were joined, or give an output, and have its name
+
+
+@pytest.mark.parametrize("name", ["levit", "vit"])
+def test_what_stands_in_the_table_tells_pictures_apart(name: str) -> None:
+    """Or an agreement would say nothing: answers differ, and no photograph is near a tie."""
+    spec = importlib.util.spec_from_file_location("foreign_zoo", ZOO)
+    assert spec is not None
+    assert spec.loader is not None
+    zoo = importlib.util.module_from_spec(spec)
+    sys.modules["foreign_zoo"] = zoo
+    spec.loader.exec_module(zoo)
+    model = getattr(zoo, name)()
+    with torch.no_grad():
+        logits = model(pixel_values=zoo.photographs()).logits
+    first, second = logits.sort(-1, descending=True).values[:, :2].T
+    assert len(set(logits.argmax(-1).tolist())) >= 4
+    assert (first - second).min() > zoo.CLEAR * logits.square().mean().sqrt()
 
 
 class Inner(nn.Module):

@@ -404,7 +404,7 @@ def test_a_bias_of_rank_1_would_run_in_float(
     shares = []
     for keep_apart in (True, False):
         if not keep_apart:
-            monkeypatch.setattr(onnx_qdq, "_keep_bias_apart", lambda _: None)
+            monkeypatch.setattr(onnx_qdq, "_keep_bias_apart", lambda *_: None)
         folder = tmp_path / str(keep_apart)
         folder.mkdir()
         OnnxBackend(graph, calibration, "minmax", onnxruntime_style(), lambda _: None).write((), folder)
