@@ -15,7 +15,7 @@ from torch import Tensor, nn
 # Least distance of the two best logits of any photograph, in root mean squares of the logits. A target at 40 dB, the
 # loosest of float16, is off by 0.01 of them.
 CLEAR = 0.03
-# Random batch normalisations one after the other blow rounding up, MobileNetV2's to 20 dB in PyTorch's own float16. They
+# Random batch normalisations one after the other blow rounding up: MobileNetV2 had 20 dB in PyTorch's own float16. They
 # do so less where most units pass what they get, with biases this far above zero, and where no channel that hardly
 # varies, below this part of its layer's mean variance, is stretched to one.
 CALM = 1.0

@@ -143,9 +143,7 @@ def compare(
     timed = [b for b in opened if why_no_latency(b) is None]
     report = bench(timed, "eager", threads, None, rounds, seconds, None, tell) if timed else None
     rows = tuple(_row(b, found[i], opened, report, len(images)) for i, b in enumerate(opened))
-    return Comparison(
-        images.name, len(images), measure, eager_score, rows, report, opened[0].manifest.reference
-    )
+    return Comparison(images.name, len(images), measure, eager_score, rows, report, opened[0].manifest.reference)
 
 
 def _outputs(bundle: Bundle, images: SampleSet, runner: Runner, who: str, tell: Tell) -> list[Outputs]:

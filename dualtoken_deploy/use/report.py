@@ -220,7 +220,7 @@ def export_table(results: Sequence[ExportResult | Failed]) -> Table:
         )
     if len({cell[3] for cell in cells}) == 1 and cells[0][3] == "complete":
         columns, cells = (*columns[:3], *columns[4:]), [(*cell[:3], *cell[4:]) for cell in cells]
-    against = dict.fromkeys(REFERENCES[r.reference] for r in results if getattr(r, "error", None) is None)
+    against = dict.fromkeys(REFERENCES[made] for r in results if (made := getattr(r, "reference", None)) is not None)
     said = " and ".join(against) or REFERENCES[EAGER]
     return table(columns, cells, f"exported, and checked on the saved files against {said}", left=5)
 
@@ -358,7 +358,8 @@ def comparison_table(found: Comparison) -> Table:
         )
         for row in found.rows
     ]
-    title = f"{found.data}, {found.images} images; {REFERENCES[found.reference]}: {share(found.eager_score)}; lost: points, 95 % interval"
+    eager = f"{REFERENCES[found.reference]}: {share(found.eager_score)}"
+    title = f"{found.data}, {found.images} images; {eager}; lost: points, 95 % interval"
     engines = {row.engine: row.target for row in found.rows if row.engine}
     title += "".join(f"; {target}: {engine}" for engine, target in engines.items())
     machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"
