@@ -22,7 +22,7 @@ from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.base import Outputs, Pair, Task
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.use.intervals import jackknife, paired_difference, wilson
-from dualtoken_deploy.use.plots import COLOURS, label_points, save_figure
+from dualtoken_deploy.use.plots import COLOURS, GREY, label_points, save_figure
 from dualtoken_deploy.use.validate import chunks, open_for, read
 
 WORTH_DROP = 0.5  # points: more than this is not worth any speed without being asked for
@@ -316,9 +316,9 @@ def fill(figure: Any, comparison: Comparison) -> None:
         axis.errorbar([x], [y], [[y - low], [high - y]], [[x - fast], [slow - x]], color=colour, linewidth=1, capsize=3)
         axis.scatter([x], [y], s=AREA_MIB * mark.size_mib, color=colour, alpha=0.55)
     if comparison.eager_score is not None:
-        axis.axhline(100 * comparison.eager_score, color=COLOURS[6], linewidth=1, linestyle="--", label="eager")
+        axis.axhline(100 * comparison.eager_score, color=GREY, linewidth=1, linestyle="--", label="eager")
     for size in _sizes([mark.size_mib for mark in shown]):
-        axis.scatter([], [], s=AREA_MIB * size, color=COLOURS[6], alpha=0.55, label=f"{size:g} MiB")
+        axis.scatter([], [], s=AREA_MIB * size, color=GREY, alpha=0.55, label=f"{size:g} MiB")
     axis.set_xlabel("median latency (ms); bar: fastest and slowest round")
     axis.set_ylabel(f"{comparison.metric or 'agreement with eager'} (%); bar: 95 % interval")
     axis.margins(0.25, 0.2)

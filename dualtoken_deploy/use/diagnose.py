@@ -28,7 +28,7 @@ from dualtoken_deploy.targets.inner import Insides, open_look
 from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.targets.table import TARGETS, get_target
 from dualtoken_deploy.tasks.table import get_task
-from dualtoken_deploy.use.plots import COLOURS, LIMIT, label_points, save_figure
+from dualtoken_deploy.use.plots import COLOURS, GREY, LIMIT, label_points, save_figure
 
 REFERENCE_DB = 90.0  # the float program against eager
 LEAST_SEEN = 0.5  # of the values; the bundles of this version have 95 % and more
@@ -207,7 +207,7 @@ def fill(figure: Any, diagnosis: Diagnosis) -> None:
         at = [i for i, own in enumerate(stages) if own == stage]
         colour = COLOURS[number % len(COLOURS)]
         axis.plot(at, [values[i] for i in at], linestyle="none", marker="o", markersize=4, color=colour, label=stage)
-    axis.plot(values, linewidth=0.5, color=COLOURS[6], zorder=1)
+    axis.plot(values, linewidth=0.5, color=GREY, zorder=1)
     threshold = diagnosis.threshold_db
     if threshold <= CLIP_DB:
         axis.axhline(threshold, color=LIMIT, linewidth=1, linestyle="--", label=f"threshold {threshold:g} dB")

@@ -23,8 +23,9 @@ SUFFIXES = (".png", ".svg", ".pdf")
 DARK = "-dark"  # at the end of a file's stem
 
 # Okabe and Ito 2008, "Color Universal Design": told apart with any colour vision, on light and on dark.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#F0E442")
-LIMIT = "#D55E00"  # budgets and thresholds
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442")
+LIMIT = "#D55E00"  # theirs too: budgets, thresholds, and what is to be looked at
+GREY = "#8b949e"  # what other things are seen against
 TITLE, LABEL, TICK, CAPTION = 11, 9, 8, 7  # points
 CAPTION_CHARACTERS = 16  # of a caption's line, for an inch of width
 
@@ -106,12 +107,15 @@ def label_points(
 
     To be called when all else is drawn.
     """
+    from matplotlib import patheffects
+
     figure = axis.figure
     figure.draw_without_rendering()
     renderer, frame = figure.canvas.get_renderer(), axis.get_window_extent()
     scale = figure.dpi / 72
     at = axis.transData.transform(np.array(points, float)) if points else np.zeros((0, 2))
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in at]
+    halo = [patheffects.withStroke(linewidth=2.5, foreground=axis.get_facecolor())]  # over lines it can still be read
     written = []
     for index, text in enumerate(texts):
         for distance, turn in ((d, t) for d in (9, 18, 30) for t in range(16)):
@@ -120,7 +124,14 @@ def label_points(
             ha = "left" if dx > 1 else "right" if dx < -1 else "center"
             va = "bottom" if dy > 1 else "top" if dy < -1 else "center"
             note = axis.annotate(
-                text, points[index], xytext=(dx, dy), textcoords="offset points", fontsize=size, ha=ha, va=va
+                text,
+                points[index],
+                xytext=(dx, dy),
+                textcoords="offset points",
+                fontsize=size,
+                ha=ha,
+                va=va,
+                path_effects=halo,
             )
             box = note.get_window_extent(renderer)
             own = (box.x0, box.y0, box.x1, box.y1)
@@ -202,7 +213,7 @@ def fill_search(figure: Any, calibration: Calibration, found: SearchResult) -> N
     axis = figure.subplots()
     steps = found.trace
     points = [(100 * s.int8_share, s.drop) for s in steps]
-    axis.plot(*zip(*points, strict=True), linewidth=0.8, color=COLOURS[6], zorder=1)
+    axis.plot(*zip(*points, strict=True), linewidth=0.8, color=GREY, zorder=1)
     held = [step.drop <= (calibration.max_drop or 0.0) for step in steps]
     for kept, name, colour in ((True, "within the budget", COLOURS[0]), (False, "beyond it", COLOURS[1])):
         some = [point for point, holds in zip(points, held, strict=True) if holds == kept]

@@ -59,11 +59,20 @@ def _fitted(made: Table, console: Console) -> Table:
     kept = [(column, list(column.cells)) for column in made.columns]
     if made.row_count > 0:
         kept = [(column, cells) for column, cells in kept if any(str(cell) not in ("", "-") for cell in cells)]
-    out = _copy(made, made.columns if made.row_count == 0 else [column for column, _ in kept])
-    for row in zip(*(cells for _, cells in kept), strict=True):
-        out.add_row(*row)
-    words = sum(_widest_word(column, cells) for column, cells in kept) + 3 * len(kept) + 1
-    if words <= console.width:
+    if made.row_count == 0:
+        return made
+    widths = [_widest_word(column, cells) for column, cells in kept]
+    room = console.width - 3 * len(kept) - 1 - sum(widths)
+    if room >= 0:
+        whole = [max(cell_len(str(text)) for text in (column.header, *cells)) for column, cells in kept]
+        for i in sorted(range(len(kept)), key=lambda i: whole[i] - widths[i]):  # those that lack least, first
+            more = min(max(whole[i] - widths[i], 0), room)
+            widths[i], room = widths[i] + more, room - more
+        out = Table(title=made.title, title_justify="left")
+        for (column, _), width in zip(kept, widths, strict=True):
+            out.add_column(column.header, justify=column.justify, overflow="fold", width=width)
+        for row in zip(*(cells for _, cells in kept), strict=True):
+            out.add_row(*row)
         return out
     listed = Table(title=made.title, title_justify="left", show_header=False)
     listed.add_column(justify="left")
@@ -74,13 +83,6 @@ def _fitted(made: Table, console: Console) -> Table:
                 listed.add_row(column.header, cell)
         listed.add_section()
     return listed
-
-
-def _copy(made: Table, columns: Sequence[Any]) -> Table:
-    out = Table(title=made.title, title_justify="left")
-    for column in columns:
-        out.add_column(column.header, justify=column.justify, overflow=column.overflow)
-    return out
 
 
 def _widest_word(column: Any, cells: Sequence[Any]) -> int:
