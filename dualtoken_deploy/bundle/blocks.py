@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from dualtoken_deploy.bundle.decode import decode, plain
@@ -61,6 +61,15 @@ class Figures:
     cosine: float | None = None
     agreement: float | None = None
     top1_agreement: float | None = None
+    more: Mapping[str, float] | None = None
+
+    @staticmethod
+    def of(numbers: Mapping[str, Any], images: int | None = None) -> Figures:
+        """From a task's numbers by name; `more` are those that not every task has."""
+        own = {field.name for field in fields(Figures)}
+        more = {name: value for name, value in numbers.items() if name not in own}
+        known = {name: value for name, value in numbers.items() if name in own}
+        return Figures(images=images, **known, more=more or None)
 
 
 @dataclass(frozen=True)

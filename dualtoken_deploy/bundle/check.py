@@ -11,7 +11,7 @@ from dualtoken_deploy.errors import BundleError
 from dualtoken_deploy.spec import InputContract, TensorSpec
 
 DTYPES = frozenset({"float32", "float16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"})
-KINDS = ("image", "tensor")
+KINDS = ("image", "tensor", "series")
 MAX_ELEMENTS = 1 << 28  # of one tensor at batch 1: 1 GiB of float32
 MAX_SIDE = 1 << 15
 RESERVED = frozenset({"variant", "weights", "seed", "replace_head", "head"})  # no option of a variant, but who calls it

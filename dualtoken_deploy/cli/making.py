@@ -93,7 +93,9 @@ def train(
     data: Annotated[
         str | None, typer.Option(help="Folder with train/ and val/ (docs/train.md), or digits, shapes; dense: scenes.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="classify, detect or segment; classify unless given.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classify, detect, segment, tokenize or forecast; classify unless given.")
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="retinanet to detect; pspnet or deeplabv3 to segment; the first of each.")
     ] = None,
@@ -176,7 +178,9 @@ def export(
         typer.Option(help="Side or HxW, or `dynamic` (ONNX Runtime, OpenVINO); that of trained weights, or 224."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or `dynamic`.")] = "1",
-    input_kind: Annotated[str, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor.")] = "image",
+    input_kind: Annotated[
+        str | None, typer.Option("--input", help="image (uint8 NHWC RGB) or tensor; of a forecaster series.")
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's own choice unless given.")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Classes; from --labels, or 1000.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="--head: channels of its pyramid or context.")] = None,

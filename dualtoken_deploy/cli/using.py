@@ -30,6 +30,7 @@ from dualtoken_deploy.errors import ImageError, UsageError
 from dualtoken_deploy.use.text import printable
 
 if TYPE_CHECKING:
+    from dualtoken_deploy.bundle.store import Bundle
     from dualtoken_deploy.use.model import Model, Prediction
     from dualtoken_deploy.use.sources import Frame, VideoFile
 
@@ -74,9 +75,16 @@ def predict(
         raise UsageError(f"unknown format {form!r}; valid formats: {TABLE}, {CSV}, {JSON_LINES}")
     if (webcam is None) == (not images):
         raise UsageError("predict takes pictures, or --webcam N; give one of them")
+    opened = Bundle.open(bundle)
+    if opened.manifest.input.kind == "series":
+        if webcam is not None or output is not None or form in (CSV, JSON_LINES):
+            raise UsageError(
+                f"{bundle} forecasts series; give .csv files, and leave --webcam, --output and --format out"
+            )
+        _forecast(opened, images or [], device, threads, json_output)
+        return
     names = [] if webcam is not None else sources.find_pictures(images or [])
     moving = webcam is not None or any(map(sources.is_video, names))
-    opened = Bundle.open(bundle)
     filming = moving and output is not None and output.suffix.lower() == ".mp4"
     if output is not None and not filming:
         if moving:
@@ -94,6 +102,17 @@ def predict(
     with model:
         answers = _answered(model, taken, output, len(names), filming)
         _tell(model, answers, len(names), TABLE if json_output else asked, json_output)
+
+
+def _forecast(bundle: Bundle, names: list[str], device: str | None, threads: int | None, json_output: bool) -> None:
+    from dualtoken_deploy.use.model import Model
+
+    with Model(bundle, device, threads) as model:
+        if model.random_weights:
+            remark("warning: the weights are random: answers mean nothing")
+        found = model.many(names)
+        rows = [(prediction.image, None, prediction) for prediction in found]
+        show(json_output, [p.to_json() for p in found], lambda r: r.prediction_table(rows, model))
 
 
 Row = tuple["Frame", "Prediction | None"]

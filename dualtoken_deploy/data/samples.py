@@ -19,6 +19,7 @@ from dualtoken_deploy.errors import DatasetError, ImageError, Note, UsageError
 class Sample:
     """`image` uint8 (H, W, 3). Of a class folder `label`; of objects `boxes` and, where the set has them, `masks`: the
     same objects; of a label map `label_map` uint8 (H, W) of indices into the set's labels, IGNORE where there is none.
+    Of a time series, in place of a picture, `series` (T, M) that was seen and `future` (F, M), the steps that followed.
     None: the set does not say."""
 
     image: NDArray[np.uint8]
@@ -26,17 +27,20 @@ class Sample:
     boxes: Objects | None = None
     masks: Objects | None = None
     label_map: NDArray[np.uint8] | None = None
+    series: NDArray[np.float32] | None = None
+    future: NDArray[np.float32] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w) of the picture."""
-        height, width = self.image.shape[:2]
+        """(h, w) of the picture, or (T, M) of the series."""
+        height, width = self.image.shape[:2] if self.series is None else self.series.shape
         return height, width
 
     @property
     def truth(self) -> Sample:
-        """The same without its pixels, for what is kept of a whole set."""
-        return replace(self, image=np.zeros((0, 0, 3), np.uint8))
+        """The same without its pixels, for what is kept of a whole set; of a series its last step is kept."""
+        last = None if self.series is None else self.series[-1:]
+        return replace(self, image=np.zeros((0, 0, 3), np.uint8), series=last)
 
 
 class Reader(Protocol):

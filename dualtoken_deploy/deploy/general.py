@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dualtoken_deploy.deploy import algebra
 from dualtoken_deploy.deploy.modules import Size
 from dualtoken_deploy.deploy.observe import Call, Observed, Read, observe
+from dualtoken_deploy.models.count import example_shape
 from dualtoken_deploy.models.named_outputs import flatten
 
 EXACT = 1e-10  # of the largest output: float64's rounding through a hundred layers
@@ -40,7 +41,7 @@ class Places:
 
     module: nn.Module
     seen: Observed
-    size: Size
+    shape: tuple[int, ...]  # of the input
 
     def owner(self, value: Any, kind: type[nn.Module], name: str) -> str | None:
         """The path of the module of that kind whose parameter `name` is read there, and nowhere else."""
@@ -246,7 +247,7 @@ def _shapes(places: Places, path: str) -> tuple[Size, Size] | None:
     handle = places.module.get_submodule(path).register_forward_hook(note)
     try:
         with torch.no_grad():
-            places.module(_picture(places.size, 0))
+            places.module(_picture(places.shape, 0))
     finally:
         handle.remove()
     return found[0] if len(found) == 1 else None
@@ -268,20 +269,20 @@ def apply_general(model: nn.Module, wanted: Iterable[str], size: Size) -> tuple[
 
     A module that does not run in float64, or not while it is looked at, comes back as it is: nothing could be proved.
     """
-    counts = dict.fromkeys(GENERAL, 0)
+    counts, shape = dict.fromkeys(GENERAL, 0), example_shape(model, size)
     chosen = [name for name in GENERAL if name in set(wanted)]
     try:
         working = copy.deepcopy(model).eval().requires_grad_(False).double()
-        proof = Proof(size, [_run(working, size, seed) for seed in SEEDS])
-        seen = observe(working, _picture(size, SEEDS[0]), _tensors)
+        proof = Proof(shape, [_run(working, shape, seed) for seed in SEEDS])
+        seen = observe(working, _picture(shape, SEEDS[0]), _tensors)
     except Exception:  # noqa: BLE001  # whatever the user's code raises in a precision that it was not written for
         return model, counts
     with torch.no_grad():
         for name in chosen:
-            changes = GENERAL[name](Places(working, seen, size))
+            changes = GENERAL[name](Places(working, seen, shape))
             working, counts[name] = _apply(working, changes, proof, NARROW if seen.narrow else EXACT)
             if counts[name]:
-                seen = observe(working, _picture(size, SEEDS[0]), _tensors)
+                seen = observe(working, _picture(shape, SEEDS[0]), _tensors)
     return working.float(), counts
 
 
@@ -289,14 +290,14 @@ def apply_general(model: nn.Module, wanted: Iterable[str], size: Size) -> tuple[
 class Proof:
     """What the module gave before anything was rewritten, for the picture of each of SEEDS."""
 
-    size: Size
+    shape: tuple[int, ...]
     expected: list[list[Tensor]]
 
     def holds(self, module: nn.Module, bound: float) -> bool:
         """Whether the module still gives the same, but for `bound` of the largest element."""
         for seed, wanted in zip(SEEDS, self.expected, strict=True):
             try:
-                found = _run(module, self.size, seed)
+                found = _run(module, self.shape, seed)
             except Exception:  # noqa: BLE001  # code that cannot do without what was taken away
                 return False
             if [t.shape for t in found] != [t.shape for t in wanted]:
@@ -322,16 +323,16 @@ def _apply(working: nn.Module, changes: list[Change], proof: Proof, bound: float
     return working, 0
 
 
-def _run(module: nn.Module, size: Size, seed: int) -> list[Tensor]:
+def _run(module: nn.Module, shape: tuple[int, ...], seed: int) -> list[Tensor]:
     with torch.no_grad():
-        return [t.double() for t in _tensors(module(_picture(size, seed)))]
+        return [t.double() for t in _tensors(module(_picture(shape, seed)))]
 
 
 def _tensors(given: Any) -> list[Tensor]:
     return [tensor for _, tensor in flatten(given)]
 
 
-def _picture(size: Size, seed: int) -> Tensor:
-    """Noise (1, 3, H, W), about as bright as a normalised picture, the second one brighter."""
+def _picture(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Noise, about as bright as a normalised picture, the second one brighter."""
     generator = torch.Generator().manual_seed(seed)
-    return (1 + seed) * torch.randn(1, 3, *size, generator=generator, dtype=torch.float64)
+    return (1 + seed) * torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -43,12 +43,19 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_macs(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Multiply-accumulates for one image of (H, W)."""
+def example_shape(model: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
+    """That of one input of a model: a picture (1, 3, H, W), unless the model, or what is wrapped here, says another."""
+    says = (getattr(module, "example_shape", None) for module in model.modules())
+    shape: tuple[int, ...] = next((own(size) for own in says if own is not None), (1, 3, *size))
+    return shape
+
+
+def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
+    """Multiply-accumulates for one image of (H, W), or one series of (L, M)."""
     file = reference_inside(model)
     if file is not None:
-        return count_graph(file.proto, file.input, image_size)[0]
-    return count_part(model, (1, 3, *image_size))
+        return count_graph(file.proto, file.input, size)[0]
+    return count_part(model, example_shape(model, size))
 
 
 def count_part(module: nn.Module, shape: tuple[int, ...]) -> int:
@@ -58,17 +65,17 @@ def count_part(module: nn.Module, shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def matrix_products(model: nn.Module, image_size: tuple[int, int]) -> tuple[Product, ...]:
-    """The matrix products of one image, convolutions with groups = 1 as the product they unroll to.
+def matrix_products(model: nn.Module, size: tuple[int, int]) -> tuple[Product, ...]:
+    """The matrix products of one input, convolutions with groups = 1 as the product they unroll to.
 
     Depth-wise convolutions are no matrix products and are left out. Sorted by shape.
     """
     file = reference_inside(model)
     if file is not None:
-        products = count_graph(file.proto, file.input, image_size)[1]
+        products = count_graph(file.proto, file.input, size)[1]
     else:
         with _ProductRecorder() as recorder:
-            _run(model, (1, 3, *image_size))
+            _run(model, example_shape(model, size))
         products = recorder.products
     return tuple((*shape, count) for shape, count in sorted(products.items()))
 

@@ -13,19 +13,20 @@ from types import MappingProxyType
 from typing import Any
 
 FILE = Path(__file__).with_name("counted.json")
-COUNTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+COUNTERS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
     {
-        "variants": ("registry", "describe_variants"),
-        "heads": ("heads.table", "describe_heads"),
-        "ablations": ("ablations", "describe_ablations"),
+        "variants": (("registry", "describe_variants"), ("systems", "describe_systems")),
+        "heads": (("heads.table", "describe_heads"),),
+        "ablations": (("ablations", "describe_ablations"),),
     }
 )
 
 
 def counted(kind: str) -> list[dict[str, Any]]:
     """The rows of a kind, one of COUNTERS, counted here. Raises ModuleNotFoundError without torch."""
-    module, name = COUNTERS[kind]
-    rows: list[dict[str, Any]] = getattr(importlib.import_module(f"dualtoken_deploy.models.{module}"), name)()
+    rows: list[dict[str, Any]] = []
+    for module, name in COUNTERS[kind]:
+        rows += getattr(importlib.import_module(f"dualtoken_deploy.models.{module}"), name)()
     return rows
 
 

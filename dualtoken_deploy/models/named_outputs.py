@@ -28,19 +28,23 @@ _LAYOUTS = MappingProxyType({1: "N", 2: "NC", 3: "NLC", 4: "NCHW"})
 class NamedOutputs(nn.Module):
     """The user's `model` with its outputs as a tuple: of the picture's dtype, or int32 for integers and truths.
 
-    `picks`: (place among the model's outputs, name), in the order of the tuple. Paths of the model's own modules start
-    with "model."; exporters take that off.
+    `picks`: (place among the model's outputs, name), in the order of the tuple. `series`: it takes (B, L, M). Paths of
+    the model's own modules start with "model."; exporters take that off.
     """
 
-    def __init__(self, model: nn.Module, picks: Sequence[tuple[int, str]]) -> None:
+    def __init__(self, model: nn.Module, picks: Sequence[tuple[int, str]], series: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.picks = tuple(picks)
+        self.picks, self.series = tuple(picks), series
         self._keyword = picture_keyword(model)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for _, name in self.picks)
+
+    def example_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """That of one input of this size."""
+        return (1, *size) if self.series else (1, 3, *size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         given = self.model(image) if self._keyword is None else self.model(**{self._keyword: image})
@@ -200,7 +204,7 @@ def describe(model: NamedOutputs, task: str, image_size: tuple[int, int], batch:
     count = batch if isinstance(batch, int) else 2
     pictures = f"{count} pictures of {image_size[0]}x{image_size[1]}"
     with blamed(f"{called(model.model)} on {pictures}"), torch.no_grad():
-        values = model(torch.zeros(count, 3, *image_size))
+        values = model(torch.zeros(count, *model.example_shape(image_size)[1:]))
     specs = []
     for name, value in zip(model.names, values, strict=True):
         if value.ndim == 0 or value.shape[0] != count:

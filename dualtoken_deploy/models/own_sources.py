@@ -29,6 +29,8 @@ from dualtoken_deploy.models.registry import (
     weights_sha256,
 )
 from dualtoken_deploy.models.source import ONNX, OWN, REFERENCE, Preprocessing, Size, Source
+from dualtoken_deploy.models.system_source import system_source
+from dualtoken_deploy.models.systems import is_system
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights, weights_path
 from dualtoken_deploy.spec import STRETCH, Dim, TensorSpec
 from dualtoken_deploy.tasks.table import get_task
@@ -174,7 +176,22 @@ def trained_source(weights: str | Path) -> Source:
         raise WeightsError(f"{weights} does not say its variant and classes; export it, and evaluate the bundle")
     if info.head is not None:
         return head_source(info.head, weights=weights)
+    if is_system(info.variant):
+        return other_source(info.variant, weights)
     return variant_source(info.variant, weights)
+
+
+def other_source(
+    name: str,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    labels: Sequence[str] = (),
+    seed: int = DEFAULT_SEED,
+    **options: Any,
+) -> Source:
+    """A model that is no classifier, by its name. Raises UsageError, WeightsError, InputError."""
+    check_seed(seed)
+    return system_source(name, weights, image_size, labels, seed, weights_origin(weights, seed), **options)
 
 
 def rebuild(manifest: Manifest) -> nn.Module:
@@ -201,6 +218,8 @@ def source_of(manifest: Manifest) -> Source:
         return _foreign_source(manifest, origin)
     weights, seed = (None, manifest.weights.random_seed) if where == RANDOM else (where, DEFAULT_SEED)
     options = {k: v for k, v in manifest.options.items() if k != "image_size"}
+    if is_system(manifest.variant):
+        return other_source(manifest.variant, weights, manifest.options.get("image_size"), seed=seed, **options)
     if manifest.variant.startswith("lightvit"):
         options.setdefault("form", "appendix")  # what there was when manifests did not say it
     if manifest.head is None:

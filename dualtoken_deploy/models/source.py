@@ -108,18 +108,22 @@ class Source:
     def random_weights(self) -> bool:
         return bool(self.weights["source"] == RANDOM)
 
-    def contract(self, kind: str, batch: Dim, any_size: bool = False) -> InputContract:
-        """What is fed: kind "image" (uint8 NHWC RGB, normalised in the graph) or "tensor" (normalised float32 NCHW).
+    def contract(self, kind: str | None, batch: Dim, any_size: bool = False) -> InputContract:
+        """What is fed: kind "image" (uint8 NHWC RGB, normalised in the graph), "tensor" (normalised float32 NCHW) or
+        "series" (float32, L steps of M variates); None: the first of the task's.
 
         `batch`: a number, or a name where it is open; with `any_size` the sides are. Raises UsageError on another kind.
         """
+        valid = get_task(self.task).kinds
+        kind = kind or valid[0]
         sides: tuple[Dim, Dim] = ("height", "width") if any_size else self.size
         tensors = {
             "image": TensorSpec("image", "uint8", "NHWC", (batch, *sides, 3)),
             "tensor": TensorSpec("input", "float32", "NCHW", (batch, 3, *sides)),
+            "series": TensorSpec("series", "float32", "NLC", (batch, *sides)),
         }
-        if kind not in tensors:
-            raise UsageError(f"unknown input {kind!r}; valid inputs: {', '.join(tensors)}")
+        if kind not in valid:
+            raise UsageError(f"unknown input {kind!r}; valid inputs: {', '.join(valid)} (task {self.task})")
         how = self.preprocessing
         return InputContract(tensors[kind], kind, self.size, how.mean, how.std, how.crop_ratio, how.resize)
 
@@ -250,8 +254,9 @@ def _foreign(
     def make() -> NamedOutputs:
         if not made:
             model = prepared(build())
-            seen = look_at(model, example(size))
-            made.append(NamedOutputs(model, choose(seen, task, origin.outputs)).eval())
+            series = get_task(task).kinds[0] == "series"
+            seen = look_at(model, example((1, *size) if series else (1, 3, *size)))
+            made.append(NamedOutputs(model, choose(seen, task, origin.outputs), series).eval())
         return made[0]
 
     return Source(
@@ -288,10 +293,10 @@ def parse_size(size: int | Size | str) -> Size:
     return int(sides[0]), int(sides[1])
 
 
-def example(size: Size) -> Tensor:
-    """A noise picture (1, 3, H, W) about as bright as a normalised one, the same every time."""
+def example(shape: tuple[int, ...]) -> Tensor:
+    """Noise about as bright as a normalised picture, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 3, *size, generator=generator)
+    return torch.randn(shape, generator=generator)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

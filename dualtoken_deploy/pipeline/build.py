@@ -119,8 +119,7 @@ def _checked(source: Bundle, folder: Path, manifest: Manifest, confirms: bool) -
     _check_golden(manifest, found, manifest.tolerance)
     if manifest.build is not None and manifest.build.float32_share_allowed is not None:
         check_share(manifest.precision, execution.float32_share, manifest.build.float32_share_allowed)
-    numbers: dict[str, Any] = get_task(manifest.task).numbers(found)
-    figures = Figures(**numbers)
+    figures = Figures.of(get_task(manifest.task).numbers(found))
     measured = replace(manifest.measured, engine=figures)
     if manifest.calibration is not None:
         share, _ = int8_share(manifest, execution)

@@ -17,7 +17,7 @@ from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.pipeline.check import draft_manifest
 from dualtoken_deploy.pipeline.plan import Plan
-from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut, open_calibration, photographs
+from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut, examples, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, quantize_within_budget
 from dualtoken_deploy.quantize.judge import Judge, make_judge
 from dualtoken_deploy.quantize.memory import Latest, fingerprint
@@ -37,7 +37,7 @@ def write_calibrated(plan: Plan, module: nn.Module, request: Request, folder: Pa
     Raises UsageError, DatasetError, ConversionError, and ToleranceError where the loss is beyond the budget.
     """
     if plan.int8 is None:  # ranges of the built-in photographs, and no loss is measured
-        return _with_ranges(plan, module, request, photographs(request.contract), folder, tell)
+        return _with_ranges(plan, module, request, examples(plan.task, request.contract), folder, tell)
     tell(f"reading calibration images from {plan.int8.calibration}")
     calibration, held_out = open_calibration(
         plan.task, plan.int8.calibration, request.contract, plan.int8.size, request.labels

@@ -13,11 +13,8 @@ from torch import nn
 from dualtoken_deploy.bundle.blocks import Figures, Level, Measured, NearTies, Weights
 from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, EAGER, PREPARED, REFERENCES, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
-from dualtoken_deploy.data.images import preprocess
-from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.machine import describe_machine, library_versions
-from dualtoken_deploy.models.base import ImageModel
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.own_sources import classifier_of, inner_model
 from dualtoken_deploy.models.registry import weights_sha256
@@ -188,19 +185,18 @@ def check_and_complete(
 
 def figures(task: Task, found: Likeness, images: int | None = None) -> Figures:
     """A likeness as a manifest has it."""
-    numbers: dict[str, Any] = task.numbers(found)
-    return Figures(images=images, **numbers)
+    return Figures.of(task.numbers(found), images)
 
 
 def _run(plan: Plan, folder: Path, draft: Manifest, module: nn.Module, tell: Tell) -> _Ran:
     contract, row = draft.input, plan.target
     limits = [limit for limit in (row.check_images, plan.task.check_images) if limit is not None]
-    pictures = open_pictures("photographs")
-    count = min([len(pictures), *limits])
-    inputs = np.stack([preprocess(pictures[i].image, contract) for i in range(count)])
-    tell(f"checking the saved files against {REFERENCES[draft.reference]} on {count} photographs")
+    examples = plan.task.examples(contract)
+    count = min([len(examples), *limits])
+    inputs = np.stack([plan.task.prepare(examples[i], contract) for i in range(count)])
+    tell(f"checking the saved files against {REFERENCES[draft.reference]} on {count} of {examples.name}")
     with EagerRunner(module, contract, draft.outputs, RunnerOptions()) as eager:
-        kept = clear_of_ties(classifier_of(module), eager.normalised(inputs), plan.precision)
+        kept = clear_of_ties(jumping(module), eager.normalised(inputs), plan.precision)
         inputs = inputs if kept is None else inputs[kept]
         expected: list[Outputs] = list(run_each(eager, contract, inputs))
     with load_runner(Bundle(folder, replace(draft, target=row.checked_by or draft.target))) as runner:
@@ -262,7 +258,14 @@ def check_executed(planned: float, executed: float, floats: tuple[str, ...], wha
         )
 
 
-def clear_of_ties(model: ImageModel | None, images: Array, precision: Precision) -> Array | None:
+def jumping(module: nn.Module) -> nn.Module | None:
+    """The part that says how near an input comes to where the model jumps; None where there is none."""
+    if hasattr(module, "smallest_margin"):
+        return module
+    return classifier_of(module)
+
+
+def clear_of_ties(model: nn.Module | None, images: Array, precision: Precision) -> Array | None:
     """Which images stay TIE_MARGIN away from every point where the model jumps; None where it never does.
 
     Nearer, two exact float32 programs may round to different sides, and neither is wrong. In another precision hardly
@@ -272,7 +275,8 @@ def clear_of_ties(model: ImageModel | None, images: Array, precision: Precision)
 
     if model is None or not precision.exact:
         return None
-    parts = [model.smallest_margin(torch.from_numpy(image[None])) for image in images]
+    smallest_margin: Callable[[Any], Any] = getattr(model, "smallest_margin")  # noqa: B009  # of any module
+    parts = [smallest_margin(torch.from_numpy(image[None])) for image in images]
     margins = [float(part) for part in parts if part is not None]
     if len(margins) < len(parts):
         return None

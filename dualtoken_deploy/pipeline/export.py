@@ -11,9 +11,10 @@ from torch import nn
 
 from dualtoken_deploy.bundle.labels import check_labels, read_labels
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.models.own_sources import ImageSize, Weights, head_source, variant_source
+from dualtoken_deploy.models.own_sources import ImageSize, Weights, head_source, other_source, variant_source
 from dualtoken_deploy.models.registry import DEFAULT_SEED, VARIANTS
 from dualtoken_deploy.models.source import Preprocessing, Source, is_onnx_file
+from dualtoken_deploy.models.systems import is_system
 from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.make import make
 from dualtoken_deploy.pipeline.plan import DYNAMIC, plan
@@ -53,6 +54,9 @@ def open_source(said: Model) -> Source:
     size = None if said.image_size == DYNAMIC else said.image_size
     if said.head is not None or _is_variant(said.model):
         _check_own(said)
+        if said.head is None and is_system(said.model):
+            classes = {} if said.classes is None else {"num_classes": said.classes}
+            return other_source(str(said.model), said.weights, size, labels, said.seed, **{**said.options, **classes})
         if said.head is None:
             classes = {} if said.classes is None else {"num_classes": said.classes}
             return variant_source(str(said.model), said.weights, size, labels, said.seed, **{**said.options, **classes})
@@ -129,7 +133,7 @@ def export(
     labels: str | Path | Sequence[str] | None = None,
     image_size: ImageSize = None,
     batch: int | str = 1,
-    input_kind: str = "image",
+    input_kind: str | None = None,
     opset: int | None = None,
     seed: int = DEFAULT_SEED,
     device: str | None = None,
@@ -154,19 +158,18 @@ def export(
 
     `model` (or `variant`): a variant's name, a live module (B, 3, H, W) -> tensors, "package.module:callable" or
     "file.py:callable" that makes one, "file.onnx" for targets that take ONNX, or a Source; with `head` (retinanet,
-    mask-rcnn, deeplabv3, pspnet)
-    the variant below it. `batch`: a number or "dynamic"; `image_size` too, for the targets that offer it; None: that of
-    the weights, where they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB, normalised in the graph) or "tensor"
-    (normalised float32 NCHW). `weights`: a file, of a variant also a word of BUILT_IN_WEIGHTS; None: random ones from
-    `seed`, of a model of your own those that it has. `task`, `arguments` (of the callable), `output_names` and
-    `preprocess` (imagenet, clip, unit, or a Preprocessing) are for models of your own. `device`: for a target that
-    compiles natively, what to compile for. `int8`: how a precision with ranges is calibrated and gated. `settings`:
-    the target's own, such as Core ML's deployment_target and layout; they are taken by name too. `suppress`, `argmax`,
-    `width`: of a head.
-    `options`: of a variant as create_model takes them.
-    Raises UsageError, MissingError, InputError, WeightsError, OutputError, ConversionError, and ToleranceError where
-    the files do not reach the target's tolerance; no bundle is left then. A target that is built on its device is built
-    where that is here; elsewhere the result's `state` is "prepared".
+    mask-rcnn, deeplabv3, pspnet) the variant below it. `batch`: a number or "dynamic"; `image_size` too, for the
+    targets that offer it; None: that of the weights, where they say it, or 224. `input_kind`: "image" (uint8 NHWC RGB,
+    normalised in the graph), "tensor" (normalised float32 NCHW), or of a forecaster "series" (float32, L steps of M
+    variates). `weights`: a file, of a variant also a word of BUILT_IN_WEIGHTS; None: random ones from `seed`, of a
+    model of your own those that it has. `task`, `arguments` (of the callable), `output_names` and `preprocess`
+    (imagenet, clip, unit, or a Preprocessing) are for models of your own. `device`: for a target that compiles
+    natively, what to compile for. `int8`: how a precision with ranges is calibrated and gated. `settings`: the target's
+    own, such as Core ML's deployment_target and layout; they are taken by name too. `suppress`, `argmax`, `width`: of a
+    head. `options`: of a variant as create_model takes them. Raises UsageError, MissingError, InputError, WeightsError,
+    OutputError, ConversionError, and ToleranceError where the files do not reach the target's tolerance; no bundle is
+    left then. A target that is built on its device is built where that is here; elsewhere the result's `state` is
+    "prepared".
     """
     own: dict[str, str | None] = {
         name: options.pop(name) for row in TARGETS.values() for name in row.settings if name in options

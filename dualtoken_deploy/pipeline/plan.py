@@ -62,7 +62,7 @@ def plan(
     output: str | Path | None = None,
     batch: int | str = 1,
     any_size: bool = False,
-    input_kind: str = "image",
+    input_kind: str | None = None,
     opset: int | None = None,
     device: str | None = None,
     force: bool = False,

@@ -63,7 +63,7 @@ def export_several(
     precision: str,
     output: Path | None,
     batch: int | str,
-    input_kind: str,
+    input_kind: str | None,
     opset: int | None,
     device: str | None,
     force: bool,

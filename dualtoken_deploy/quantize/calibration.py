@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from dualtoken_deploy.bundle.blocks import Calibration
-from dualtoken_deploy.data.images import preprocess
-from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.data.samples import Sample, SampleSet, readable
 from dualtoken_deploy.errors import DatasetError, UsageError
 from dualtoken_deploy.numerics import Array
@@ -82,7 +80,7 @@ def open_calibration(
     if size < 1:
         raise UsageError(f"a calibration size of {size} leaves no images; give at least {MIN_IMAGES}")
     if source == RANDOM:
-        return _random(contract, size), _held_out(task, open_pictures("photographs"), contract, labels)
+        return _random(contract, size), _held_out(task, task.examples(contract), contract, labels)
     train, val = task.open(source, "train"), task.open(source, "val")
     if train.digest == val.digest:
         chosen = train.limit(max(min(size, len(train) * 2 // 3), 1))
@@ -94,14 +92,14 @@ def open_calibration(
             f"the calibration set {chosen.name} has {len(chosen)} images; at least {MIN_IMAGES} are needed"
         )
     chosen = readable(chosen)
-    inputs = np.stack([preprocess(chosen[i].image, contract) for i in range(len(chosen))])
+    inputs = np.stack([task.prepare(chosen[i], contract) for i in range(len(chosen))])
     return CalibrationSet.of_arrays(chosen.name, inputs, contract), _held_out(task, val, contract, labels)
 
 
-def photographs(contract: InputContract) -> CalibrationSet:
-    """The built-in ones, for a precision that measures ranges where no other pictures were given."""
-    images = open_pictures("photographs")
-    inputs = np.stack([preprocess(images[i].image, contract) for i in range(len(images))])
+def examples(task: Task, contract: InputContract) -> CalibrationSet:
+    """The task's built-in ones, for a precision that measures ranges where nothing else was given."""
+    images = task.examples(contract)
+    inputs = np.stack([task.prepare(images[i], contract) for i in range(len(images))])
     return CalibrationSet.of_arrays(images.name, inputs, contract)
 
 
@@ -115,8 +113,8 @@ def _held_out(task: Task, images: SampleSet, contract: InputContract, labels: Se
     truth, inputs = [], []
     for i in range(len(images)):
         sample = images[i]
-        truth.append((sample.truth, sample.size))
-        inputs.append(preprocess(sample.image, contract))
+        truth.append((task.keep(sample, contract), sample.size))
+        inputs.append(task.prepare(sample, contract))
     return HeldOut(images.name, np.stack(inputs), tuple(truth), known)
 
 

@@ -41,7 +41,7 @@ class Judge:
         if self.metric == AGREEMENT:
             return 1 - (self.task.compare(self.expected[picture], outputs).agreement or 0.0)
         at = (picture,)
-        return self._measure([self.expected[picture]], at) - self._measure([outputs], at)
+        return self._lost(self._measure([self.expected[picture]], at), self._measure([outputs], at))
 
     def score(self, outputs: Sequence[Outputs], chosen: Sequence[int] | None = None) -> Score:
         """Of what the runner gave for the `chosen` held-out inputs; None: for all."""
@@ -59,7 +59,12 @@ class Judge:
             return Score(max(ENOUGH_DB - sqnr, 0.0), sqnr)
         if self.metric == AGREEMENT:
             return Score(100 * (1 - (found.agreement or 0.0)), sqnr)
-        return Score(100 * (self._measure(expected, at) - self._measure(outputs, at)), sqnr)
+        return Score(100 * self._lost(self._measure(expected, at), self._measure(outputs, at)), sqnr)
+
+    def _lost(self, expected: float, actual: float) -> float:
+        """How much worse a figure is; of one without a scale of its own, as a share of what eager has."""
+        worse = actual - expected if self.task.lower and self.metric in self.task.metrics else expected - actual
+        return worse / max(abs(expected), 1e-12) if self.metric in self.task.plain else worse
 
     def _measure(self, outputs: Sequence[Outputs], at: Sequence[int]) -> float:
         truth = [self.held_out.truth[i] for i in at]

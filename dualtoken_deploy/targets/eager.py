@@ -77,8 +77,8 @@ class EagerRunner(Bordered):
         return Execution(operators, {kind: tuple(c) for kind, c in sorted(dtypes.items())})
 
     def normalised(self, batch: Array) -> Array:
-        """float32 NCHW, (x / 255 - mean) / std of an image batch; a tensor batch as it is."""
-        if self._contract.kind == "tensor":
+        """float32 NCHW, (x / 255 - mean) / std of an image batch; any other batch as it is."""
+        if self._contract.kind != "image":
             return batch
         mean, std = np.array(self._contract.mean), np.array(self._contract.std)
         out: Array = ((batch / 255.0 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)

@@ -107,6 +107,12 @@ def planar(array: Array, spec: TensorSpec) -> Array:
     return np.ascontiguousarray(array, np.float32)
 
 
+def planar_shape(contract: InputContract) -> tuple[int, ...]:
+    """The shape of what `planar` gives; a batch of one where it is open."""
+    batch = contract.batch or 1
+    return (batch, *contract.size) if contract.kind == "series" else (batch, 3, *contract.size)
+
+
 class Bordered:
     """The border that most runners share: the specs they were given, and a context that gives nothing back."""
 

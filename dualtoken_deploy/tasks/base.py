@@ -14,11 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dualtoken_deploy.data.images import load_image, preprocess
 from dualtoken_deploy.data.objects import Objects
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError
 from dualtoken_deploy.numerics import SQNR_LIMIT_DB, Array, Difference, Running
-from dualtoken_deploy.spec import Tolerance
+from dualtoken_deploy.spec import InputContract, Tolerance
 
 GOLDEN_VALUES = 2**18  # kept of each output in golden.npz; the logits of a whole picture would be up to 150 MB
 
@@ -30,7 +32,8 @@ Pixels = NDArray[np.uint8]
 @dataclass(frozen=True)
 class Found:
     """What outputs say of one picture, in its own pixels: of a classifier `logits` (classes,); `boxes` and perhaps
-    `masks`, best first; `label_map` uint8 (h, w); an embedding `vector` (D,); or `tensors`, the outputs as they are."""
+    `masks`, best first; `label_map` uint8 (h, w); an embedding `vector` (D,); or `tensors`, outputs without the batch's
+    axis or as they are."""
 
     logits: Array | None = None
     boxes: Objects | None = None
@@ -167,6 +170,11 @@ class Task:
     `most_classes`: that outputs can tell apart; None: any number. `level(expected, step)`: (N,), whether the two best
     answers to a picture lie so near that numbers with steps of that part of themselves cannot say which comes first;
     None: the task chooses no best one.
+
+    `kinds`: of the inputs that a model of the task may take, the first unless another is asked for. `load(path)`: one
+    of them as a sample. `prepare(sample, contract)`: what is fed, without the batch's axis. `keep(sample, contract)`:
+    what `score` needs of a sample, and as little more as can be. `examples(contract)`: what export checks on. `plain`:
+    the scores that are no shares of 1; `lower`: whether less of the first metric is better.
     """
 
     name: str
@@ -192,6 +200,13 @@ class Task:
     held_out: int | None = None
     most_classes: int | None = None
     level: Callable[[Outputs, float], Array] | None = None
+    kinds: tuple[str, ...] = ("image", "tensor")
+    load: Callable[[str | Path], Sample] = lambda path: Sample(load_image(path))
+    prepare: Callable[[Sample, InputContract], Array] = lambda sample, contract: preprocess(sample.image, contract)
+    keep: Callable[[Sample, InputContract], Sample] = lambda sample, _: sample.truth
+    examples: Callable[[InputContract], SampleSet] = lambda _: open_pictures("photographs")
+    plain: tuple[str, ...] = ()
+    lower: bool = False
 
     @property
     def agrees(self) -> bool:

@@ -22,6 +22,7 @@ class Classify:
     """A batch is (pixels uint8 (B, 3, H, W), labels (B,), indices (B,))."""
 
     metric = "top1"
+    lower = False
     shares: tuple[str, ...] = ("top1", "top5")
 
     def __init__(self, config: TrainConfig) -> None:

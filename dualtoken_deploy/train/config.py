@@ -16,6 +16,8 @@ AUGMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # of each task
         "classify": ("randaugment", "affine", "none"),
         "detect": ("photometric", "none"),
         "segment": ("photometric", "none"),
+        "tokenize": ("none",),
+        "forecast": ("none",),
     }
 )
 PRECISIONS = ("no", "bf16", "fp16")
@@ -29,11 +31,24 @@ WARMUP: Mapping[str, float] = MappingProxyType(  # share of the epochs, unless w
 DENSE: Mapping[str, Any] = MappingProxyType(
     {"lr": 6.4e-3, "weight_decay": 1e-4, "epochs": 12, "augment": "photometric"} | dict.fromkeys(IMAGES_ALONE, 0.0)
 )
+# Tokenizers: found here on `shapes`; pictures are cropped little, since small parts of them say nothing of the class.
+TOKENIZE: Mapping[str, Any] = MappingProxyType(
+    {"lr": 0.032, "weight_decay": 0.01, "epochs": 40, "warmup_epochs": 1.0, "batch_size": 32, "augment": "none"}
+    | {"crop_scale": (0.6, 1.0), "clip_grad": 1.0, "init": "shapes", "drop_path": 0.0}
+    | dict.fromkeys(IMAGES_ALONE, 0.0)
+)
+FORECAST: Mapping[str, Any] = MappingProxyType(  # found here on `lorenz`
+    {"lr": 0.032, "weight_decay": 0.01, "epochs": 30, "warmup_epochs": 1.0, "batch_size": 64, "augment": "none"}
+    | {"clip_grad": 1.0, "flip": 0.0, "drop_path": 0.0}
+    | dict.fromkeys(IMAGES_ALONE, 0.0)
+)
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "classify": {},
         "detect": {**DENSE, "head": "retinanet", "batch_size": 16},
         "segment": {**DENSE, "head": "pspnet", "batch_size": 32},
+        "tokenize": TOKENIZE,
+        "forecast": FORECAST,
     }
 )
 

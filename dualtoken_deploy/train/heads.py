@@ -139,6 +139,8 @@ def flipped(boxes: Array, width: float) -> NDArray[np.float64]:
 class HeadTask:
     """The tasks detect and segment. A batch is what LocatedImages gives, collated."""
 
+    lower = False
+
     def __init__(self, config: TrainConfig) -> None:
         head = str(config.head)
         if head not in TRAINABLE or get_head(head).task != config.task:

@@ -23,9 +23,11 @@ class Samples(Protocol):
 
 
 class LearnedTask(Protocol):
-    """`metric` names the figure of a row that makes weights the best, `shares` all figures in 0..1 of a row."""
+    """`metric` names the figure of a row that makes weights the best, the least where `lower`; `shares` all figures in
+    0..1 of a row."""
 
     metric: str
+    lower: bool
     shares: tuple[str, ...]
     data: str  # what the train part is called
     labels: tuple[str, ...]

@@ -24,8 +24,10 @@ from dualtoken_deploy.train import checkpoint
 from dualtoken_deploy.train.classify import Classify
 from dualtoken_deploy.train.config import TrainConfig, make_config
 from dualtoken_deploy.train.data import EpochOrder
+from dualtoken_deploy.train.forecast import Forecast
 from dualtoken_deploy.train.heads import HeadTask
 from dualtoken_deploy.train.learned import Batch, LearnedTask
+from dualtoken_deploy.train.tokenize import Tokenize
 from dualtoken_deploy.use.plots import plot_curves
 
 Tell = Callable[[str], None]
@@ -33,14 +35,15 @@ LIBRARIES = ("torch", "kornia", "accelerate", "numpy", "pillow", "dualtoken-depl
 TELL_EVERY_S = 5.0
 UNMOVED = 0.98  # of the loss at the start: a run that ends above it has learned next to nothing
 LEARNED: Mapping[str, Callable[[TrainConfig], LearnedTask]] = MappingProxyType(
-    {"classify": Classify, "detect": HeadTask, "segment": HeadTask}
+    {"classify": Classify, "detect": HeadTask, "segment": HeadTask, "tokenize": Tokenize, "forecast": Forecast}
 )
 NO_DECAY = ("norm", "bias", "gamma", "global_tokens", "position_bias")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended. `last` and `best` are fractions of 1 of `metric` on the val part; `seconds` of this call."""
+    """Where a run ended. `last` and `best`: of `metric` on the val part, fractions of 1 or in its own unit; `seconds`
+    of this call."""
 
     run: str
     weights: str
@@ -291,12 +294,13 @@ class _Run:
     def _finish(self, epoch: int, row: Mapping[str, Any]) -> None:
         """Writes what an epoch gave; the last checkpoint comes last, so that a kill before it repeats the epoch."""
         progress, value = self.progress, row[self.task.metric]
-        better = value > progress.best
+        better = progress.best_epoch == 0 or (value < progress.best if self.task.lower else value > progress.best)
         progress.epoch = epoch + 1
         progress.rows.append(dict(row))
         if better:
             progress.best, progress.best_epoch = value, epoch + 1
-        figures = "".join(f", {name} {100 * row[name]:.2f} %" for name in self.task.shares)
+        figures = "" if self.task.metric in self.task.shares else f", {self.task.metric} {value:.4f}"
+        figures += "".join(f", {name} {100 * row[name]:.2f} %" for name in self.task.shares)
         line = f"loss {row['train_loss']:.4f}{figures}, {row['seconds']:.0f} s"
         self._say(f"epoch {epoch + 1}/{self.config.epochs}: {line}")
         if self.main:

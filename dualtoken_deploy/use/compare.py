@@ -148,7 +148,7 @@ def compare(
 
 def _outputs(bundle: Bundle, images: SampleSet, runner: Runner, who: str, tell: Tell) -> list[Outputs]:
     contract, found = bundle.manifest.input, list[Outputs]()
-    for _, inputs in chunks(images, contract):
+    for _, inputs in chunks(images, contract, get_task(bundle.manifest.task)):
         tell(f"running {who}: {len(found)}/{len(images)} images")
         found += run_each(runner, contract, inputs)
     return found
@@ -158,7 +158,7 @@ def _answered(bundle: Bundle, task: Task, images: SampleSet, outputs: Sequence[O
     pairs = []
     for i, out in enumerate(outputs):
         sample = images[i]
-        pairs.append((sample.truth, read(bundle, task, sample, out)))
+        pairs.append((task.keep(sample, bundle.manifest.input), read(bundle, task, sample, out)))
     return pairs
 
 
@@ -175,7 +175,8 @@ def _lost_score(task: Task, measure: str, eager: Sequence[Pair], own: Sequence[P
 
     def difference(both: Sequence[tuple[Pair, Pair]]) -> float:
         before, after = ([pair[i] for pair in both] for i in (0, 1))
-        return 100 * (task.score(before, classes)[measure] - task.score(after, classes)[measure])
+        lost = 100 * (task.score(before, classes)[measure] - task.score(after, classes)[measure])
+        return -lost if task.lower else lost
 
     both = list(zip(eager, own, strict=True))
     drop = difference(both)

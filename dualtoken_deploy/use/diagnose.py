@@ -18,8 +18,6 @@ import torch
 from dualtoken_deploy import numerics
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.images import preprocess
-from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.errors import BundleError, ConversionError, UsageError
 from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array
@@ -97,10 +95,10 @@ def diagnose(
         offered = ", ".join(name for name, other in TARGETS.items() if other.looks)
         raise UsageError(f"diagnose cannot look into {row.name}; it can into {offered}")
     look = open_look(row)
-    data = data or own_data(manifest)
-    images = open_pictures(data) if data == PHOTOGRAPHS else get_task(manifest.task).open(data, "val")
+    task, data = get_task(manifest.task), data or own_data(manifest)
+    images = task.examples(manifest.input) if data == PHOTOGRAPHS else task.open(data, "val")
     images = images.limit(limit)
-    inputs = np.stack([preprocess(images[i].image, manifest.input) for i in range(len(images))])
+    inputs = np.stack([task.prepare(images[i], manifest.input) for i in range(len(images))])
     inside = look.expected(opened, inputs, tell)
     kinds, expected = inside.kinds, inside.values
     blocks = _check_reference(manifest, inside, inputs)

@@ -111,7 +111,7 @@ def _run(
     pairs: list[Pair] = []
     skipped: list[str] = []
     seconds = 0.0
-    for samples, inputs in chunks(images, opened.contract, skipped):
+    for samples, inputs in chunks(images, opened.contract, opened.task, skipped):
         if progress:
             progress(f"evaluating {len(pairs)}/{len(images)}")
         began = time.perf_counter()
@@ -120,7 +120,8 @@ def _run(
             for sample, outputs in zip(samples, run_each(runner, opened.contract, inputs), strict=True)
         ]
         seconds += time.perf_counter() - began
-        pairs += [(sample.truth, answer) for sample, answer in zip(samples, found, strict=True)]
+        kept = (opened.task.keep(sample, opened.contract) for sample in samples)
+        pairs += zip(kept, found, strict=True)
     left_out(images, skipped)
     return pairs, seconds
 
@@ -145,6 +146,6 @@ def _open(source: Bundle | str | Path, variant: str | None, options: RunnerOptio
     if variant not in (None, found.described["variant"]):
         raise WeightsError(f"{source} are weights of variant {found.described['variant']}, not of {variant}")
     batch = 1 if found.one_picture else "batch"
-    contract = found.contract("image", batch)
+    contract = found.contract(None, batch)
     model = EagerRunner(found.make(), contract, found.outputs(found.size, batch), options)
     return _Opened(str(source), model, contract, found.labels, get_task(found.task))

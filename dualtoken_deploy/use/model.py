@@ -18,12 +18,13 @@ from PIL import Image
 
 from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.images import as_pixels, preprocess
-from dualtoken_deploy.errors import UsageError
+from dualtoken_deploy.data.images import as_pixels
+from dualtoken_deploy.data.samples import Sample
+from dualtoken_deploy.errors import DatasetError, UsageError
 from dualtoken_deploy.numerics import Array, softmax
 from dualtoken_deploy.targets.load import engine_of, load_runner
 from dualtoken_deploy.targets.runner import run_each
-from dualtoken_deploy.tasks.base import Ask, Found, Pixels
+from dualtoken_deploy.tasks.base import Ask, Found, Pixels, Task
 from dualtoken_deploy.tasks.table import get_task
 
 Picture = str | Path | bytes | Image.Image | Array
@@ -67,6 +68,22 @@ class Prediction:
             "engine": self.engine,
             "weights": self.weights,
         }
+
+
+def names_of(pictures: Sequence[Any]) -> list[str]:
+    """What each is called in answers: its path, or its place."""
+    return [str(p) if isinstance(p, (str, Path)) else f"picture {i}" for i, p in enumerate(pictures)]
+
+
+def as_sample(given: Any, task: Task, color: str = "RGB", what: str = "the picture") -> Sample:
+    """What a model of the task is asked about: a picture in any form, or a series. Raises ImageError, DatasetError."""
+    if task.kinds[0] != "series":
+        return Sample(as_pixels(given, color, what))
+    if isinstance(given, (str, Path)):
+        return task.load(given)
+    if not (isinstance(given, np.ndarray) and given.ndim == 2 and given.dtype.kind in "fiu"):
+        raise DatasetError(f"{what} is no series: give numbers (L, M), a row a step, or the path of a CSV file")
+    return Sample(np.zeros((0, 0, 3), np.uint8), series=given.astype(np.float32))
 
 
 class Model:
@@ -119,7 +136,8 @@ class Model:
     @overload
     def __call__(self, pictures: list[Any] | tuple[Any, ...], color: str = "RGB") -> list[Prediction]: ...
     def __call__(self, pictures: Any, color: str = "RGB") -> Any:
-        """What is in a picture, or in each of several (a list, or a stack (N, H, W, 3)).
+        """What is in a picture, or in each of several (a list, or a stack (N, H, W, 3)); of a forecaster: what follows
+        a series, float32 (L, M) or the path of a CSV file.
 
         A picture is a frame, uint8 (H, W, 3) in RGB or as `color` says "BGR"; a Pillow image; a path; or the bytes of a
         file. Raises ImageError on another shape or dtype and on what cannot be decoded, UsageError where the model is
@@ -133,22 +151,21 @@ class Model:
 
     def many(self, pictures: Iterable[Picture], color: str = "RGB") -> list[Prediction]:
         """One answer for each picture, in their order."""
-        named = [
-            (str(p) if isinstance(p, (str, Path)) else f"picture {i}", as_pixels(p, color, f"picture {i}"))
-            for i, p in enumerate(pictures)
-        ]
-        return self.answer(named)
+        given = list(pictures)
+        samples = [as_sample(p, self.task, color, f"picture {i}") for i, p in enumerate(given)]
+        return self.answer(list(zip(names_of(given), samples, strict=True)))
 
-    def answer(self, named: Sequence[tuple[str, Pixels]]) -> list[Prediction]:
-        """One answer for each (name, uint8 RGB pixels)."""
-        inputs = [preprocess(pixels, self.contract) for _, pixels in named]
+    def answer(self, named: Sequence[tuple[str, Sample | Pixels]]) -> list[Prediction]:
+        """One answer for each (name, a sample or uint8 RGB pixels)."""
+        samples = [s if isinstance(s, Sample) else Sample(s) for _, s in named]
+        inputs = [self.task.prepare(sample, self.contract) for sample in samples]
         with self._lock:
             if self._runner is None:
                 raise UsageError(f"the model of {self.bundle.path} is closed; open it again")
             outputs = list(run_each(self._runner, self.contract, inputs))
         results = []
-        for (name, pixels), out in zip(named, outputs, strict=True):
-            size = (pixels.shape[0], pixels.shape[1])
+        for (name, _), sample, out in zip(named, samples, outputs, strict=True):
+            size = sample.size
             found = self.task.interpret(out, self.contract.size, size)
             answers, found = self.task.describe(found, self._names(), size, self.ask)
             results.append(Prediction(name, self.task.name, size, answers, self.engine, self.weights, found))

@@ -179,7 +179,8 @@ def fill_curves(figure: Any, rows: Sequence[Mapping[str, Any]], figures: Sequenc
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(epochs) == 1:
             axis.set_xlim(epochs[0] - 1, epochs[0] + 1)
-        axis.legend(frameon=False)
+        if axis.lines:
+            axis.legend(frameon=False)
 
 
 def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: Path, title: str, caption: str = "") -> None:

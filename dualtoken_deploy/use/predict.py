@@ -8,12 +8,12 @@ from typing import Any
 from PIL import Image
 
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.images import as_pixels, load_image
+from dualtoken_deploy.data.images import load_image
 from dualtoken_deploy.errors import OutputError, UsageError
 from dualtoken_deploy.files import write_atomically
 from dualtoken_deploy.tasks.base import Pixels
 from dualtoken_deploy.tasks.table import get_task
-from dualtoken_deploy.use.model import Model, Picture, Prediction
+from dualtoken_deploy.use.model import Model, Picture, Prediction, as_sample, names_of
 
 __all__ = ["Prediction", "check_drawing", "draw", "predict"]
 
@@ -39,12 +39,9 @@ def predict(
     if isinstance(bundle, Model):
         return bundle.many(pictures)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    named = [
-        (str(p) if isinstance(p, (str, Path)) else f"picture {i}", as_pixels(p, what=f"picture {i}"))
-        for i, p in enumerate(pictures)
-    ]
+    samples = [as_sample(p, get_task(opened.manifest.task), what=f"picture {i}") for i, p in enumerate(pictures)]
     with Model(opened, device, threads, top, min_score) as model:
-        return model.answer(named)
+        return model.answer(list(zip(names_of(pictures), samples, strict=True)))
 
 
 def check_drawing(bundle: Bundle, path: Path, pictures: int) -> None:

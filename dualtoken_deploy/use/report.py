@@ -13,7 +13,7 @@ from rich.text import Text
 from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.bundle.manifest import EAGER, REFERENCES
 from dualtoken_deploy.targets.table import get_target
-from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.tasks.table import PLAIN, get_task
 from dualtoken_deploy.use.text import printable
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ def _widest_word(column: Any, cells: Sequence[Any]) -> int:
 def share(value: float | None) -> str:
     """A fraction of 1 as a percentage; "-" where it was not measured."""
     return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def figure(name: str, value: float | None) -> str:
+    """A score by its name: a percentage, or the number where it is no share of 1."""
+    return "-" if value is None else f"{value:.4f}" if name in PLAIN else share(value)
 
 
 def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -243,7 +248,7 @@ def validation_table(results: Sequence[Validation]) -> Table:
         (
             *(r.bundle, r.reference, _counted(r), f"{r.likeness.sqnr_db:.1f}", f"{r.likeness.max_abs_error:.2e}"),
             share(r.likeness.agreement),
-            *(_beside((r.scores or {}).get(name), (r.eager_scores or {}).get(name)) for name in names),
+            *(_beside(name, (r.scores or {}).get(name), (r.eager_scores or {}).get(name)) for name in names),
         )
         for r in results
     ]
@@ -259,8 +264,8 @@ def _counted(result: Validation) -> str:
     return f"{result.likeness_images} stored; scores of {result.images}"
 
 
-def _beside(own: float | None, reference: float | None) -> str:
-    return share(own) if reference is None else f"{share(own)} / {share(reference)}"
+def _beside(name: str, own: float | None, reference: float | None) -> str:
+    return figure(name, own) if reference is None else f"{figure(name, own)} / {figure(name, reference)}"
 
 
 def bench_table(report: BenchReport) -> Table:
@@ -297,20 +302,19 @@ def inspection_table(inspection: Inspection) -> Table:
 
 
 def training_table(result: TrainResult) -> Table:
-    cells = [
-        (result.weights, str(result.epochs), share(result.last), share(result.best), str(result.best_epoch),
-         f"{result.seconds:.0f}")
-    ]  # fmt: skip
     metric = result.metric
+    last, best = figure(metric, result.last), figure(metric, result.best)
+    cells = [(result.weights, str(result.epochs), last, best, str(result.best_epoch), f"{result.seconds:.0f}")]
     return table(("best weights", "epochs", f"last {metric}", f"best {metric}", "in epoch", "seconds"), cells)
 
 
 def evaluation_table(result: Evaluation) -> Table:
     """The whole set in the first row, then each class by the first metric."""
-    scores = map(share, result.scores.values())
+    scores = [figure(name, value) for name, value in result.scores.items()]
     rows = [(f"{result.data}, all {result.images}", *scores, _or_dash(result.images_per_s))]
     rest = ("",) * len(result.scores)
-    rows += [(name, share(value), *rest) for name, value in result.per_class.items()]
+    first = next(iter(result.scores))  # the task's first metric, which per_class is of
+    rows += [(name, figure(first, value), *rest) for name, value in result.per_class.items()]
     title = f"{result.source} ({result.engine})" if result.engine else result.source
     if result.weights == RANDOM:
         title += f"; {RANDOM_WEIGHTS}"
@@ -350,7 +354,7 @@ def comparison_table(found: Comparison) -> Table:
     )
     cells = [
         (
-            *(row.bundle, share(row.score)),
+            *(row.bundle, figure(found.metric or "", row.score)),
             "-" if row.drop is None else f"{row.drop:.2f} ({row.drop_low:.2f} to {row.drop_high:.2f})",
             *(f"{row.sqnr_db:.1f}", f"{row.size_mib:.1f}"),
             "-" if row.p50_ms is None else f"{row.p50_ms:.2f}",
@@ -360,7 +364,7 @@ def comparison_table(found: Comparison) -> Table:
         )
         for row in found.rows
     ]
-    eager = f"{REFERENCES[found.reference]}: {share(found.eager_score)}"
+    eager = f"{REFERENCES[found.reference]}: {figure(found.metric or '', found.eager_score)}"
     title = f"{found.data}, {found.images} images; {eager}; lost: points, 95 % interval"
     engines = {row.engine: row.target for row in found.rows if row.engine}
     title += "".join(f"; {target}: {engine}" for engine, target in engines.items())

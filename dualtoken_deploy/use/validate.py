@@ -11,7 +11,6 @@ import numpy as np
 
 from dualtoken_deploy.bundle.manifest import EAGER
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.data.images import preprocess
 from dualtoken_deploy.data.samples import Sample, SampleSet, left_out, read_or_none
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.numerics import Array
@@ -201,15 +200,16 @@ def _side_by_side(
     ours: list[Pair] = []
     theirs: list[Pair] = []
     seen = 0
-    for samples, inputs in chunks(images, contract, skipped):
+    for samples, inputs in chunks(images, contract, task, skipped):
         both = zip(samples, run_each(model, contract, inputs), run_each(runner, contract, inputs), strict=True)
         tell(f"{bundle.name} against eager: {seen}/{len(images)} images")
         seen += len(samples)
         for sample, want, got in both:
             meter.add(want, got)
             if task.known(images):
-                theirs.append((sample.truth, read(bundle, task, sample, want)))
-                ours.append((sample.truth, read(bundle, task, sample, got)))
+                kept = task.keep(sample, contract)
+                theirs.append((kept, read(bundle, task, sample, want)))
+                ours.append((kept, read(bundle, task, sample, got)))
     return meter.likeness(), ours, theirs
 
 
@@ -219,14 +219,14 @@ def pairs_over(
     """Truth and answer for every picture of a set."""
     contract = bundle.manifest.input
     return [
-        (sample.truth, read(bundle, task, sample, outputs))
-        for samples, inputs in chunks(images, contract, skipped)
+        (task.keep(sample, contract), read(bundle, task, sample, outputs))
+        for samples, inputs in chunks(images, contract, task, skipped)
         for sample, outputs in zip(samples, run_each(runner, contract, inputs), strict=True)
     ]
 
 
 def chunks(
-    images: SampleSet, contract: InputContract, skipped: list[str] | None = None
+    images: SampleSet, contract: InputContract, task: Task, skipped: list[str] | None = None
 ) -> Iterator[tuple[list[Sample], list[Array]]]:
     """The samples of a set with their inputs, as many at a time as are run at once.
 
@@ -242,7 +242,7 @@ def chunks(
             elif skipped is not None:
                 skipped.append(images.where(i))
         if samples:
-            yield samples, [preprocess(sample.image, contract) for sample in samples]
+            yield samples, [task.prepare(sample, contract) for sample in samples]
 
 
 def read(bundle: Bundle, task: Task, sample: Sample, outputs: Outputs) -> Found:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dualtoken_deploy.errors import ConversionError
 from dualtoken_deploy.spec import InputContract
+from dualtoken_deploy.targets.runner import planar_shape
 from dualtoken_deploy.targets.tracing import Around, why
 
 PROBABILITIES = "probabilities"  # second output of a program with image input
@@ -63,7 +64,7 @@ class ImageDense(Around):
 
 def example_input(contract: InputContract) -> Tensor:
     """Zeros in the form that the program takes, float32 NCHW whatever the contract's own form."""
-    return torch.zeros(contract.batch or 1, 3, *contract.size)
+    return torch.zeros(planar_shape(contract))
 
 
 def trace(module: nn.Module, contract: InputContract) -> torch.export.ExportedProgram:

@@ -45,7 +45,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
 
 def _with_input(module: nn.Module, request: Request) -> nn.Module:
     half = HalfPrecision(module) if request.precision == "fp16" else module
-    if request.contract.kind == "tensor":
+    if request.contract.kind != "image":
         return half
     return nn.Sequential(PixelInput(request.contract.mean, request.contract.std), half)
 

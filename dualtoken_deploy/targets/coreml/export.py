@@ -33,7 +33,7 @@ from dualtoken_deploy.targets.coreml.package import OUTPUTS, describe, save
 from dualtoken_deploy.targets.coreml.passes import teach
 from dualtoken_deploy.targets.coreml.structure import structure
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
-from dualtoken_deploy.targets.runner import planar
+from dualtoken_deploy.targets.runner import planar, planar_shape
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS, W8A8, get_target
 from dualtoken_deploy.targets.tracing import is_foreign, own_path, place_in, stack_names
 
@@ -165,7 +165,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
     teach()
     tell("tracing with torch.export")
     program, names = trace_named(module, request)
-    shape = (contract.batch, 3, *contract.size)
+    shape = planar_shape(contract)
     if image:
         inputs = [ct.ImageType(name=contract.tensor.name, shape=shape, color_layout=ct.colorlayout.RGB)]
     else:

@@ -60,6 +60,8 @@ def describe(model: Any, contract: InputContract, metadata: Mapping[str, str]) -
 def input_text(contract: InputContract) -> str:
     """One sentence on what to feed."""
     height, width = contract.size
+    if contract.kind == "series":
+        return f"float32 (batch, {height}, {width}): the last {height} steps of {width} variates, as they are"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (contract.mean, contract.std))
     if contract.resize == STRETCH:
         how = "stretched (bilinear) to that size"

@@ -20,6 +20,7 @@ from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from dualtoken_deploy.models.scan import as_operator
 from dualtoken_deploy.targets.onnx.from_file import graph_of_file, is_file
 from dualtoken_deploy.targets.onnx.naming import name_after_modules, name_joined
 from dualtoken_deploy.targets.request import Request, Tell, quiet
@@ -116,7 +117,7 @@ def _cuts_out(request: Request) -> bool:
 def with_input(module: nn.Module, request: Request) -> nn.Module:
     """The module behind its input contract: an image contract gets cast, mean and std in front."""
     contract = request.contract
-    if contract.kind == "tensor":
+    if contract.kind != "image":
         return module
     return nn.Sequential(ImageInput(contract.mean, contract.std, torch.float32), module)
 
@@ -137,12 +138,16 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         "verbose": False,
         "optimize": True,
     }
+    from dualtoken_deploy.targets.onnx.scan import TRANSLATIONS as SCAN  # a table
+
+    arguments["custom_translation_table"] = dict(SCAN)
     if request.task == "detect":  # whose heads have operations of their own
         from dualtoken_deploy.targets.onnx.custom_operators import TRANSLATIONS
 
-        arguments["custom_translation_table"] = dict(TRANSLATIONS)
+        arguments["custom_translation_table"] |= TRANSLATIONS
     try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it gave up on
+        # torch prints the graph that it gave up on
+        with quiet(), as_operator(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.onnx.export(module, (example,), **arguments)
     except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
         raise ConversionError(f"torch.onnx cannot export {why(error, module)}") from error
