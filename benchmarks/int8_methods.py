@@ -1,16 +1,18 @@
 """What each method gains, and how well layers are ranked without being run one at a time, on trained weights.
 
-    python benchmarks/int8_methods.py [digits|shapes|VARIANT]
+    python benchmarks/int8_methods.py [digits|shapes|VARIANT|FILE.py:CALLABLE] [methods|ranks]...
 
-Prints the SQNR of the logits with all layers in INT8, scheme by scheme, without and with each method, executed as plain
-float arithmetic over the Q/DQ graph; then Spearman's rank correlation between the sensitivities of one pass and the
-noise at the logits with each layer alone in INT8. A variant's name takes random weights and 64x64.
+methods: the SQNR of the outputs over held-out pictures with all layers in INT8, scheme by scheme, with one method after
+the other, executed as plain float arithmetic over the Q/DQ graph. ranks: Spearman's rank correlation between the
+sensitivities of one pass and the noise at the outputs with each layer alone in INT8. A variant's name takes random
+weights and 64x64; a module of somebody is calibrated on the photographs.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,11 @@ from scipy.stats import spearmanr
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.models.registry import create_model
+from dualtoken_deploy.models.source import Source
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.numerics import Array, compare
 from dualtoken_deploy.quantize.backend import layer_of
-from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibration
+from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut, open_calibration
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.onnx.differentiable import Attributes, TorchGraph, compute
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx
@@ -38,30 +41,55 @@ STYLES = {
     "OpenVINO U8/S8": Style("U8/S8", True, False, False),
     "symmetric S8/S8": NEUTRAL,
 }
-RUNS = (("plain", Methods(migration=False), "minmax"), ("migration", Methods(), "minmax"),
-        ("migration, percentile", Methods(), "percentile"))  # fmt: skip
+PLAIN = Methods(saturation=False, migration=False, bias=False)
+RUNS = (
+    ("plain", PLAIN, "minmax"),
+    ("+ ranges end where an activation saturates", replace(PLAIN, saturation=True), "minmax"),
+    ("+ channel scales moved", replace(PLAIN, saturation=True, migration=True), "minmax"),
+    ("+ bias correction", Methods(), "minmax"),
+    ("+ second-order rounding", Methods(rounding=True), "minmax"),
+    ("all but moved scales", Methods(migration=False), "minmax"),
+    ("all but rounding, percentile ranges", Methods(), "percentile"),
+    ("all but rounding, entropy ranges", Methods(), "entropy"),
+)
 HELD_OUT = 60
 MEASURED = 4  # pictures for each layer alone
 Watch = Callable[[onnx.NodeProto, Attributes, list[Any], Any], Any]
 
 
-def main(name: str = "digits") -> None:
+def main(name: str = "digits", *parts: str) -> None:
     graph, calibration, pictures = prepare(name)
-    exact = Prober(graph, ["logits"]).run_each(pictures)["logits"]
+    if "ranks" in parts or not parts:
+        style = STYLES["ONNX Runtime U8/S8"]
+        for method, methods in (("plain", PLAIN), ("all", Methods())):
+            quantizer = QdqQuantizer(graph, calibration, style, methods=methods)
+            rank, layers = correlation(quantizer, calibration.inputs)
+            print(f"{name} | {method} | {layers} layers | rank correlation {rank:.3f}", flush=True)
+    if "methods" not in parts and parts:
+        return
+    output = graph.graph.output[0].name
+    exact = Prober(graph, [output]).run_each(pictures)[output]
     for title, style in STYLES.items():
         for method, methods, ranges in RUNS:
             quantizer = QdqQuantizer(graph, calibration, style, ranges, methods=methods)
-            logits = Prober(quantizer.quantize(), ["logits"]).run_each(pictures)["logits"]
-            alike = float((logits.argmax(1) == exact.argmax(1)).mean())
-            print(f"{title} | {method} | {compare(exact, logits).sqnr_db:.1f} dB | {100 * alike:.1f} % as in float")
-            if style is STYLES["ONNX Runtime U8/S8"] and ranges == "minmax":
-                print(
-                    f"{title} | {method} | rank correlation {correlation(quantizer, calibration.inputs):.3f}",
-                    flush=True,
-                )
+            found = Prober(quantizer.quantize(), [output]).run_each(pictures)[output]
+            alike = float((found.argmax(1) == exact.argmax(1)).mean())
+            print(
+                f"{title} | {method} | {compare(exact, found).sqnr_db:.1f} dB | {100 * alike:.1f} % as in float",
+                flush=True,
+            )
 
 
 def prepare(name: str) -> tuple[onnx.ModelProto, CalibrationSet, Array]:
+    if ":" in name:
+        return of_module(name)
+    graph, calibration, held_out = open_weights(name)
+    at = np.linspace(0, len(held_out.inputs) - 1, min(HELD_OUT, len(held_out.inputs))).astype(int)
+    return graph, calibration, held_out.inputs[at]
+
+
+def open_weights(name: str, pictures: int = 100) -> tuple[onnx.ModelProto, CalibrationSet, HeldOut]:
+    """The float graph of weights that come with this project, or of a variant with random ones."""
     info = describe_weights(name)
     size = info.image_size if info else (64, 64)
     if info:
@@ -72,14 +100,22 @@ def prepare(name: str) -> tuple[onnx.ModelProto, CalibrationSet, Array]:
     outputs = (TensorSpec("logits", "float32", "NC", (1, 10 if info is None else len(info.labels))),)
     labels = info.labels if info else tuple("0123456789")
     source = name if info else "digits"
-    calibration, held_out = open_calibration(get_task("classify"), source, contract, 100, labels)
+    calibration, held_out = open_calibration(get_task("classify"), source, contract, pictures, labels)
     request = Request("fp32", contract, outputs, None, {})
     graph = export_onnx(model, request, DEFAULT_RULES, DECOMPOSED_OPSET, lambda _: None).model
-    at = np.linspace(0, len(held_out.inputs) - 1, min(HELD_OUT, len(held_out.inputs))).astype(int)
-    return graph, calibration, held_out.inputs[at]
+    return graph, calibration, held_out
 
 
-def correlation(quantizer: QdqQuantizer, inputs: Array) -> float:
+def of_module(reference: str) -> tuple[onnx.ModelProto, CalibrationSet, Array]:
+    source = Source.reference(reference)
+    contract = source.contract("image", 1)
+    calibration, held_out = open_calibration(get_task("classify"), "photographs", contract, 100, source.labels)
+    request = Request("fp32", contract, source.outputs(contract.size, 1), None, {})
+    graph = export_onnx(source.make(), request, DEFAULT_RULES, DECOMPOSED_OPSET, lambda _: None).model
+    return graph, calibration, held_out.inputs
+
+
+def correlation(quantizer: QdqQuantizer, inputs: Array) -> tuple[float, int]:
     found = quantizer.sensitivity().alone()
     graph = TorchGraph(quantizer.migrated)
     chosen = inputs[np.linspace(0, len(inputs) - 1, MEASURED).astype(int)]
@@ -88,12 +124,14 @@ def correlation(quantizer: QdqQuantizer, inputs: Array) -> float:
     for name in found:
         rounded = logits(graph, chosen, rounding(quantizer, name))
         measured.append(float(((rounded - exact) ** 2).sum() / (exact**2).sum()))
-    return float(spearmanr(list(found.values()), measured).statistic)
+    return float(spearmanr(list(found.values()), measured).statistic), len(measured)
 
 
 def logits(graph: TorchGraph, inputs: Array, watch: Watch) -> Array:
     with torch.no_grad():
-        return np.concatenate([graph.run(inputs[i : i + 1], watch)["logits"].numpy() for i in range(len(inputs))])
+        return np.concatenate(
+            [graph.run(inputs[i : i + 1], watch)[graph.outputs[0]].numpy() for i in range(len(inputs))]
+        )
 
 
 def rounding(quantizer: QdqQuantizer, layer: str) -> Watch:

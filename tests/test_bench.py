@@ -22,8 +22,18 @@ import pytest
 
 from dualtoken_deploy.bench import worker as bench_worker
 from dualtoken_deploy.bench.process import Job, Limits, Series, measure
-from dualtoken_deploy.bench.report import BenchReport, Ratio, latency, noise_notes, ratio_of
-from dualtoken_deploy.bench.run import Entrant, Setting, _doubts, bench, common_batch, contestant, enter, unique_names
+from dualtoken_deploy.bench.report import BenchReport, Ratio, latency, median_interval, noise_notes, ratio_of
+from dualtoken_deploy.bench.run import (
+    Entrant,
+    Setting,
+    _doubts,
+    bench,
+    common_batch,
+    contestant,
+    enter,
+    settled,
+    unique_names,
+)
 from dualtoken_deploy.bundle.blocks import Measured, Weights
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle, write_bundle
@@ -147,6 +157,77 @@ def test_rows_against_numpy_on_made_up_rounds(tmp_path: Path) -> None:
 )
 def test_ratios_as_text(ratio: Ratio, text: str) -> None:
     assert str(ratio) == text
+
+
+@pytest.mark.parametrize(("rounds", "place"), [(4, None), (5, 0), (7, 0), (8, 1), (20, 5), (101, 41)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(rounds: int, place: int | None) -> None:
+    """Against the binomial distribution of scipy: the narrowest pair of order statistics with 90 %."""
+    binom = pytest.importorskip("scipy.stats").binom
+
+    values = np.random.default_rng(1).permutation(rounds).astype(float)
+    found = median_interval(values.tolist())
+    assert found == (None if place is None else (place, rounds - 1 - place))
+    if place is not None:
+        assert 2 * binom.cdf(place, rounds, 0.5) <= 0.1 < 2 * binom.cdf(place + 1, rounds, 0.5)
+
+
+def test_rounds_go_on_until_the_interval_is_narrow() -> None:
+    """No clock in it: rounds of given lengths, the ratio within 2 % after the first five, which jump."""
+    laps = [[10 * MS], [4 * MS], [22 * MS], [9 * MS], [14 * MS], *[[(1000 + i % 5) * MS // 100] for i in range(40)]]
+    setting = Setting(batch=1, threads=1, device=None, rounds=5, seconds=1.0)
+
+    def after(rounds: int, width: float) -> bool:
+        series = {"a": Series(1, 1, [[10 * MS]] * rounds), "b": Series(1, 1, laps[:rounds])}
+        return settled(series, ["a", "b"], "a", 5, width, setting)
+
+    assert not after(4, 9.0)  # fewer than what was asked
+    assert after(5, 9.0)
+    done = [rounds for rounds in range(5, 45) if after(rounds, 0.05)]
+    assert done
+    assert done[0] > 10
+    assert done == list(range(done[0], 45))
+
+
+def test_a_throughput_ratio_is_of_images_a_second(tmp_path: Path) -> None:
+    setting = Setting(batch=4, threads=2, device=None, rounds=3, seconds=1.0, mode="throughput")
+    found = {"a": Series(1, 1, [[8 * MS]] * 3, [100.0, 200.0, 100.0]), "b": FOUND["b"]}
+    row = contestant(entrant(tmp_path, "b", limit=None), setting, found, "a")
+    assert row.ratio == Ratio(median=8.0, low=3.5, high=9.0)
+
+
+def test_who_comes_while_a_call_runs_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula of Pollaczek and Khinchine for calls that all take as long, with a clock that is counted."""
+    now, lap = [0], 0.01
+
+    def run() -> None:
+        now[0] += int(lap * 1e9)
+
+    def sleep(seconds: float) -> None:
+        now[0] += int(seconds * 1e9) + 1000
+
+    clock = "dualtoken_deploy.bench.worker.time"
+    monkeypatch.setattr(f"{clock}.perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(f"{clock}.perf_counter", lambda: now[0] / 1e9)
+    monkeypatch.setattr(f"{clock}.sleep", sleep)
+    means = {}
+    for load in (0.5, 0.8):
+        waits = bench_worker.waits_under_load(run, lap, load, 150.0, 0)
+        assert min(waits) >= lap * 1e9
+        means[load] = np.mean(waits) / 1e9
+        assert len(waits) == pytest.approx(150 * load / lap, rel=0.04)
+        assert means[load] == pytest.approx(lap * (1 + load / (2 * (1 - load))), rel=0.1)
+
+
+def test_a_server_has_tails_for_each_load(chains: tuple[Path, Path]) -> None:
+    pytest.importorskip("onnxruntime")
+    report = bench(chains[:1], **QUICK, mode="server")
+    (row,) = (c for c in report.contestants if c.kind == "bundle")
+    assert [tail.load for tail in row.tails] == [0.5, 0.8, 0.95]
+    assert all(tail.requests >= 10 and tail.p99_ms >= tail.p50_ms > 0 for tail in row.tails)
+    assert report.columns()[-1] == "p99 ms at 95 %"
+    assert "--mode server" in report.command
+    with pytest.raises(UsageError, match="unknown mode 'best'; valid modes: latency, throughput, server"):
+        bench(chains[:1], mode="best")
 
 
 def test_no_laps_are_an_error() -> None:
@@ -305,11 +386,12 @@ def test_the_worker_imports_no_runtime_by_itself() -> None:
 # The contract of `dualtoken bench --json` and the further fields of a row, None where a contestant has no such figure.
 REPORT_FIELDS = {
     "machine", "versions", "command", "baseline", "threads", "batch", "rounds", "seconds", "contestants", "notes",
+    "mode",
 }  # fmt: skip
 ROW_FIELDS = {
     "name", "kind", "target", "precision", "bundle", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "runs", "rounds_p50_ms",
     "images_per_s", "async_images_per_s", "ratio", "gemm_limit_ratio", "cold_start_ms", "first_inference_ms",
-    "peak_rss_mib", "size_mib", "threads", "batch", "device",
+    "peak_rss_mib", "size_mib", "threads", "batch", "device", "ratio_interval", "tails",
 }  # fmt: skip
 
 
@@ -320,7 +402,7 @@ def test_json_has_every_field_and_no_other(ranking: BenchReport) -> None:
     for row in data["contestants"]:
         assert set(row) == ROW_FIELDS
         assert set(row["ratio"]) == {"median", "low", "high"}
-        absent = {"async_images_per_s"}
+        absent = {"async_images_per_s", "ratio_interval"}  # three rounds say nothing with 90 %
         if row["kind"] == "limit":
             absent |= {"bundle", "size_mib", "cold_start_ms", "first_inference_ms"}
         assert {name for name, value in row.items() if value is None} == absent

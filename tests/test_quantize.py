@@ -28,6 +28,7 @@ from dualtoken_deploy.targets.onnx import qdq as onnx_qdq
 from dualtoken_deploy.targets.onnx.inner import float_graph
 from dualtoken_deploy.targets.onnx.qdq import (
     NEUTRAL,
+    Methods,
     QdqQuantizer,
     Style,
     onnxruntime_style,
@@ -35,7 +36,7 @@ from dualtoken_deploy.targets.onnx.qdq import (
     without_zero_points,
 )
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend
-from dualtoken_deploy.targets.onnx.ranges import collect_ranges, cut_by_readers
+from dualtoken_deploy.targets.onnx.ranges import bounds_of_readers, collect_ranges
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.openvino.ir import save_ir, squeeze
 from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer
@@ -492,27 +493,65 @@ def test_random_calibration_is_only_had_by_its_name() -> None:
 
 
 CUT = {
-    "relu": ([("Relu", ["c"])], (0.0, 40.0)),
+    "relu": ([("Relu", ["c"])], (0.0, 8.0)),
     "relu6": ([("Clip", ["c", "zero", "six"])], (0.0, 6.0)),
-    "clip without an end": ([("Clip", ["c", "zero", ""])], (0.0, 40.0)),
-    "another reader": ([("Relu", ["c"]), ("Sigmoid", ["c"])], (-20.0, 40.0)),
-    "another operator": ([("Sigmoid", ["c"])], (-20.0, 40.0)),
+    "clip without an end": ([("Clip", ["c", "zero", ""])], (0.0, 8.0)),
+    "another reader": ([("Relu", ["c"]), ("Sigmoid", ["c"])], None),
+    "another operator": ([("Sigmoid", ["c"])], None),
 }
 
 
+@pytest.mark.parametrize("migration", [False, True])
 @pytest.mark.parametrize("case", CUT)
-def test_a_range_ends_where_its_only_reader_saturates(case: str) -> None:
+def test_a_range_ends_where_its_only_reader_saturates(case: str, migration: bool) -> None:
+    """Of a convolution with two channels, 20 and 8 at most and -4 at least; with scales moved as without."""
     readers, wanted = CUT[case]
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    nodes = [helper.make_node("Conv", ["x", "w"], ["c"])]
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["c"])]
     nodes += [helper.make_node(op, inputs, [f"y{i}"]) for i, (op, inputs) in enumerate(readers)]
     outputs = [helper.make_tensor_value_info(f"y{i}", kind, None) for i in range(len(readers))]
-    constants = {"w": np.ones((1, 1, 1, 1)), "zero": np.array(0.0), "six": np.array(6.0)}
+    constants = {"w": np.reshape([1, 1], (2, 1, 1, 1)), "b": np.zeros(2), "zero": np.array(0.0), "six": np.array(6.0)}
     initializers = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in constants.items()]
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", kind, [1, 1, 2, 2])], outputs, initializers
     )
-    ranges = {"x": (-20.0, 40.0), "c": (-20.0, 40.0)}
-    assert cut_by_readers(helper.make_model(graph), ranges) == {"x": (-20.0, 40.0), "c": wanted}
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    inputs = np.random.default_rng(0).uniform(-4, 8, (10, 1, 2, 2)).astype(np.float32)
+    inputs[0, 0, 0] = -4, 8
+    quantizer = QdqQuantizer(
+        model,
+        CalibrationSet("made", inputs, case),
+        Style("U8/S8", True, False, True),
+        methods=Methods(migration=migration),
+    )
+    name = "c/scaled" if migration else "c"
+    assert quantizer.ranges[name] == pytest.approx((-4.0, 8.0) if wanted is None else wanted)
     graph.output.append(helper.make_tensor_value_info("c", kind, None))  # seen from outside, it keeps its range
-    assert cut_by_readers(helper.make_model(graph), ranges) == ranges
+    assert bounds_of_readers(helper.make_model(graph), ["c", "x"]) == {}
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_scales_are_moved_by_what_a_saturating_reader_leaves(method: str) -> None:
+    """Channels of -20..40 and 0..3 before a Relu6: the first has 6 as its end, not 40, whatever counts the ranges."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    constants = {
+        "w": np.reshape([1.0, 0.075], (2, 1, 1, 1)),
+        "b": np.zeros(2),
+        "zero": np.array(0.0),
+        "six": np.array(6),
+    }
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w", "b"], ["c"]), helper.make_node("Clip", ["c", "zero", "six"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", kind, [1, 1, 2, 2])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(v.astype(np.float32), n) for n, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    inputs = np.random.default_rng(0).uniform(-20, 40, (20, 1, 2, 2)).astype(np.float32)
+    inputs[0, 0, 0] = -20, 40
+    quantizer = QdqQuantizer(model, CalibrationSet("made", inputs, method), Style("U8/S8", True, False, True), method)
+    assert quantizer.ranges["c/scaled"] == pytest.approx((0.0, 6.0), abs=0.05)
+    exact, actual = (Prober(m, ["y"]).run_each(inputs)["y"] for m in (model, quantizer.quantize()))
+    assert np.abs(exact - actual)[:, 0].max() < 0.2  # a step of the input, 60/255, and one of 6/255
+    assert np.abs(exact - actual)[:, 1].max() < 0.025  # 3/255 of its own, and its share of the input's

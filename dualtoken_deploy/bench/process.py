@@ -29,6 +29,7 @@ from dualtoken_deploy.errors import ConversionError, DualTokenError
 COMMAND = (sys.executable, "-P", "-m", "dualtoken_deploy.bench.worker")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 ORDER_SEED = 0  # of the order within each round: the same in every bench
+TURNS = {"latency": 4, "throughput": 4, "server": 8}  # a round's seconds, so many times, count as hung beyond round_s
 QUIT_S = 2.0  # a worker that was told to end is killed after this long
 
 
@@ -54,6 +55,7 @@ class Job:
     batch: int
     threads: int
     device: str | None
+    mode: str = "latency"
 
     def to_json(self) -> dict[str, Any]:
         return {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "name"}
@@ -68,6 +70,7 @@ class Series:
     rounds_ns: list[list[int]] = field(default_factory=list)
     async_images_per_s: list[float] = field(default_factory=list)
     peak_rss_mib: float = 0.0
+    tails_ns: dict[str, list[int]] = field(default_factory=dict)  # by share of the capacity
 
 
 def measure(
@@ -77,9 +80,11 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     commands: Mapping[str, Sequence[str]] | None = None,
     limits: Limits = LIMITS,
+    enough: Callable[[Mapping[str, Series]], bool] | None = None,
 ) -> dict[str, Series]:
     """Runs every job for `seconds` in each of `rounds`, one at a time, in an order that changes from round to round.
 
+    `enough`: asked after each round whether what was measured suffices; `rounds` are the most then.
     `commands` replaces the worker's command line by name of the job. Raises the worker's own DualTokenError with the
     contestant's name before it, ConversionError for a worker that died, hung or failed in the vendor's code. Whatever
     happens, no process is left.
@@ -87,6 +92,7 @@ def measure(
     order = random.Random(ORDER_SEED)
     with ExitStack() as stack:
         workers, found = {}, {}
+        modes = {job.name: job.mode for job in jobs}
         for number, job in enumerate(jobs, 1):
             progress(f"loading {job.name} ({number} of {len(jobs)})")
             worker = stack.enter_context(Worker(job.name, job.threads, (commands or {}).get(job.name, COMMAND)))
@@ -95,18 +101,23 @@ def measure(
             found[job.name] = Series(loaded["cold_start_ms"], loaded["first_inference_ms"])
         for number in range(1, rounds + 1):
             for name in order.sample(list(workers), len(workers)):
-                progress(f"round {number} of {rounds}: {name}")
-                _round(workers[name], found[name], seconds, limits)
+                progress(f"round {number}{'' if enough else f' of {rounds}'}: {name}")
+                allowed = limits.round_s + TURNS[modes[name]] * seconds
+                _round(workers[name], found[name], seconds, allowed)
+            if enough is not None and enough(found):
+                break
     return found
 
 
-def _round(worker: Worker, series: Series, seconds: float, limits: Limits) -> None:
+def _round(worker: Worker, series: Series, seconds: float, allowed_s: float) -> None:
     slow = 100 * series.first_inference_ms / 1e3  # the fewest calls of a round, on a device where one takes seconds
-    answer = worker.ask({"do": "round", "seconds": seconds}, limits.round_s + 4 * seconds + slow)
+    answer = worker.ask({"do": "round", "seconds": seconds}, allowed_s + slow)
     series.rounds_ns.append(answer["laps_ns"])
     series.peak_rss_mib = answer["peak_rss_mib"]
     if answer["async_images_per_s"] is not None:
         series.async_images_per_s.append(answer["async_images_per_s"])
+    for load, waits in answer.get("tails_ns", {}).items():
+        series.tails_ns.setdefault(load, []).extend(waits)
 
 
 class Worker:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+CONFIDENCE = 0.9  # of the interval of a median ratio
 NOISY_SPREAD = 1.2  # highest over lowest per-round ratio; a quiet machine stays below 1.05
 
 
@@ -49,10 +50,42 @@ def latency(laps_ns: Sequence[int]) -> Latency:
     return Latency(p50, p90, p99, float(laps_ms.mean()), len(laps_ns))
 
 
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Bounds of the median of what the values are drawn from, of any distribution: the order statistics between which
+    it lies with at least this confidence, by the sign test (Conover, Practical Nonparametric Statistics, 3.2).
+
+    None of fewer values than that takes: five for 90 %.
+    """
+    ordered, below = sorted(values), 0.0
+    count = len(ordered)
+    place = -1
+    while place + 1 < count / 2:
+        below += math.comb(count, place + 1) / 2**count
+        if 2 * below > 1 - confidence:
+            break
+        place += 1
+    return None if place < 0 else (ordered[place], ordered[count - 1 - place])
+
+
 def ratio_of(reference_ms: Sequence[float], rounds_ms: Sequence[float]) -> Ratio:
     """reference / own p50 of each round, then median, lowest and highest. Raises ValueError on unequal lengths."""
-    ratios = [reference / own for reference, own in zip(reference_ms, rounds_ms, strict=True)]
+    ratios = ratios_of(reference_ms, rounds_ms)
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def ratios_of(reference_ms: Sequence[float], rounds_ms: Sequence[float]) -> list[float]:
+    """reference / own p50 of each round. Raises ValueError on unequal lengths."""
+    return [reference / own for reference, own in zip(reference_ms, rounds_ms, strict=True)]
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Milliseconds from arrival to answer with requests that come at random, at a `load` of the capacity."""
+
+    load: float
+    p50_ms: float
+    p99_ms: float
+    requests: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,8 @@ class Contestant:
     threads: int
     batch: int
     device: str
+    ratio_interval: tuple[float, float] | None = None  # in which the median ratio lies, with CONFIDENCE
+    tails: tuple[Tail, ...] = ()  # mode server
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; units are in the names."""
@@ -110,6 +145,7 @@ _COLUMNS: Mapping[str, Any] = {
     "images/s": lambda c: _number(c.images_per_s),
     "async images/s": lambda c: _number(c.async_images_per_s),
     "vs baseline": lambda c: str(c.ratio),
+    "90 %": lambda c: "-" if c.ratio_interval is None else "{}-{}".format(*map(_number, c.ratio_interval)),
     "of limit": lambda c: _number(c.gemm_limit_ratio),
     "cold start ms": lambda c: _number(c.cold_start_ms),
     "first ms": lambda c: _number(c.first_inference_ms),
@@ -135,6 +171,7 @@ class BenchReport:
     seconds: float
     contestants: tuple[Contestant, ...]
     notes: tuple[str, ...]
+    mode: str = "latency"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `ratio` is baseline p50 over this p50, round by round."""
@@ -144,11 +181,18 @@ class BenchReport:
 
     def columns(self) -> tuple[str, ...]:
         """Titles of the table."""
-        return tuple(_COLUMNS)
+        return (*_COLUMNS, *(f"p99 ms at {100 * load:.0f} %" for load in self._loads()))
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, one tuple a contestant, as long as `columns()`."""
-        return [tuple(cell(c) for cell in _COLUMNS.values()) for c in self.contestants]
+        out = []
+        for c in self.contestants:
+            tails = {tail.load: tail.p99_ms for tail in c.tails}
+            out.append((*(cell(c) for cell in _COLUMNS.values()), *(_number(tails.get(x)) for x in self._loads())))
+        return out
+
+    def _loads(self) -> list[float]:
+        return sorted({tail.load for c in self.contestants for tail in c.tails})
 
     def machine_line(self) -> str:
         """The machine in one line."""
@@ -165,7 +209,8 @@ class BenchReport:
         """How it was measured, in one line."""
         libraries = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"threads {self.threads}, batch {self.batch}, {self.rounds} interleaved rounds of {self.seconds:g} s each; "
+            f"mode {self.mode}, threads {self.threads}, batch {self.batch}, {self.rounds} interleaved rounds of "
+            f"{self.seconds:g} s each; "
             f"baseline {self.baseline}; {libraries}"
         )
 
@@ -177,7 +222,7 @@ class BenchReport:
             f"`{self.command}`: {self.setting_line()}.",
             "",
             _line(self.columns()),
-            _line(["---", *["---:"] * (len(_COLUMNS) - 1)]),
+            _line(["---", *["---:"] * (len(self.columns()) - 1)]),
             *(_line(row) for row in self.rows()),
         ]
         if self.notes:

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.bench.process import Job, Series, measure
-from dualtoken_deploy.bench.report import BenchReport, Contestant, Latency, Ratio, latency, noise_notes, ratio_of
+from dualtoken_deploy.bench.report import (
+    BenchReport,
+    Contestant,
+    Latency,
+    Ratio,
+    Tail,
+    latency,
+    median_interval,
+    noise_notes,
+    ratio_of,
+    ratios_of,
+)
 from dualtoken_deploy.bundle.manifest import EAGER, ONNX_FILE
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import UsageError
@@ -29,6 +40,9 @@ from dualtoken_deploy.targets.table import get_target
 __all__ = ["EAGER", "GEMM", "BenchReport", "Contestant", "Latency", "Ratio", "bench"]
 
 GEMM = "gemm"  # with EAGER the names of the contestants that are no bundles
+
+MODES = ("latency", "throughput", "server")
+MOST_ROUNDS = 200  # with `until`: what has not settled by then does not settle here
 
 BundleLike = Bundle | str | os.PathLike[str]
 
@@ -52,6 +66,7 @@ class Setting:
     device: str | None
     rounds: int
     seconds: float
+    mode: str = "latency"
 
     @property
     def on_cpu(self) -> bool:
@@ -67,9 +82,15 @@ def bench(
     seconds: float = 2.0,
     device: str | None = None,
     progress: Callable[[str], None] | None = None,
+    until: float | None = None,
+    mode: str = "latency",
 ) -> BenchReport:
     """Times bundles, and the limit of their model, for `seconds` a contestant in each of `rounds`.
 
+    `until`: rounds go on beyond `rounds`, MOST_ROUNDS at most, until the interval of every bundle's median ratio is
+    narrower than this share of it. `mode`, one of MODES: "latency", one call at a time; "throughput", as many requests
+    at a time as the runtime likes, and ratios of images a second; "server", calls one at a time, then requests that
+    arrive at random, whose waiting is timed.
     `against`: the baseline; "eager" (the PyTorch model of the first bundle joins), "gemm" (the limit), the name of a
     contestant, or another bundle, which joins; None: the first bundle. `threads`: None for every core available.
     `batch`: None for the bundles' own fixed one, or 1. `device`: in the runtimes' own words; None for the CPU. Inputs
@@ -82,29 +103,60 @@ def bench(
     tell = progress or (lambda _: None)
     opened = [_open(bundle) for bundle in bundles]
     _check(opened, rounds, seconds, threads)
+    if mode not in MODES:
+        raise UsageError(f"unknown mode {mode!r}; valid modes: {', '.join(MODES)}")
+    if until is not None and until <= 0:
+        raise UsageError(f"until must be more than 0, not {until}: 0.1 for an interval of a tenth of the ratio")
     entrants, baseline = enter(opened, against)
     for entrant in entrants:
         if entrant.kind == "bundle":
             check_latency(entrant.bundle, device)
     setting = Setting(
-        common_batch([e.bundle for e in entrants], batch), threads or available_cores(), device, rounds, seconds
+        common_batch([e.bundle for e in entrants], batch), threads or available_cores(), device, rounds, seconds, mode
     )
     machine = describe_machine()
     notes = _doubts(machine, setting)
-    found = measure([_job(entrant, setting) for entrant in entrants], rounds, seconds, tell)
+    if until is None:
+        found = measure([_job(entrant, setting) for entrant in entrants], rounds, seconds, tell)
+    else:
+        width, raced = until, [e.name for e in entrants if e.kind != "limit"]
+        found = measure(
+            [_job(entrant, setting) for entrant in entrants], max(rounds, MOST_ROUNDS), seconds, tell,
+            enough=lambda series: settled(series, raced, baseline, rounds, width, setting),
+        )  # fmt: skip
+        if not settled(found, raced, baseline, rounds, width, setting):
+            notes.append(f"{MOST_ROUNDS} rounds did not bring every ratio's 90 % interval below {width:g} of it")
     contestants = tuple(contestant(e, setting, found, baseline) for e in entrants)
+    done = len(next(iter(found.values())).rounds_ns)
     return BenchReport(
         machine=machine,
         versions=library_versions(_libraries(entrants)),
-        command=_command(opened, against, setting),
+        command=_command(opened, against, setting, until),
         baseline=baseline,
         threads=setting.threads,
         batch=setting.batch,
-        rounds=rounds,
+        rounds=done,
         seconds=seconds,
         contestants=contestants,
         notes=(*notes, *noise_notes(contestants)),
+        mode=mode,
     )
+
+
+def settled(
+    series: Mapping[str, Series], names: Sequence[str], baseline: str, fewest: int, width: float, setting: Setting
+) -> bool:
+    """Whether every one's ratio to the baseline has an interval narrower than `width` of its median."""
+    reference = _costs(series[baseline], setting)
+    if len(reference) < fewest:
+        return False
+    for name in names:
+        if name != baseline:
+            ratios = ratios_of(reference, _costs(series[name], setting))
+            bounds = median_interval(ratios)
+            if bounds is None or bounds[1] - bounds[0] > width * statistics.median(ratios):
+                return False
+    return True
 
 
 def enter(bundles: Sequence[Bundle], against: BundleLike | None) -> tuple[list[Entrant], str]:
@@ -210,6 +262,7 @@ def contestant(entrant: Entrant, setting: Setting, found: Mapping[str, Series], 
     is_bundle, is_limit = entrant.kind == "bundle", entrant.kind == "limit"
     # The products run on the CPU: against another device they would say nothing.
     limit = entrant.limit if setting.on_cpu or is_limit else None
+    costs, reference = _costs(own, setting), _costs(found[baseline], setting)
     return Contestant(
         name=entrant.name,
         kind=entrant.kind,
@@ -220,7 +273,7 @@ def contestant(entrant: Entrant, setting: Setting, found: Mapping[str, Series], 
         rounds_p50_ms=tuple(_p50s(own)),
         images_per_s=1e3 * setting.batch / all_laps.mean_ms,
         async_images_per_s=statistics.median(own.async_images_per_s) if own.async_images_per_s else None,
-        ratio=ratio_of(_p50s(found[baseline]), _p50s(own)),
+        ratio=ratio_of(reference, costs),
         gemm_limit_ratio=ratio_of(_p50s(found[limit]), _p50s(own)).median if limit else None,
         cold_start_ms=None if is_limit else own.cold_start_ms,
         first_inference_ms=None if is_limit else own.first_inference_ms,
@@ -229,11 +282,23 @@ def contestant(entrant: Entrant, setting: Setting, found: Mapping[str, Series], 
         threads=setting.threads,
         batch=setting.batch,
         device="cpu" if is_limit else setting.device or "cpu",
+        ratio_interval=median_interval(ratios_of(reference, costs)),
+        tails=tuple(
+            Tail(float(load), found_tail.p50_ms, found_tail.p99_ms, found_tail.runs)
+            for load, found_tail in ((load, latency(waits)) for load, waits in own.tails_ns.items())
+        ),
     )
 
 
 def _p50s(series: Series) -> list[float]:
     return [latency(laps).p50_ms for laps in series.rounds_ns]
+
+
+def _costs(series: Series, setting: Setting) -> list[float]:
+    """What a round says of an image: the p50 of a call, or in mode throughput the milliseconds for each."""
+    if setting.mode == "throughput" and series.async_images_per_s:
+        return [1e3 / rate for rate in series.async_images_per_s]
+    return [p50 / setting.batch for p50 in _p50s(series)]
 
 
 def _open(bundle: BundleLike) -> Bundle:
@@ -251,7 +316,7 @@ def _check(bundles: Sequence[Bundle], rounds: int, seconds: float, threads: int 
 
 def _job(entrant: Entrant, setting: Setting) -> Job:
     path, products = str(entrant.bundle.path.resolve()), entrant.bundle.manifest.products
-    return Job(entrant.name, entrant.kind, path, products, setting.batch, setting.threads, setting.device)
+    return Job(entrant.name, entrant.kind, path, products, setting.batch, setting.threads, setting.device, setting.mode)
 
 
 def _libraries(entrants: Sequence[Entrant]) -> list[str]:
@@ -261,14 +326,18 @@ def _libraries(entrants: Sequence[Entrant]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _command(bundles: Sequence[Bundle], against: BundleLike | None, setting: Setting) -> str:
+def _command(
+    bundles: Sequence[Bundle], against: BundleLike | None, setting: Setting, until: float | None = None
+) -> str:
     """The command line that does this again."""
     rival = [] if against is None else ["--against", str(_path(against))]
     device = [] if setting.device is None else ["--device", setting.device]
     numbers = {"threads": setting.threads, "batch": setting.batch, "rounds": setting.rounds}
     options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     words = ["dualtoken", "bench", *(str(b.path) for b in bundles), *rival, *options]
-    return shlex.join([*words, "--seconds", f"{setting.seconds:g}", *device])
+    stop = [] if until is None else ["--until", f"{until:g}"]
+    stop += [] if setting.mode == "latency" else ["--mode", setting.mode]
+    return shlex.join([*words, "--seconds", f"{setting.seconds:g}", *stop, *device])
 
 
 def _doubts(machine: Mapping[str, Any], setting: Setting) -> list[str]:

@@ -2,9 +2,10 @@
 
 One JSON document a line, requests on stdin and answers on stdout, one answer to each request:
 
-    {"do": "load", "job": {"kind", "bundle", "products", "batch", "threads", "device"}}
+    {"do": "load", "job": {"kind", "bundle", "products", "batch", "threads", "device", "mode"}}
         -> {"cold_start_ms", "first_inference_ms"}
-    {"do": "round", "seconds"}  -> {"laps_ns": [...], "async_images_per_s": float | null, "peak_rss_mib"}
+    {"do": "round", "seconds"}  -> {"laps_ns": [...], "async_images_per_s": float | null, "peak_rss_mib"}, and in mode
+        server "tails_ns": {share of the capacity: [...]}
     whatever goes wrong         -> {"error": {"type", "message"}}, and the process ends
 
 The end of stdin ends it, so that it never outlives the bench.
@@ -36,6 +37,8 @@ WARM_UP_RUNS = 5  # after the first inference: allocators and lazily built kerne
 SETTLE_S = 0.15  # untimed start of each turn: caches warm again, and the pools of the one before stop spinning
 MIN_RUNS = 5
 ASYNC_SHARE = 0.5  # of a round's seconds, spent on overlapped requests after the timed ones
+LONE_SHARE = 0.2  # of a round's seconds in mode throughput, spent on calls one at a time
+LOADS = (0.5, 0.8, 0.95)  # of the capacity, in mode server
 MIN_ASYNC_RUNS = 8
 
 Shape = tuple[int, int, int, int]  # batch, m, k, n
@@ -138,6 +141,32 @@ def _async_rate(subject: Subject, seconds: float, lap_s: float, batch: int) -> f
     return count * batch / (time.perf_counter() - start)
 
 
+def waits_under_load(run: Callable[[], object], lap_s: float, load: float, seconds: float, seed: int) -> list[int]:
+    """Nanoseconds from arrival to answer of requests that arrive at random and wait in one line (M/G/1).
+
+    Arrivals are a Poisson process at `load` of the rate at which calls of `lap_s` follow each other. Who comes while a
+    call runs waits for it, so what is timed is what a client sees, not what a call takes.
+    """
+    clock, gaps = time.perf_counter_ns, np.random.default_rng(seed)
+    waits: list[int] = []
+    _settle(run)
+    gc.collect()
+    gc.disable()
+    try:
+        start = arrival = clock()
+        end = start + int(seconds * 1e9)
+        while True:
+            arrival += int(gaps.exponential(lap_s / load) * 1e9)
+            if arrival > end and len(waits) >= MIN_RUNS:
+                return waits
+            while (early := arrival - clock()) > 0:
+                time.sleep(max(early / 1e9 - 1e-4, 0))  # the last tenth of a millisecond awake: sleep is late
+            run()
+            waits.append(clock() - arrival)
+    finally:
+        gc.enable()
+
+
 def _of_runner(runner: Runner, feed: Array) -> Subject:
     feeds = {runner.inputs[0].name: feed}
     overlapped = (lambda count: runner.run_async(feeds, count)) if isinstance(runner, AsyncRunner) else None
@@ -147,7 +176,8 @@ def _of_runner(runner: Runner, feed: Array) -> Subject:
 def _bundle(job: Mapping[str, Any]) -> Callable[[], Subject]:
     bundle = Bundle.open(job["bundle"], verify=False)  # the parent verified it; hashing is no part of a cold start
     feed = feed_of(bundle, job["batch"])
-    return lambda: _of_runner(load_runner(bundle, job["device"], job["threads"]), feed)
+    many = job["mode"] == "throughput"
+    return lambda: _of_runner(load_runner(bundle, job["device"], job["threads"], throughput=many), feed)
 
 
 def _eager(job: Mapping[str, Any]) -> Callable[[], Subject]:
@@ -194,7 +224,7 @@ class _Session:
 
     def __init__(self) -> None:
         self._subject: Subject | None = None
-        self._batch = 0
+        self._batch, self._mode, self._rounds = 0, "latency", 0
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self._load(request["job"]) if request["do"] == "load" else self._round(float(request["seconds"]))
@@ -208,15 +238,24 @@ class _Session:
         first = time.perf_counter()
         for _ in range(WARM_UP_RUNS):
             subject.run()
-        self._subject, self._batch = subject, job["batch"]
+        self._subject, self._batch, self._mode = subject, job["batch"], job["mode"]
         return {"cold_start_ms": (loaded - start) * 1e3, "first_inference_ms": (first - loaded) * 1e3}
 
     def _round(self, seconds: float) -> dict[str, Any]:
         if self._subject is None:
             raise ValueError("asked for a round before anything was loaded")
-        laps = timed_round(self._subject, seconds)
-        rate = _async_rate(self._subject, seconds, statistics.median(laps) / 1e9, self._batch)
-        return {"laps_ns": laps, "async_images_per_s": rate, "peak_rss_mib": peak_rss_mib()}
+        self._rounds += 1
+        many = self._mode == "throughput"
+        laps = timed_round(self._subject, seconds * LONE_SHARE if many else seconds)
+        lap_s = statistics.median(laps) / 1e9
+        rate = _async_rate(self._subject, seconds * (2 if many else 1), lap_s, self._batch)
+        found: dict[str, Any] = {"laps_ns": laps, "async_images_per_s": rate}
+        if self._mode == "server":
+            mean_s = statistics.fmean(laps) / 1e9
+            found["tails_ns"] = {
+                str(load): waits_under_load(self._subject.run, mean_s, load, seconds, self._rounds) for load in LOADS
+            }
+        return found | {"peak_rss_mib": peak_rss_mib()}
 
 
 def _own_streams() -> tuple[TextIO, TextIO]:

@@ -165,6 +165,14 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size, where the bundles leave it open.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 2.0,
+    until: Annotated[
+        float | None,
+        typer.Option(help="Go on until each ratio's 90 % interval is narrower than this share of it, such as 0.1."),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(help="latency; throughput: many requests at a time; server: p99 at random arrivals."),
+    ] = "latency",
     device: Device = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
     allow_native: AllowNative = False,
@@ -177,7 +185,7 @@ def bench(
     from dualtoken_deploy.bench.run import bench as run
 
     with progress() as tell:
-        report = run(find_bundles(bundles), against, threads, batch, rounds, seconds, device, progress=tell)
+        report = run(find_bundles(bundles), against, threads, batch, rounds, seconds, device, tell, until, mode)
     show(json_output, report.to_json(), lambda r: r.bench_table(report))
     for note in report.notes:
         remark(f"note: {note}")
@@ -213,7 +221,7 @@ def compare(
 def diagnose(
     bundle: OneBundle,
     data: Annotated[
-        str | None, typer.Option(help="Pictures; those that the weights are of where they ship, or photographs.")
+        str | None, typer.Option(help="Pictures; those of its calibration or weights where they ship, or photographs.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Take this many pictures.")] = 4,
     threshold: Annotated[float | None, typer.Option(help="SQNR in dB below which a layer counts as drifted.")] = None,
@@ -235,5 +243,7 @@ def diagnose(
         answer(f"threshold {found.threshold_db:g} dB: {past}")
         if found.suspect is not None:
             answer(f"loses most by itself: {found.suspect}")
+    if found.note is not None and found.suspect is not None:
+        remark(f"note: {found.note}")
     if picture is not None:
         module.draw(found, picture, command_line())

@@ -29,12 +29,13 @@ class CalibrationSet:
     sha256: str
 
     def __post_init__(self) -> None:
-        if len(self.inputs) < MIN_IMAGES:
-            raise DatasetError(
-                f"the calibration set {self.name} has {len(self.inputs)} images; at least {MIN_IMAGES} are needed"
-            )
         if not np.isfinite(self.inputs).all():
             raise DatasetError(f"the calibration set {self.name} has NaN or infinite values; clean it")
+
+    def part(self, chosen: Array) -> CalibrationSet:
+        """Some of the inputs, by their numbers; of a part there may be fewer than ranges are otherwise taken from."""
+        digest = hashlib.sha256(f"{self.sha256} {chosen.tolist()}".encode()).hexdigest()
+        return CalibrationSet(f"{self.name}, a part", self.inputs[chosen], digest)
 
     def describe(self, method: str, quantizer: str) -> Calibration:
         """What a manifest says of ranges that were taken from it."""
@@ -44,7 +45,10 @@ class CalibrationSet:
 
     @staticmethod
     def of_arrays(name: str, inputs: Array, contract: InputContract) -> CalibrationSet:
-        """From inputs that are prepared already. Raises DatasetError on another dtype or shape than the contract's."""
+        """From inputs that are prepared already. Raises DatasetError on too few, or another dtype or shape than the
+        contract's."""
+        if len(inputs) < MIN_IMAGES:
+            raise DatasetError(f"the calibration set {name} has {len(inputs)} images; at least {MIN_IMAGES} are needed")
         spec = contract.tensor
         wanted, given = tuple(spec.shape[1:]), inputs.shape[1:]
         if given != wanted or inputs.dtype != np.dtype(spec.dtype):

@@ -30,16 +30,19 @@ def load_runner(
     device: str | None = None,
     threads: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    throughput: bool = False,
 ) -> Runner:
     """The runner of the bundle's target, loaded and ready; a context manager.
 
-    `device`: in the runtime's own words ("cpu", "cuda", "GPU", ...). Raises MissingError where the runtime or the
-    device is not here, BundleError where the bundle is not whole.
+    `device`: in the runtime's own words ("cpu", "cuda", "GPU", ...). `throughput`: for many requests at a time.
+    Raises MissingError where the runtime or the device is not here, BundleError where the bundle is not whole.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_native(opened)
     module = get_target(opened.manifest.target).part("runner")
-    runner: Runner = module.load(opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None))
+    runner: Runner = module.load(
+        opened, RunnerOptions(device, threads, Path(cache_dir) if cache_dir else None, throughput)
+    )
     return runner
 
 

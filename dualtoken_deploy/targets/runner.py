@@ -31,11 +31,13 @@ def choose_reference(asked: str | None) -> str:
 @dataclass(frozen=True)
 class RunnerOptions:
     """How to run: `device` in the runtime's own words (None: its CPU), CPU threads (None: the runtime's choice),
-    and a folder where the runtime may keep compiled models (None: no cache)."""
+    and a folder where the runtime may keep compiled models (None: no cache). `throughput`: laid out for many requests
+    at a time, where a runtime knows the difference, not for one as fast as can be."""
 
     device: str | None = None
     threads: int | None = None
     cache_dir: Path | None = None
+    throughput: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,27 @@ KINDS = ("digits", "shapes", "scenes")  # sets that need no download, and the wo
 
 
 def own_data(manifest: Manifest) -> str:
-    """Pictures of the bundle's own kind: those that its weights were trained for where they ship, else photographs."""
+    """Pictures of the bundle's own kind: those that its ranges were measured on, or that its weights were trained for,
+    where they ship; else photographs. Integers saturate outside of their ranges, so other pictures say little."""
+    word = _calibrated(manifest)
+    if word in KINDS:
+        return word
     return next((kind for kind in KINDS if manifest.weights.source.startswith(kind)), PHOTOGRAPHS)
+
+
+def _calibrated(manifest: Manifest) -> str | None:
+    said = manifest.calibration
+    return None if said is None else said.name.partition(" (")[0]
+
+
+def _note(manifest: Manifest, pictures: str) -> str | None:
+    word = _calibrated(manifest)
+    if word is None or pictures.partition(" (")[0] == word:
+        return None
+    return (
+        f"ranges were measured on {word}, these are {pictures}: what lies outside of those ranges saturates, in layers "
+        "without a fault too; give --data with pictures like those of the calibration"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class Diagnosis:
     suspect: str | None
     unseen: int  # values of the float program that the bundle does not have under their names
     engine: str | None = None  # what stood in for the target's own runtime, if anything did
+    note: str | None = None  # why a drift may be that of the pictures
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; an infinite error, where a value overflowed, is null."""
@@ -125,6 +145,7 @@ def diagnose(
     return Diagnosis(
         str(opened.path), images.name, len(images), threshold, tuple(layers), ends,
         past[0].name if past else None, suspect, len(kinds) - len(seen), look.engine,
+        _note(manifest, images.name),
     )  # fmt: skip
 
 

@@ -328,7 +328,7 @@ def drift_table(found: Diagnosis, rows: int) -> Table:
     worst = sorted(found.layers, key=lambda layer: -layer.lost_db)[:rows]
     cells = [(d.name, "end of block", f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", "") for d in found.blocks]
     cells += [(d.name, d.kind, f"{d.sqnr_db:.1f}", f"{d.max_abs_error:.2e}", f"{d.lost_db:.1f}") for d in worst]
-    title = f"{found.bundle} over {found.images} pictures; {found.unseen} values have no name in it"
+    title = f"{found.bundle} over {found.images} pictures of {found.data}; {found.unseen} values have no name in it"
     if found.engine:
         title += f" ({found.engine})"
     return table(("layer", "kind", "SQNR (dB)", "max error", "lost here (dB)"), cells, title, left=2)

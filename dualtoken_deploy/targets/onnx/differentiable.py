@@ -30,27 +30,72 @@ class TorchGraph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.feed = model.graph.input[0].name
         self.outputs = [o.name for o in model.graph.output]
-        self._constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+        self.constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
         self.nodes = [
             (node, {a.name: helper.get_attribute_value(a) for a in node.attribute}) for node in model.graph.node
         ]
+
+    def lockstep(self, inputs: Array) -> Lockstep:
+        """Of several inputs (N, ...), to be computed a node at a time."""
+        return Lockstep(self, inputs)
 
     def run(self, inputs: Array, watch: Callable[[onnx.NodeProto, Attributes, list[Any], Any], Any]) -> dict[str, Any]:
         """What the graph ends in, for one input: its outputs, and what goes into nodes that cannot be computed here.
 
         `watch` sees every node with its inputs and what it gave, and returns what goes on instead.
         """
-        values: dict[str, Any] = {**self._constants, self.feed: torch.from_numpy(np.ascontiguousarray(inputs))}
+        values: dict[str, Any] = {**self.constants, self.feed: torch.from_numpy(np.ascontiguousarray(inputs))}
         ends = dict.fromkeys(self.outputs)
         for node, attributes in self.nodes:
             given = [values.get(name) if name else None for name in node.input]
             missing = any(name and name not in values for name in node.input)
             if missing or node.op_type not in OPERATORS:
-                ends.update((n, None) for n in node.input if n in values and n not in self._constants)
+                ends.update((n, None) for n in node.input if n in values and n not in self.constants)
                 continue
             made = watch(node, attributes, given, OPERATORS[node.op_type](given, attributes))
             values.update(zip(node.output, made if isinstance(made, tuple) else (made,), strict=False))
         return {name: values[name] for name in ends if name in values}
+
+
+class Lockstep:
+    """All values of several inputs, a node at a time; what nothing reads any more is let go."""
+
+    def __init__(self, graph: TorchGraph, inputs: Array) -> None:
+        self._constants = graph.constants
+        last: dict[str, int] = {name: len(graph.nodes) for name in graph.outputs}
+        for at, (node, _) in enumerate(graph.nodes):
+            last.update((name, at) for name in node.input if last.get(name, at) <= at)
+        self._last, self._at = last, 0
+        self._values: dict[str, list[Any]] = {
+            graph.feed: [torch.from_numpy(np.ascontiguousarray(inputs[i : i + 1])) for i in range(len(inputs))]
+        }
+        self._count = len(inputs)
+
+    def inputs(self, node: onnx.NodeProto) -> list[list[Any]]:
+        """What a node reads, for each of the inputs."""
+        return [[self._value(name, i) if name else None for name in node.input] for i in range(self._count)]
+
+    def step(self, node: onnx.NodeProto, attributes: Attributes) -> list[Any] | None:
+        """Computes the next node; None, and nothing, where it or what it reads cannot be computed here."""
+        known = all(not n or n in self._values or n in self._constants for n in node.input)
+        if not known or node.op_type not in OPERATORS:
+            return self.give(node, None)
+        return self.give(node, [compute(node, attributes, given) for given in self.inputs(node)])
+
+    def give(self, node: onnx.NodeProto, made: list[Any] | None) -> list[Any] | None:
+        """Takes these for what the next node makes."""
+        if made is not None:
+            several = [m if isinstance(m, tuple) else (m,) for m in made]
+            for place, name in enumerate(node.output):
+                self._values[name] = [outputs[place] for outputs in several]
+        for name in {*node.input, *node.output}:
+            if self._last.get(name, -1) <= self._at:
+                self._values.pop(name, None)
+        self._at += 1
+        return made
+
+    def _value(self, name: str, i: int) -> Any:
+        return self._constants[name] if name in self._constants else self._values[name][i]
 
 
 def compute(node: onnx.NodeProto, attributes: Attributes, inputs: list[Any]) -> Any:
@@ -62,7 +107,7 @@ def _ints(value: Tensor | None) -> list[int]:
     return [] if value is None else [int(v) for v in value.flatten().tolist()]
 
 
-def _padded(x: Tensor, a: Attributes, rank: int, value: float = 0.0) -> Tensor:
+def padded(x: Tensor, a: Attributes, rank: int, value: float = 0.0) -> Tensor:
     """With the padding that ONNX gives as all begins, then all ends."""
     pads = a.get("pads") or [0] * (2 * rank)
     if a.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
@@ -90,7 +135,7 @@ def _conv(i: list[Any], a: Attributes) -> Any:
     function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
     bias = i[2] if len(i) > 2 else None
     strides, dilations = a.get("strides") or [1] * rank, a.get("dilations") or [1] * rank
-    return function(_padded(i[0], a, rank), i[1], bias, strides, 0, dilations, a.get("group", 1))
+    return function(padded(i[0], a, rank), i[1], bias, strides, 0, dilations, a.get("group", 1))
 
 
 def _gemm(i: list[Any], a: Attributes) -> Any:
@@ -142,19 +187,19 @@ def _average_pool(i: list[Any], a: Attributes) -> Any:
     counted = bool(a.get("count_include_pad", 0))
     function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[rank]
     strides, ceil = a.get("strides") or [1] * rank, bool(a.get("ceil_mode", 0))
-    out = function(_padded(i[0], a, rank), a["kernel_shape"], strides, 0, ceil)
+    out = function(padded(i[0], a, rank), a["kernel_shape"], strides, 0, ceil)
     if counted or not any(a.get("pads") or [0]):
         return out
-    share = function(_padded(torch.ones_like(i[0]), a, rank), a["kernel_shape"], strides, 0, ceil)
+    share = function(padded(torch.ones_like(i[0]), a, rank), a["kernel_shape"], strides, 0, ceil)
     return out / share
 
 
 def _max_pool(i: list[Any], a: Attributes) -> Any:
     rank = i[0].ndim - 2
     function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[rank]
-    padded = _padded(i[0], a, rank, -torch.inf)
+    wide = padded(i[0], a, rank, -torch.inf)
     dilations, ceil = a.get("dilations") or [1] * rank, bool(a.get("ceil_mode", 0))
-    return function(padded, a["kernel_shape"], a.get("strides") or [1] * rank, 0, dilations, ceil)
+    return function(wide, a["kernel_shape"], a.get("strides") or [1] * rank, 0, dilations, ceil)
 
 
 def _resize(i: list[Any], a: Attributes) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.machine import describe_machine
+from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import Range, check_method
 from dualtoken_deploy.quantize.memory import Latest
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
+from dualtoken_deploy.targets.onnx.correct import Corrections, correct, shift_biases
 from dualtoken_deploy.targets.onnx.migrate import (
     Channels,
     Migration,
@@ -35,7 +37,13 @@ from dualtoken_deploy.targets.onnx.migrate import (
     plan_migration,
 )
 from dualtoken_deploy.targets.onnx.noise import measure
-from dualtoken_deploy.targets.onnx.ranges import collect_extremes, collect_ranges, cut_by_readers
+from dualtoken_deploy.targets.onnx.ranges import (
+    bounds_of_readers,
+    collect_extremes,
+    collect_ranges,
+    cut,
+    cut_channels,
+)
 from dualtoken_deploy.targets.request import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
@@ -51,6 +59,11 @@ class Style:
     unsigned: bool
     reduce_range: bool
     conv_outputs: bool
+
+    @property
+    def weight_limit(self) -> int:
+        """The largest integer of a weight, as onnxruntime.quantization has it."""
+        return 64 if self.reduce_range else 127
 
 
 # What TensorRT takes, and any other engine with symmetric integers.
@@ -71,7 +84,15 @@ def onnxruntime_style(flags: Iterable[str] | None = None) -> Style:
 class Methods:
     """What is done so that a graph quantizes well; each can be left out, to see what it gains."""
 
+    saturation: bool = True  # ranges end where the activation that reads a value gives the same for all beyond
     migration: bool = True  # scales a channel for activations, moved into weights and pairs
+    bias: bool = True  # means of the products kept, in their biases
+    rounding: bool = False  # weights rounded together with what they read, not each to its nearest
+
+    def __str__(self) -> str:
+        names = {"saturation": "saturating ends", "migration": "moved channel scales", "bias": "bias correction",
+                 "rounding": "second-order rounding"}  # fmt: skip
+        return ", ".join(text for field, text in names.items() if getattr(self, field)) or "no methods"
 
 
 ALL_METHODS = Methods()
@@ -126,17 +147,23 @@ class QdqQuantizer:
             f"{graph} {calibration.sha256} {len(calibration.inputs)}",
             lambda: collect_extremes(self.model, _activations(self.model), axes, calibration.inputs, tell),
         )
-        self.ranges = dict(found)
+        self._methods = methods
+        limits = bounds_of_readers(self.model, found, methods.saturation)
+        cuts = {name: cut(bounds, limits.get(name, bounds)) for name, bounds in found.items()}
+        channels = {k: cut_channels(v, limits[k]) if k in limits else v for k, v in channels.items()}
         empty = Migration({}, {})
         self._plan = (
             plan_migration(self.model, self._nodes, channels, style.conv_outputs) if methods.migration else empty
         )
         self.migrated = self._migrate(self._nodes)
-        self.ranges |= _scaled_ranges(self._plan, channels)
-        self.ranges = collect_ranges(
-            self.migrated, _activations(self.migrated), calibration.inputs, method, tell, self.ranges
-        ) | {k: v for k, v in self.ranges.items() if method == "minmax"}
-        self.ranges = cut_by_readers(self.migrated, self.ranges)
+        cuts |= _scaled_ranges(self._plan, channels)
+        self.ranges = cuts
+        if method != "minmax":
+            whole = dict(found) | cuts
+            counted = collect_ranges(
+                self.migrated, _activations(self.migrated), calibration.inputs, method, tell, whole
+            )
+            self.ranges = cuts | {name: cut(bounds, cuts[name]) for name, bounds in counted.items()}
 
     def _migrate(self, chosen: Iterable[str]) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(migrate(self.model, self._plan, chosen))
@@ -162,6 +189,8 @@ class QdqQuantizer:
         try:
             with quiet(logging.ERROR):  # its advice, such as to pre-process first
                 migrated = self._migrate(chosen)
+                corrections = self._correct(migrated, chosen)
+                shift_biases(migrated, corrections.shifts)
                 add_infer_metadata(migrated)
                 float_ranges = {k: (np.float32(low), np.float32(high)) for k, (low, high) in self.ranges.items()}
                 quantizer = QDQQuantizer(
@@ -180,12 +209,23 @@ class QdqQuantizer:
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             raise ConversionError(f"onnxruntime.quantization failed: {first_line(error)}") from error
         out: onnx.ModelProto = quantizer.model.model
+        _set_integers(out, corrections.weights)
         _keep_bias_apart(out, _ranks(migrated))
         return out
 
-    def sensitivity(self, products: Products | None = None) -> Sensitivity:
-        """What each unit's rounding does to the outputs; of other `products` than all that may be INT8, if given."""
-        weights = {t.name for t in self.migrated.graph.initializer}
+    def _correct(self, migrated: onnx.ModelProto, chosen: Collection[str]) -> Corrections:
+        methods = self._methods
+        if not (methods.bias or methods.rounding):
+            return Corrections()
+        found = correct(
+            migrated, chosen, self._inputs, self._rounded(migrated), self._behind,
+            (lambda weight, kind: steps_of(weight, kind, self.style)) if methods.rounding else None,
+            self.style.weight_limit,
+        )  # fmt: skip
+        return found if methods.bias else Corrections({}, found.weights)
+
+    def _rounded(self, model: onnx.ModelProto) -> Callable[[str, Tensor, str], Tensor]:
+        weights = {t.name for t in model.graph.initializer}
 
         def rounded(name: str, value: Tensor, kind: str) -> Tensor:
             return (
@@ -194,10 +234,16 @@ class QdqQuantizer:
                 else round_value(value, self.ranges[name], self.style)
             )
 
+        return rounded
+
+    def _behind(self, kind: str) -> bool:
+        return kind == "Conv" and self.style.conv_outputs
+
+    def sensitivity(self, products: Products | None = None) -> Sensitivity:
+        """What each unit's rounding does to the outputs; of other `products` than all that may be INT8, if given."""
         return measure(
-            self.migrated, products or self.products, self._inputs, rounded,
-            lambda kind: kind == "Conv" and self.style.conv_outputs,
-        )  # fmt: skip
+            self.migrated, products or self.products, self._inputs, self._rounded(self.migrated), self._behind
+        )
 
 
 # Two targets that take one graph are calibrated once.
@@ -206,20 +252,24 @@ _EXTREMES: Latest[tuple[dict[str, Range], dict[str, Channels]]] = Latest()
 
 def round_weight(weight: Tensor, kind: str, style: Style) -> Tensor:
     """In int8 with a scale for each output channel: axis 0 of a convolution, the last of a matrix product."""
+    scale = steps_of(weight, kind, style)
+    return torch.round(weight / scale) * scale
+
+
+def steps_of(weight: Tensor, kind: str, style: Style) -> Tensor:
+    """The step of each output channel, of as many dimensions as the weight."""
     axis = 0 if kind == "Conv" else weight.ndim - 1
     others = [i for i in range(weight.ndim) if i != axis]
-    scale = weight.abs().amax(others, keepdim=True).clamp_min(1e-12) / (127 >> int(style.reduce_range))
-    return torch.round(weight / scale) * scale
+    return weight.abs().amax(others, keepdim=True).clamp_min(1e-12) / style.weight_limit
 
 
 def round_value(value: Tensor, bounds: Range, style: Style) -> Tensor:
     """An activation in a style's integers, over a range."""
     low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
-    levels = 255 >> int(style.reduce_range)
-    if style.unsigned:
-        scale = max(high - low, 1e-12) / levels
+    if style.unsigned:  # eight bits with weights of seven too: 255 * 64 twice fits into 16 bits
+        scale = max(high - low, 1e-12) / 255
         zero = round(-low / scale)
-        return (torch.clamp(torch.round(value / scale) + zero, 0, levels) - zero) * scale
+        return (torch.clamp(torch.round(value / scale) + zero, 0, 255) - zero) * scale
     scale = max(-low, high, 1e-12) / 127
     return torch.clamp(torch.round(value / scale), -127, 127) * scale
 
@@ -248,6 +298,18 @@ def _scaled_ranges(plan: Migration, channels: Mapping[str, Channels]) -> dict[st
         for factors_of in (plan.inputs, plan.outputs)
         for value, factors in factors_of.items()
     }
+
+
+def _set_integers(model: onnx.ModelProto, weights: Mapping[str, Array]) -> None:
+    """Puts weights that lie on their grid already in the place of those that were rounded to the nearest."""
+    constants = {t.name: t for t in model.graph.initializer}
+    for name, weight in weights.items():
+        old, steps = constants[f"{name}_quantized"], numpy_helper.to_array(constants[f"{name}_scale"])
+        shape = [-1] + [1] * (weight.ndim - 1) if weight.ndim == 4 else [1, -1]
+        whole = np.rint(weight / steps.reshape(shape))
+        if np.abs(whole * steps.reshape(shape) - weight).max() > 1e-3 * float(steps.max()):
+            raise ConversionError(f"onnxruntime.quantization gave {name} other scales than it was rounded for")
+        old.CopyFrom(numpy_helper.from_array(whole.astype(np.int8), old.name))
 
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import nn
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.memory import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
+from dualtoken_deploy.targets.onnx.choose import choose_methods
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, OnnxExport, export_onnx
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
@@ -47,9 +48,10 @@ class OnnxBackend:
     def __init__(
         self, model: onnx.ModelProto, calibration: CalibrationSet, method: str, style: Style, tell: Tell
     ) -> None:
-        self._quantizer = QdqQuantizer(model, calibration, style, method, tell)
+        methods = choose_methods(model, calibration, style, method, tell)
+        self._quantizer = QdqQuantizer(model, calibration, style, method, tell, methods)
         self.products = self._quantizer.products
-        self.described = f"Q/DQ {style.name}, {method}"
+        self.described = f"Q/DQ {style.name}, {method}, {methods}"
         # ranges too, for what was measured with others says nothing of these
         ranges = repr(sorted(self._quantizer.ranges.items())).encode()
         self.source = hashlib.sha256(graph_sha256(model).encode() + ranges).hexdigest()

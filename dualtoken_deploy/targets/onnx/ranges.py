@@ -5,7 +5,8 @@ Counted over all pictures with one histogram a value, so that their order does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -66,11 +67,21 @@ def collect_extremes(
     return whole, {name: (low[name], high[name]) for name in axes if name in low}
 
 
-def cut_by_readers(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """The ranges, without what a Relu or a Clip that alone reads a value throws away.
+# Beyond these an activation gives (nearly) the same for all: exactly, or but for less than a thousandth.
+SATURATES: Mapping[str, Range] = MappingProxyType(
+    {
+        "Relu": (0.0, np.inf),
+        "HardSwish": (-3.0, np.inf),
+        "Gelu": (-3.5, np.inf),  # -3.5 gives -0.0008, and less gives less
+    }
+)
+
+
+def bounds_of_readers(model: onnx.ModelProto, names: Iterable[str], smooth: bool = True) -> dict[str, Range]:
+    """What the activation that alone reads a value lets through: of the named values that have such a reader.
 
     Integers saturate at the ends of their range, as those operators do, so nothing is lost; a range with the rest in it
-    spends most of its 256 steps on values that count as one (MobileNet's: -20..40 for 0..6).
+    spends most of its 256 steps on values that count as one (MobileNet's: -20..40 for 0..6). `smooth`: of a Gelu too.
     """
     constants = {t.name: t for t in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {output.name: [] for output in model.graph.output}
@@ -85,13 +96,29 @@ def cut_by_readers(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[
         constant = constants.get(node.input[place])
         return default if constant is None else float(numpy_helper.to_array(constant))
 
-    out = dict(ranges)
-    for name, (low, high) in ranges.items():
+    out = {}
+    for name in names:
         nodes = readers.get(name, [])
-        if name in kept or len(nodes) != 1 or nodes[0].op_type not in ("Relu", "Clip") or nodes[0].input[0] != name:
+        if name in kept or len(nodes) != 1 or nodes[0].input[0] != name:
             continue
-        least = 0.0 if nodes[0].op_type == "Relu" else bound(nodes[0], 1, -np.inf)
-        most = np.inf if nodes[0].op_type == "Relu" else bound(nodes[0], 2, np.inf)
-        if max(low, least) < min(high, most):
-            out[name] = max(low, least), min(high, most)
+        kind = nodes[0].op_type
+        if kind == "Clip":
+            out[name] = bound(nodes[0], 1, -np.inf), bound(nodes[0], 2, np.inf)
+        elif kind == "HardSigmoid":
+            slope = next((a.f for a in nodes[0].attribute if a.name == "alpha"), 0.2)
+            out[name] = -0.5 / slope, 0.5 / slope
+        elif kind in SATURATES and (smooth or kind != "Gelu"):
+            out[name] = SATURATES[kind]
     return out
+
+
+def cut(bounds: Range, within: Range) -> Range:
+    """A range without what lies beyond another; as it was where nothing would be left."""
+    low, high = max(bounds[0], within[0]), min(bounds[1], within[1])
+    return (low, high) if low < high else bounds
+
+
+def cut_channels(bounds: tuple[Array, Array], within: Range) -> tuple[Array, Array]:
+    """The same for the extremes of each channel; of a channel of which nothing is left they are one of its ends."""
+    low, high = (np.clip(side, *within) for side in bounds)
+    return (low, high) if (low < high).any() else bounds

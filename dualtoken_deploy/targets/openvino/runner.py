@@ -113,7 +113,10 @@ def _compile(path: Path, options: RunnerOptions, computes: str, profile: bool = 
             "export with --precision fp16"
         )
     # Without the hint a CPU with AMX or AVX512-FP16 would run a float32 model in a smaller type, and not say so.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": computes, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": computes,
+        "PERFORMANCE_HINT": "THROUGHPUT" if options.throughput else "LATENCY",
+    }
     if options.threads and device == "CPU":
         settings["INFERENCE_NUM_THREADS"] = options.threads
     if profile:

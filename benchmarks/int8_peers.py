@@ -1,0 +1,242 @@
+"""INT8 of this project beside what else a user would take, on one graph, with the same pictures, in one run.
+
+    python benchmarks/int8_peers.py [digits|shapes] [--only NAME...] [--calibration-size 100] [--max-drop 0.5]
+
+Each gets the float ONNX graph of the trained model and the same calibration pictures, and is judged on the same
+held-out ones in the runtime that it is for: points of top-1 lost against the float graph, the share of the MACs that
+executes in integers as the runtime's profiler says, and CPU seconds from the graph to the file. A contestant that has
+no runtime here (symmetric S8/S8, for TensorRT) is computed as plain float arithmetic over its Q/DQ pairs; its share is
+the planned one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from int8_methods import open_weights
+
+from dualtoken_deploy.numerics import Array
+from dualtoken_deploy.quantize.backend import Products
+from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut
+from dualtoken_deploy.quantize.gate import Int8Options, quantize_within_budget
+from dualtoken_deploy.quantize.judge import make_judge
+from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, Style, onnxruntime_style, read_products
+from dualtoken_deploy.targets.onnx.quantize import OnnxBackend
+from dualtoken_deploy.targets.onnx.values import Prober
+from dualtoken_deploy.targets.onnxruntime.runner import OnnxRuntimeRunner
+from dualtoken_deploy.targets.openvino.ir import save_ir
+from dualtoken_deploy.targets.openvino.quantize import OpenVinoBackend
+from dualtoken_deploy.targets.openvino.runner import OpenVinoRunner
+from dualtoken_deploy.targets.runner import RunnerOptions
+from dualtoken_deploy.tasks.table import get_task
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every contestant gets."""
+
+    graph: onnx.ModelProto
+    calibration: CalibrationSet
+    held_out: HeldOut
+    expected: Array  # (N, classes) of the float graph
+    truth: Array
+    max_drop: float
+
+    @property
+    def name(self) -> str:
+        return self.graph.graph.input[0].name
+
+    def top1(self, logits: Array) -> float:
+        return float((logits.argmax(1) == self.truth).mean())
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where the file is, what runs it, and the share of the MACs that was planned where nothing here runs it."""
+
+    path: Path
+    runtime: str
+    planned: float | None = None
+
+
+def specs(case: Case) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    inputs, logits = case.calibration.inputs, case.expected
+    feed = TensorSpec(case.name, inputs.dtype.name, "NHWC", (1, *inputs.shape[1:]))
+    return (feed,), (TensorSpec("logits", "float32", "NC", (1, logits.shape[1])),)
+
+
+def open_runner(case: Case, made: Made) -> Any:
+    kind = OnnxRuntimeRunner if made.runtime == "onnxruntime" else OpenVinoRunner
+    return kind(made.path, *specs(case), RunnerOptions(threads=1))
+
+
+def run(case: Case, made: Made, inputs: Array) -> Array:
+    if made.planned is not None:
+        return Prober(onnx.load(made.path), ["logits"]).run_each(inputs)["logits"]
+    with open_runner(case, made) as runner:
+        return np.concatenate([runner.run({case.name: inputs[i : i + 1]})["logits"] for i in range(len(inputs))])
+
+
+def share(case: Case, made: Made, products: Products) -> float:
+    """Of the MACs in integers, by the names that the runtimes keep."""
+    if made.planned is not None:
+        return made.planned
+    with open_runner(case, made) as runner:
+        nodes = runner.execution().nodes
+    return sum(n for name, n in products.macs.items() if nodes.get(name) in ("int8", "uint8")) / products.total
+
+
+def ours(kind: type[OnnxBackend], style: Style, runtime: str, executed: bool = True) -> Callable[[Case, Path], Made]:
+    def quantize(case: Case, folder: Path) -> Made:
+        file = "model.xml" if runtime == "openvino" else "model.onnx"
+        backend = kind(case.graph, case.calibration, "minmax", style, lambda _: None)
+        judge = make_judge(
+            get_task("classify"), case.held_out, [{"logits": row[None]} for row in case.expected], "top1",
+            case.calibration.inputs.shape[1:3], case.expected.shape[1],
+        )  # fmt: skip
+
+        def outputs(place: Path, inputs: Array) -> Iterator[dict[str, Array]]:
+            for row in run(case, Made(place / file, runtime, None if executed else 0.0), inputs):
+                yield {"logits": row[None]}
+
+        options = Int8Options(case.calibration.name, len(case.calibration.inputs), max_drop=case.max_drop)
+        said = quantize_within_budget(
+            f"peers-{style.name}-{runtime}", backend, case.calibration, judge, options, outputs, folder, lambda _: None
+        )
+        return Made(folder / file, runtime, None if executed else said.planned_int8_mac_share)
+
+    return quantize
+
+
+class Reader:
+    """ORT's protocol of calibration data."""
+
+    def __init__(self, case: Case) -> None:
+        inputs = case.calibration.inputs
+        self._left = iter([{case.name: inputs[i : i + 1]} for i in range(len(inputs))])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self._left, None)
+
+
+def ort_static(per_channel: bool, unsigned: bool) -> Callable[[Case, Path], Made]:
+    def quantize(case: Case, folder: Path) -> Made:
+        from onnxruntime.quantization import QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        onnx.save(case.graph, folder / "float.onnx")
+        quant_pre_process(str(folder / "float.onnx"), str(folder / "ready.onnx"), skip_symbolic_shape=True)
+        activation = QuantType.QUInt8 if unsigned else QuantType.QInt8
+        quantize_static(
+            folder / "ready.onnx", folder / "model.onnx", Reader(case), per_channel=per_channel,
+            activation_type=activation,
+        )  # fmt: skip
+        return Made(folder / "model.onnx", "onnxruntime")
+
+    return quantize
+
+
+def nncf_plain(case: Case, folder: Path) -> Made:
+    import nncf
+    import openvino as ov
+
+    inputs = case.calibration.inputs
+    samples = [inputs[i : i + 1] for i in range(len(inputs))]
+    model = nncf.quantize(
+        ov.Core().read_model(case.graph.SerializeToString()),
+        nncf.Dataset(samples, lambda sample: {case.name: sample}),
+        subset_size=len(samples),
+        model_type=nncf.ModelType.TRANSFORMER,
+    )
+    save_ir(model, folder)
+    return Made(folder / "model.xml", "openvino")
+
+
+def nncf_controlled(case: Case, folder: Path) -> Made:
+    """Its budget is an absolute drop of what the validation function gives, on the same held-out pictures."""
+    import nncf
+    import openvino as ov
+
+    inputs = case.calibration.inputs
+    samples = [inputs[i : i + 1] for i in range(len(inputs))]
+    pairs = [(case.held_out.inputs[i : i + 1], int(case.truth[i])) for i in range(len(case.truth))]
+
+    def validate(compiled: Any, data: Any) -> tuple[float, None]:
+        right = [int(np.asarray(compiled(image)[0]).argmax()) == label for image, label in data]
+        return float(np.mean(right)), None
+
+    model = nncf.quantize_with_accuracy_control(
+        ov.Core().read_model(case.graph.SerializeToString()),
+        nncf.Dataset(samples, lambda sample: {case.name: sample}),
+        nncf.Dataset(pairs),
+        validate,
+        max_drop=case.max_drop / 100,
+        subset_size=len(samples),
+        model_type=nncf.ModelType.TRANSFORMER,
+    )
+    save_ir(model, folder)
+    return Made(folder / "model.xml", "openvino")
+
+
+def contestants() -> dict[str, Callable[[Case, Path], Made]]:
+    style = onnxruntime_style()
+    dense = Style(style.name, style.unsigned, style.reduce_range, conv_outputs=False)
+    return {
+        "ours, ONNX Runtime": ours(OnnxBackend, style, "onnxruntime"),
+        "ours, OpenVINO": ours(OpenVinoBackend, dense, "openvino"),
+        "ours, symmetric S8/S8": ours(OnnxBackend, NEUTRAL, "onnxruntime", executed=False),
+        "ORT quantize_static, defaults": ort_static(per_channel=False, unsigned=False),
+        "ORT quantize_static, U8/S8 per channel": ort_static(per_channel=True, unsigned=True),
+        "NNCF quantize": nncf_plain,
+        "NNCF quantize_with_accuracy_control": nncf_controlled,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="?", default="digits")
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--calibration-size", type=int, default=100)
+    parser.add_argument("--max-drop", type=float, default=0.5)
+    given = parser.parse_args(arguments)
+    logging.getLogger().setLevel(logging.ERROR)
+    graph, calibration, held_out = open_weights(given.weights, given.calibration_size)
+    truth = np.array([sample for sample, _ in held_out.truth])
+    expected = Prober(graph, ["logits"]).run_each(held_out.inputs)["logits"]
+    case, products = Case(graph, calibration, held_out, expected, truth, given.max_drop), read_products(graph)
+    print(f"float: {100 * case.top1(expected):.2f} % of {len(truth)} pictures; calibration: {len(calibration.inputs)}")
+    print(
+        "| contestant | top-1 lost (points) | SQNR (dB) | MACs in INT8 | CPU s |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for name, quantize in contestants().items():
+        if given.only and not any(part in name for part in given.only):
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            began = time.process_time()
+            try:
+                made = quantize(case, Path(place))
+            except Exception as error:  # noqa: BLE001  # a contestant that fails has a row that says so
+                print(
+                    f"| {name} | failed: {type(error).__name__}: {str(error).splitlines()[0][:90]} | | | |", flush=True
+                )
+                continue
+            seconds = time.process_time() - began
+            logits = run(case, made, held_out.inputs)
+            lost = 100 * (case.top1(expected) - case.top1(logits))
+            noise = float(((logits - expected) ** 2).sum() / (expected**2).sum())
+            done = 100 * share(case, made, products)
+            print(f"| {name} | {lost:.2f} | {-10 * np.log10(noise):.1f} | {done:.1f} % | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
