@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dualtoken_deploy.pipeline.build import BuildResult
     from dualtoken_deploy.pipeline.check import ExportResult
     from dualtoken_deploy.pipeline.several import Failed
+    from dualtoken_deploy.prove.verify import Verification
     from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.use.compare import Comparison
     from dualtoken_deploy.use.diagnose import Diagnosis
@@ -370,6 +371,17 @@ def comparison_table(found: Comparison) -> Table:
     title += "".join(f"; {target}: {engine}" for engine, target in engines.items())
     machine = "" if found.bench is None else f"\n{found.bench.machine_line()}; {found.bench.setting_line()}"
     return table(columns, cells, title + machine)
+
+
+def verification_table(found: Verification) -> Table:
+    """One row each, the verdict last."""
+    cells = [(row.name, _cell(row.baseline), _cell(row.now), row.allowed, row.verdict) for row in found.rows]
+    title = f"{found.bundle} against {found.baseline}"
+    return table(("row", "baseline", "now", "allowed", "verdict"), cells, title)
+
+
+def _cell(value: float | str | None) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _or_dash(value: float | None) -> str:

@@ -1,0 +1,134 @@
+"""Commands for CI and for whoever takes a bundle over: is it still what it was?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualtoken_deploy.cli.common import (
+    AllowNative,
+    Bundles,
+    Device,
+    Json,
+    OneBundle,
+    Threads,
+    answer,
+    command_line,
+    find_bundles,
+    progress,
+    say,
+    show,
+    write_text,
+)
+from dualtoken_deploy.errors import InputError
+
+
+def verify(
+    bundle: OneBundle,
+    baseline: Annotated[Path, typer.Option(help="Report of an earlier run (JSON).")],
+    update: Annotated[bool, typer.Option("--update", help="Measure, and write the baseline anew.")] = False,
+    tolerances: Annotated[
+        Path | None, typer.Option(help="TOML: how much worse each row may be; see docs/ci.md.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Pictures, as of validate; those of the baseline.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images; as the baseline.")] = None,
+    reference: Annotated[str | None, typer.Option(help="eager or golden; as the baseline.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=0, help="Rounds beside the yardstick; 0: no latency.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="Seconds in a round for each of the two.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    allow_native: AllowNative = False,
+    json_output: Json = False,
+) -> None:
+    """Measures a bundle and holds it against its baseline; rows that fell exit with 5."""
+    from dualtoken_deploy.bundle.store import Bundle
+    from dualtoken_deploy.bundle.trust import permit_native
+    from dualtoken_deploy.prove.measure import Report, Setting, measure, subject_of
+    from dualtoken_deploy.prove.tolerances import Tolerances
+    from dualtoken_deploy.prove.verify import check_same, check_setting, compare
+
+    permit_native(allow_native)
+    limits = Tolerances() if tolerances is None else Tolerances.read(tolerances)
+    if not update and not baseline.exists():
+        raise InputError(
+            f"there is no {baseline}; make it with: dualtoken verify {bundle} --baseline {baseline} --update"
+        )
+    before = Report.read(baseline) if baseline.exists() and not update else None
+    opened = Bundle.open(bundle)
+    base = Setting() if before is None else before.setting
+    given = {
+        "data": data, "limit": limit, "reference": reference, "rounds": rounds, "seconds": seconds, "device": device,
+        "threads": threads,
+    }  # fmt: skip
+    setting = Setting(**{**vars(base), **{name: value for name, value in given.items() if value is not None}})
+    if before is not None:
+        check_same(before, subject_of(opened), str(baseline))
+        check_setting(before.setting, setting, str(baseline))
+    with progress() as tell:
+        now = measure(opened, setting, command_line(), tell)
+    if before is None:
+        now.write(baseline)
+        show(
+            json_output,
+            now.to_json(),
+            lambda r: r.verification_table(compare(str(bundle), str(baseline), now, now, limits)),
+        )
+        say(f"wrote {baseline}")
+        return
+    found = compare(str(bundle), str(baseline), before, now, limits)
+    show(json_output, found.to_json(), lambda r: r.verification_table(found))
+    for note in found.notes:
+        say(f"note: {note}")
+    found.gate()
+    if not json_output:
+        answer("held")
+
+
+def report(
+    bundles: Bundles = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown here; on stdout without either.")] = None,
+    data: Annotated[str | None, typer.Option(help="Pictures, best labelled, as of validate; else golden.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    reference: Annotated[str, typer.Option(help="eager or golden.")] = "golden",
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds beside the yardstick; 0: no latency.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds in a round for each of the two.")] = 0.5,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Layer by layer too, which needs PyTorch and takes long.")
+    ] = False,
+    device: Device = None,
+    threads: Threads = None,
+    allow_native: AllowNative = False,
+    json_output: Json = False,
+) -> None:
+    """Measures bundles and says all that there is to know of them on one page."""
+    from datetime import UTC, datetime
+
+    from dualtoken_deploy.bundle.store import Bundle
+    from dualtoken_deploy.bundle.trust import permit_native
+    from dualtoken_deploy.prove.contents import document
+    from dualtoken_deploy.prove.measure import Setting
+    from dualtoken_deploy.prove.render import html as as_html
+    from dualtoken_deploy.prove.render import markdown as as_markdown
+    from dualtoken_deploy.prove.subjects import look
+
+    permit_native(allow_native)
+    setting = Setting(data, limit, reference, rounds, seconds, threads, device)
+    with progress() as tell:
+        opened = [Bundle.open(path) for path in (bundles or find_bundles(None))]
+        subjects = [look(bundle, setting, drift, command_line(), tell) for bundle in opened]
+    made = document(subjects, datetime.now(UTC).strftime("%Y-%m-%d"))
+    for subject in subjects:
+        if subject.missing is not None:
+            say(f"note: {subject.bundle.path} was not measured: {subject.missing}")
+    if json_output:
+        found = [None if subject.report is None else subject.report.to_json() for subject in subjects]
+        show(True, {"reports": found}, lambda _: None)
+    elif html is None and markdown is None:
+        print(as_markdown(made), end="")
+    for path, render in ((html, as_html), (markdown, as_markdown)):
+        if path is not None:
+            write_text(path, render(made))
+            say(f"wrote {path}")

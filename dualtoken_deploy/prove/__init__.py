@@ -1,0 +1,1 @@
+"""What the next person can check: baselines, signatures, bills of materials, reports, remaking."""
