@@ -249,3 +249,24 @@ def test_a_changed_file_is_seen_before_anything_is_measured(
     assert code == 4
     assert "sha256 differs" in errors[0]
     shutil.rmtree(own_bundle)
+
+
+def test_the_workflow_in_the_examples_has_commands_that_exist() -> None:
+    """Its YAML, its order, and every option of every command of ours against the command's own help."""
+    import shlex
+
+    import typer.main
+    import yaml
+
+    from dualtoken_deploy.cli.main import app
+
+    folder = Path(__file__).parent.parent / "examples" / "ci"
+    workflow = yaml.safe_load((folder / "verify.yml").read_text())
+    steps = workflow["jobs"]["verify"]["steps"]
+    commands = [shlex.split(s["run"]) for s in steps if s.get("run", "").startswith("dualtoken ")]
+    assert [words[1] for words in commands] == ["export", "verify", "report"]
+    known: Any = typer.main.get_command(app)
+    for _, name, *arguments in commands:
+        options = {option for parameter in known.commands[name].params for option in parameter.opts}
+        assert {word for word in arguments if word.startswith("--")} <= options
+    assert Tolerances.read(folder / "tolerances.toml").at_least == {"top1": 0.98}
