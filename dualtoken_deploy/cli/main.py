@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dualtoken_deploy import __version__
-from dualtoken_deploy.cli import checking, making, proving, tidying, using
+from dualtoken_deploy.cli import checking, making, proving, recipes, tidying, using
 from dualtoken_deploy.cli.common import DOCUMENT, remark, say, take_any_text, write_out
 from dualtoken_deploy.cli.progress import MANNERS
 from dualtoken_deploy.cli.shape import Quiet, Verbose, epilog, shaped
@@ -34,11 +34,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {
-    "Make": (making.export, making.build, making.train, making.label),
+    "Make": (making.export, making.build, making.train, making.label, recipes.run),
     "Check": (
         *(checking.validate, checking.evaluate, checking.inspect, checking.bench, checking.compare, checking.diagnose),
     ),
-    "Prove": (proving.verify, proving.report),
+    "Prove": (proving.verify, proving.report, proving.sign, recipes.reproduce),
     "Use": (using.predict, serve, using.visualize),
     "Look around": (making.models, making.targets, tidying.doctor, tidying.cache),
 }

@@ -22,12 +22,15 @@ from dualtoken_deploy.cli.common import (
     show,
     write_text,
 )
-from dualtoken_deploy.errors import InputError
+from dualtoken_deploy.errors import InputError, UsageError
 
 
 def verify(
     bundle: OneBundle,
-    baseline: Annotated[Path, typer.Option(help="Report of an earlier run (JSON).")],
+    baseline: Annotated[Path | None, typer.Option(help="Report of an earlier run (JSON).")] = None,
+    signature: Annotated[
+        list[Path] | None, typer.Option(help="Public key (PEM) that must have signed it; may be repeated.")
+    ] = None,
     update: Annotated[bool, typer.Option("--update", help="Measure, and write the baseline anew.")] = False,
     tolerances: Annotated[
         Path | None, typer.Option(help="TOML: how much worse each row may be; see docs/ci.md.")
@@ -42,13 +45,24 @@ def verify(
     allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
-    """Measures a bundle and holds it against its baseline; rows that fell exit with 5."""
+    """Checks who signed a bundle, and measures it against its baseline; rows that fell exit with 5."""
     from dualtoken_deploy.bundle.store import Bundle
     from dualtoken_deploy.bundle.trust import permit_native
     from dualtoken_deploy.prove.measure import Report, Setting, measure, subject_of
     from dualtoken_deploy.prove.tolerances import Tolerances
     from dualtoken_deploy.prove.verify import check_same, check_setting, compare
 
+    if baseline is None and not signature:
+        raise UsageError(
+            "nothing to hold the bundle against; give --baseline REPORT.json, --signature KEY.pub, or both"
+        )
+    if signature:
+        from dualtoken_deploy.bundle.signature import check_signature
+
+        say(f"{bundle} is as it was signed, by {check_signature(Bundle.open(bundle), signature)}")
+    if baseline is None:
+        show(json_output, {"bundle": str(bundle), "signed": True}, lambda _: "signed")
+        return
     permit_native(allow_native)
     limits = Tolerances() if tolerances is None else Tolerances.read(tolerances)
     if not update and not baseline.exists():
@@ -132,3 +146,24 @@ def report(
         if path is not None:
             write_text(path, render(made))
             say(f"wrote {path}")
+
+
+def sign(
+    bundle: OneBundle,
+    key: Annotated[Path, typer.Option(help="Private key of an elliptic curve (PEM).")],
+    password_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key's password; never the command line.")
+    ] = None,
+) -> None:
+    """Signs every file of a bundle (OpenSSF model-signing); the signature is model.sig beside them."""
+    import os
+
+    from dualtoken_deploy.bundle.signature import sign as write
+    from dualtoken_deploy.bundle.store import Bundle
+
+    password = None
+    if password_env is not None:
+        password = os.environ.get(password_env)
+        if password is None:
+            raise UsageError(f"the environment has no {password_env}; set it to the key's password")
+    answer(f"signed: {write(Bundle.open(bundle), key, password)}")

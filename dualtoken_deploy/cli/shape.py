@@ -48,7 +48,7 @@ PANELS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("json_output",), GENERAL),
     }
 )
-OWN_PANELS = ("export", "train", "validate", "evaluate", "inspect", "bench", "compare", "diagnose", "predict", "build")
+OWN_PANELS = ("export", "train", "validate", "evaluate", "inspect", "bench", "compare", "diagnose", "predict", "build", "verify", "report")
 
 # One that works for each command, the first of them after `make demo`.
 EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -71,6 +71,14 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "label": ("dualtoken label bundles/t-mix-digits-onnxruntime-int8 names.txt",),
         "visualize": ("dualtoken visualize shapes photo.jpg --output tokens.png",),
         "serve": ("dualtoken serve bundles/efficientnet-lite0-onnxruntime-fp32",),
+        "verify": (
+            "dualtoken verify bundles/t-mix-digits-onnxruntime-int8 --baseline ci/digits.json --data digits --update",
+            "dualtoken verify bundles/t-mix-digits-onnxruntime-int8 --baseline ci/digits.json",
+        ),
+        "report": ("dualtoken report bundles/t-mix-digits-onnxruntime-int8 --data digits --html report.html",),
+        "sign": ("dualtoken sign bundles/t-mix-digits-onnxruntime-int8 --key key.pem",),
+        "run": ("dualtoken run recipe.toml --dry-run", "dualtoken run recipe.toml"),
+        "reproduce": ("dualtoken reproduce bundles/t-mix-digits-onnxruntime-int8",),
         "doctor": ("dualtoken doctor",),
         "cache": ("dualtoken cache", "dualtoken cache --clear"),
     }

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dualtoken_deploy.pipeline.check import ExportResult
     from dualtoken_deploy.pipeline.several import Failed
     from dualtoken_deploy.prove.verify import Verification
+    from dualtoken_deploy.recipe.reproduce import Reproduction
+    from dualtoken_deploy.recipe.steps import Result
     from dualtoken_deploy.train.loop import TrainResult
     from dualtoken_deploy.use.compare import Comparison
     from dualtoken_deploy.use.diagnose import Diagnosis
@@ -378,6 +380,39 @@ def verification_table(found: Verification) -> Table:
     cells = [(row.name, _cell(row.baseline), _cell(row.now), row.allowed, row.verdict) for row in found.rows]
     title = f"{found.bundle} against {found.baseline}"
     return table(("row", "baseline", "now", "allowed", "verdict"), cells, title)
+
+
+def plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The steps of a recipe before any is done."""
+    cells = [
+        (
+            r["step"],
+            r["bundle"],
+            r["state"],
+            _seconds(r["seconds_before"]),
+            "-" if r["mib"] is None else f"{r['mib']:.0f}",
+        )
+        for r in rows
+    ]
+    return table(("step", "bundle", "state", "took before (s)", "disk, at most (MiB)"), cells, left=3)
+
+
+def steps_table(results: Sequence[Result]) -> Table:
+    """What became of the steps of a recipe."""
+    cells = [(r.step, r.bundle, r.state, _seconds(r.seconds), "" if r.error is None else str(r.error)) for r in results]
+    return table(("step", "bundle", "state", "seconds", "why"), cells, left=3)
+
+
+def reproduction_table(found: Reproduction) -> Table:
+    """One row a file."""
+    cells = [(name, "the same" if same else "other bytes") for name, same in found.files.items()]
+    title = f"{found.bundle}, made again"
+    title += f"; not as it was then: {', '.join(found.different)}" if found.different else ""
+    return table(("file", "bytes"), cells, title, left=2)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _cell(value: float | str | None) -> str:
