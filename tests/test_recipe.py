@@ -79,7 +79,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
     return code, {f"{s['step']} {s['bundle']}": s["state"] for s in found}, found
 
 
-FP32, FP16 = "tiny-mix-onnxruntime-fp32", "tiny-mix-onnxruntime-fp16"
+FP32, FP16 = "tiny-mix-64-onnxruntime-fp32", "tiny-mix-64-onnxruntime-fp16"
 STEPS = [f"{step} {name}" for step in ("export", "gates", "verify") for name in (FP32, FP16)] + ["report all"]
 
 

@@ -41,7 +41,7 @@ def subject(small_bundle: MakeBundle) -> Subject:
     )  # fmt: skip
     bundle = Bundle(bundle.path, replace(bundle.manifest, calibration=calibration, command=HOSTILE))
     layers = (Drift("stem.conv1", "Conv", 70.0, 1e-3, 3.5), Drift("head", "Gemm", 55.0, 1e-2, 15.0))
-    drift = Diagnosis(str(bundle.path), 4, 60.0, layers, (), "head", "head", 0)
+    drift = Diagnosis(str(bundle.path), "photographs", 4, 60.0, layers, (), "head", "head", 0)
     report = measure(Bundle.open(small_bundle()), Setting(rounds=0))
     latency = Latency("gemm", 1.25, 1.1, 1.4, 7.5)
     return Subject(bundle, replace(report, latency=latency, figures={**report.figures, "top1": 0.9861}), drift=drift)

@@ -18,8 +18,10 @@ from dualtoken_deploy.cli.common import (
     command_line,
     find_bundles,
     progress,
+    remark,
     say,
     show,
+    write_out,
     write_text,
 )
 from dualtoken_deploy.errors import InputError, UsageError
@@ -61,7 +63,8 @@ def verify(
 
         say(f"{bundle} is as it was signed, by {check_signature(Bundle.open(bundle), signature)}")
     if baseline is None:
-        show(json_output, {"bundle": str(bundle), "signed": True}, lambda _: "signed")
+        if json_output:
+            show(True, {"bundle": str(bundle), "signed": True}, lambda _: None)
         return
     permit_native(allow_native)
     limits = Tolerances() if tolerances is None else Tolerances.read(tolerances)
@@ -89,12 +92,12 @@ def verify(
             now.to_json(),
             lambda r: r.verification_table(compare(str(bundle), str(baseline), now, now, limits)),
         )
-        say(f"wrote {baseline}")
+        remark(f"wrote {baseline}")
         return
     found = compare(str(bundle), str(baseline), before, now, limits)
     show(json_output, found.to_json(), lambda r: r.verification_table(found))
     for note in found.notes:
-        say(f"note: {note}")
+        remark(f"note: {note}")
     found.gate()
     if not json_output:
         answer("held")
@@ -136,16 +139,16 @@ def report(
     made = document(subjects, datetime.now(UTC).strftime("%Y-%m-%d"))
     for subject in subjects:
         if subject.missing is not None:
-            say(f"note: {subject.bundle.path} was not measured: {subject.missing}")
+            remark(f"note: {subject.bundle.path} was not measured: {subject.missing}")
     if json_output:
         found = [None if subject.report is None else subject.report.to_json() for subject in subjects]
         show(True, {"reports": found}, lambda _: None)
     elif html is None and markdown is None:
-        print(as_markdown(made), end="")
+        write_out(as_markdown(made).rstrip("\n"))
     for path, render in ((html, as_html), (markdown, as_markdown)):
         if path is not None:
             write_text(path, render(made))
-            say(f"wrote {path}")
+            remark(f"wrote {path}")
 
 
 def sign(
@@ -154,6 +157,7 @@ def sign(
     password_env: Annotated[
         str | None, typer.Option(help="Environment variable with the key's password; never the command line.")
     ] = None,
+    json_output: Json = False,
 ) -> None:
     """Signs every file of a bundle (OpenSSF model-signing); the signature is model.sig beside them."""
     import os
@@ -166,4 +170,8 @@ def sign(
         password = os.environ.get(password_env)
         if password is None:
             raise UsageError(f"the environment has no {password_env}; set it to the key's password")
-    answer(f"signed: {write(Bundle.open(bundle), key, password)}")
+    signature = write(Bundle.open(bundle), key, password)
+    if json_output:
+        show(True, {"bundle": str(bundle), "signature": str(signature)}, lambda _: None)
+    else:
+        answer(f"signed: {signature}")

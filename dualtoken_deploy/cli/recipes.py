@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dualtoken_deploy.cli.common import AllowNative, Json, OneBundle, importing, progress, say, show, with_torch
+from dualtoken_deploy.cli.common import (
+    AllowNative,
+    Json,
+    OneBundle,
+    importing,
+    progress,
+    remark,
+    show,
+    with_torch,
+    write_out,
+)
 from dualtoken_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +39,7 @@ def run(
     from dualtoken_deploy.recipe.file import schema as recipe_schema
 
     if schema:
-        print(json.dumps(recipe_schema(), indent=2))
+        write_out(json.dumps(recipe_schema(), indent=2))
         return
     if recipe is None:
         raise UsageError("give a recipe's TOML file, or --schema; docs/ci.md has one")
@@ -49,7 +59,7 @@ def run(
         results = []
         for result in kitchen.cook(tell, force):
             results.append(result)
-            say(f"{result.step} {result.bundle}: {result.state}")
+            remark(f"{result.step} {result.bundle}: {result.state}")
     show(json_output, {"steps": [r.to_json() for r in results]}, lambda r: r.steps_table(results))
     failed = [r.error for r in results if r.error is not None]
     if failed:

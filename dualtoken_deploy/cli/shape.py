@@ -48,7 +48,22 @@ PANELS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("json_output",), GENERAL),
     }
 )
-OWN_PANELS = ("export", "train", "validate", "evaluate", "inspect", "bench", "compare", "diagnose", "predict", "build", "verify", "report")
+OWN_PANELS = (
+    *(
+        "export",
+        "train",
+        "validate",
+        "evaluate",
+        "inspect",
+        "bench",
+        "compare",
+        "diagnose",
+        "predict",
+        "build",
+        "verify",
+    ),
+    "report",
+)
 
 # One that works for each command, the first of them after `make demo`.
 EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(

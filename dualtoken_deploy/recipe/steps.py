@@ -23,7 +23,7 @@ from dualtoken_deploy.models.count import count_params
 from dualtoken_deploy.models.user_code import split_reference
 from dualtoken_deploy.pipeline.export import Model, open_source
 from dualtoken_deploy.pipeline.make import make
-from dualtoken_deploy.pipeline.plan import DYNAMIC, Plan, plan
+from dualtoken_deploy.pipeline.plan import DYNAMIC, Plan, default_name, plan
 from dualtoken_deploy.prove.contents import document
 from dualtoken_deploy.prove.measure import Report, Setting, measure, subject_of
 from dualtoken_deploy.prove.render import html, markdown
@@ -112,7 +112,7 @@ class Kitchen:
                         said["calibration"] = self._path(table.int8.calibration)
                         int8 = Int8Options(**said)
                     yield plan(
-                        self.source, row.name, precision, self.output / f"{self.source.name}-{row.name}-{precision}",
+                        self.source, row.name, precision, self.output / default_name(self.source, row.name, precision),
                         table.batch, self.recipe.model.image_size == DYNAMIC, table.input, table.opset, table.device,
                         True, int8, dict(table.settings), "dualtoken run",
                     )  # fmt: skip
