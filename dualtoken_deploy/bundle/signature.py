@@ -91,7 +91,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _why(error: Exception) -> str:
     """The library says at length what is not as it was signed."""
-    text = str(error)
+    text = re.sub(r"\\(['\"])", r"\1", str(error))  # a list's repr, whose quotes depend on the bytes of a hash
     found = [f"{name} was changed" for name in re.findall(r"Hash mismatch for '([^']+)'", text)]
     for word, what in (("Extra", "was added"), ("Missing", "is missing")):
         found += [f"{names} {what}" for names in re.findall(rf"{word} files[^:]*: ([^\"'\]]+)", text)]
