@@ -32,9 +32,11 @@ def sign(bundle: Bundle, key: Path, password: str | None = None) -> Path:
     signing = _module("signing")
     bundle.verify()
     _check_key(key, "PRIVATE KEY", "private")
+    # model-signing 1.1 hands the password to cryptography as it is, which wants bytes
+    secret = None if password is None else password.encode()
     with _quiet():
         try:
-            signer = signing.Config().use_elliptic_key_signer(private_key=key, password=password)
+            signer = signing.Config().use_elliptic_key_signer(private_key=key, password=secret)
         except (ValueError, TypeError) as error:  # cryptography's words for a wrong password, curve or format
             raise InputError(f"{key} cannot be used to sign ({first_line(error)}); make one with: {KEYS}") from error
         signer = signer.set_hashing_config(_everything_but(bundle.path / SIGNATURE))
