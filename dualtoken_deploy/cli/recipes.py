@@ -106,10 +106,13 @@ def _said(command: str, module: Any) -> Said:
         raise UsageError(f"the manifest's command cannot be read ({error.format_message()}): {command}") from error
     int8 = None
     if given["calibration"] is not None:
+        said_of_int8 = {
+            "size": given["calibration_size"], "method": given["calibrator"], "metric": given["metric"],
+            "max_drop": given["max_drop"], "quantizer": given["quantizer"], "time_limit_s": given["search_seconds"],
+        }  # fmt: skip
         int8 = module.Int8Options(
-            given["calibration"], given["calibration_size"], given["calibrator"], given["metric"],
-            given["max_drop"], given["quantizer"], given["search_seconds"],
-        )  # fmt: skip
+            given["calibration"], **{name: value for name, value in said_of_int8.items() if value is not None}
+        )
     settings = {
         "deployment_target": given["deployment_target"],
         "layout": given["layout"],
