@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dualtoken_deploy import __version__
@@ -27,6 +28,7 @@ from dualtoken_deploy.pipeline.build import BuildResult
 from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.plan import Plan, default_name
 from dualtoken_deploy.pipeline.several import Exported, Failed
+from dualtoken_deploy.targets.runner import counted
 from dualtoken_deploy.train.loop import TrainResult
 from dualtoken_deploy.use.relabel import relabel
 from dualtoken_deploy.use.report import fitted, table
@@ -199,6 +201,17 @@ def test_lines_come_every_ten_seconds_and_at_each_step() -> None:
     assert lines[-1] == "checking the saved files"
     assert len(lines) == 4
     assert lines[1].endswith("about 20 s left")
+
+
+def test_inputs_are_counted_as_they_are_taken() -> None:
+    said: list[str] = []
+    taken = counted([np.zeros(1), np.ones(1)], said.append, "running eager on photographs")
+    next(taken)
+    assert said == ["running eager on photographs: 0/2"]
+    assert len(list(taken)) == 1
+    pace = Pace(lambda: 0.0)
+    pace.add(said[-1])
+    assert pace.share == 0.5
 
 
 # help

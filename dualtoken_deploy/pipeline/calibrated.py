@@ -25,7 +25,7 @@ from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import RunnerOptions, load_runner
 from dualtoken_deploy.targets.precision import SEARCH
 from dualtoken_deploy.targets.request import Request, Samples, run_exporter, run_quantizer
-from dualtoken_deploy.targets.runner import run_each
+from dualtoken_deploy.targets.runner import counted, run_each
 from dualtoken_deploy.tasks.base import Outputs
 
 Tell = Callable[[str], None]
@@ -42,8 +42,7 @@ def write_calibrated(plan: Plan, module: nn.Module, request: Request, folder: Pa
     calibration, held_out = open_calibration(
         plan.task, plan.int8.calibration, request.contract, plan.int8.size, request.labels
     )
-    tell(f"running eager on {len(held_out.inputs)} held-out images")
-    judge = _judge(plan, module, request, held_out, plan.int8)
+    judge = _judge(plan, module, request, held_out, plan.int8, tell)
     if plan.precision.calibration == SEARCH:
         return _searched(plan, module, request, calibration, judge, plan.int8, folder, tell)
     found = _with_ranges(plan, module, request, calibration, folder, tell)
@@ -53,10 +52,13 @@ def write_calibrated(plan: Plan, module: nn.Module, request: Request, folder: Pa
 _EXPECTED: Latest[list[Outputs]] = Latest()  # several targets of one model are held against one run of it
 
 
-def _judge(plan: Plan, module: nn.Module, request: Request, held_out: HeldOut, options: Int8Options) -> Judge:
+def _judge(
+    plan: Plan, module: nn.Module, request: Request, held_out: HeldOut, options: Int8Options, tell: Tell
+) -> Judge:
     def run() -> list[Outputs]:
         with EagerRunner(module, request.contract, request.outputs, RunnerOptions()) as eager:
-            return list(run_each(eager, request.contract, held_out.inputs))
+            inputs = counted(held_out.inputs, tell, "running eager on held-out images")
+            return list(run_each(eager, request.contract, inputs))
 
     pictures = hashlib.sha256(np.ascontiguousarray(held_out.inputs).tobytes()).hexdigest()
     expected = _EXPECTED.get(fingerprint(module, request.contract, request.outputs, pictures), run)
@@ -81,7 +83,7 @@ def _searched(
 
     def run(place: Path, inputs: Array) -> Iterator[Outputs]:
         with load_runner(Bundle(place, checked)) as runner:
-            yield from run_each(runner, request.contract, inputs)
+            yield from run_each(runner, request.contract, counted(inputs, tell, "running the files on held-out images"))
 
     said = quantize_within_budget(row.name, prepared.backend, calibration, judge, options, run, folder, tell)
     return replace(found, calibration=said)
@@ -101,9 +103,9 @@ def _within_budget(
 ) -> Manifest:
     """What was written, measured on held-out pictures. Raises ToleranceError where it loses more than it may."""
     inputs = judge.held_out.inputs
-    tell(f"measuring the loss on {len(inputs)} held-out images")
     with load_runner(Bundle(folder, found)) as runner:
-        score = judge.score(list(run_each(runner, found.input, inputs)))
+        each = counted(inputs, tell, "measuring the loss on held-out images")
+        score = judge.score(list(run_each(runner, found.input, each)))
     if score.drop > options.max_drop:
         raise ToleranceError(
             f"{plan.what} as {plan.target.name} {plan.precision.name} loses {score.drop:.2f} points of {judge.metric} "

@@ -24,7 +24,7 @@ from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import Execution, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.targets.precision import Precision
 from dualtoken_deploy.targets.request import Artifact, Request
-from dualtoken_deploy.targets.runner import run_each
+from dualtoken_deploy.targets.runner import counted, run_each
 from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.tasks.base import Likeness, Outputs, Task
 from dualtoken_deploy.use.inspect import int8_share, kind_precision, product_precision
@@ -194,13 +194,16 @@ def _run(plan: Plan, folder: Path, draft: Manifest, module: nn.Module, tell: Tel
     examples = plan.task.examples(contract)
     count = min([len(examples), *limits])
     inputs = np.stack([plan.task.prepare(examples[i], contract) for i in range(count)])
-    tell(f"checking the saved files against {REFERENCES[draft.reference]} on {count} of {examples.name}")
+    against = REFERENCES[draft.reference]
+    tell(f"checking the saved files against {against} on {count} of {examples.name}")
     with EagerRunner(module, contract, draft.outputs, RunnerOptions()) as eager:
         kept = clear_of_ties(jumping(module), eager.normalised(inputs), plan.precision)
         inputs = inputs if kept is None else inputs[kept]
-        expected: list[Outputs] = list(run_each(eager, contract, inputs))
+        asked = counted(inputs, tell, f"running {against} on {examples.name}")
+        expected: list[Outputs] = list(run_each(eager, contract, asked))
     with load_runner(Bundle(folder, replace(draft, target=row.checked_by or draft.target))) as runner:
-        actual: list[Outputs] = list(run_each(runner, contract, inputs))
+        asked = counted(inputs, tell, f"running the saved files on {examples.name}")
+        actual: list[Outputs] = list(run_each(runner, contract, asked))
         return _Ran(inputs, expected, actual, kept, runner.execution(), engine_of(runner))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +86,13 @@ def engine_of(runner: Runner) -> str | None:
     """What stands in for the target's own runtime, in words to be shown with every result; None where nothing does."""
     engine: str | None = getattr(runner, "engine", None)
     return engine
+
+
+def counted(inputs: Sequence[Array] | Array, tell: Callable[[str], None], what: str) -> Iterator[Array]:
+    """The inputs, and of each that is taken its number: "running eager on held-out images: 17/96"."""
+    for number, one in enumerate(inputs):
+        tell(f"{what}: {number}/{len(inputs)}")
+        yield one
 
 
 def run_each(runner: Runner, contract: InputContract, inputs: Iterable[Array]) -> Iterator[dict[str, Array]]:
