@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -35,6 +36,24 @@ class Answer:
     queue_seconds: float
     run_seconds: float
     batch_rows: int
+
+
+def split_rows(outputs: Mapping[str, Array], counts: Sequence[int]) -> list[Mapping[str, Array]]:
+    """The outputs of each of several requests that were run as one batch; of a single one they stay as they are.
+
+    Raises ModelFailed where an output has no row for each row of the inputs.
+    """
+    if len(counts) == 1:
+        return [outputs]
+    total = sum(counts)
+    for name, value in outputs.items():
+        if value.ndim == 0 or len(value) != total:
+            raise ModelFailed(f"output {name!r} of shape {list(value.shape)} has no row for each of {total} inputs")
+    ends = list(accumulate(counts))
+    return [
+        {name: value[end - count : end] for name, value in outputs.items()}
+        for end, count in zip(ends, counts, strict=True)
+    ]
 
 
 class Observer(Protocol):
@@ -190,11 +209,13 @@ class Batcher:
     def _deliver(self, items: list[_Item], outputs: Mapping[str, Array], started: float, seconds: float) -> None:
         total = sum(len(item.array) for item in items)
         self._observer.ran(total, seconds)
-        at = 0
-        for item in items:
-            rows = slice(at, at + len(item.array))
-            at = rows.stop
-            part = {name: value[rows] for name, value in outputs.items()}
+        try:
+            parts = split_rows(outputs, [len(item.array) for item in items])
+        except ModelFailed as error:
+            for item in items:
+                item.fail(ModelFailed(str(error)))
+            return
+        for item, part in zip(items, parts, strict=True):
             if not item.answer.done():
                 item.answer.set_result(Answer(part, started - item.since, seconds, total))
 

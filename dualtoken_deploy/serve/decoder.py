@@ -1,7 +1,7 @@
 """A decoder: one process that turns what clients send into tensors, so that what takes for ever can be killed.
 
-Pictures, long JSON and protobuf messages with typed values are read here, under a limit of memory that the kernel
-keeps. The bytes lie in memory that it shares with the server, and so does the tensor that it answers with.
+Pictures, long JSON, protobuf messages with typed values and large outputs are read here, under a limit of memory that
+the kernel keeps. The bytes lie in memory that it shares with the server, and so does the tensor that it answers with.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from dualtoken_deploy.data.images import load_image, preprocess
 from dualtoken_deploy.errors import DualTokenError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import protocol
+from dualtoken_deploy.serve.errors import ModelFailed
 from dualtoken_deploy.serve.frames import belong_to, receive, send
 from dualtoken_deploy.serve.memory import keep_freed_memory
 from dualtoken_deploy.serve.multipart import is_multipart, picture_of
 from dualtoken_deploy.spec import InputContract, TensorSpec
 
 Job = Mapping[str, Any]
-Answer = tuple[dict[str, Any], Array]
+Answer = tuple[dict[str, Any], Array | None]
 
 
 def main() -> None:
@@ -55,24 +56,28 @@ def answer(job: Job, memory: int) -> dict[str, Any]:
     try:
         with mmap.mmap(memory, job["room"]) as shared:
             found, array = JOBS[job["kind"]](shared[: job["size"]], job)
+            if array is None:
+                return found
             out = np.ndarray(array.shape, array.dtype, shared)
             out[...] = array
             del out
             return found | {"dtype": str(array.dtype), "shape": array.shape}
+    except ModelFailed as error:
+        return {"failed": str(error)}
     except DualTokenError as error:
         return {"error": str(error)}
     except MemoryError:
-        return {"error": f"the {job['kind']} needs more memory than the server has for one"}
+        return {"too_large": True}
     except Exception as error:  # noqa: BLE001  # an answer as well: logged by the server, and the process lives on
         return {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
 
 
 def picture(data: bytes, job: Job) -> Answer:
-    """A picture, alone or in a form, as a row of the contract, without the batch axis."""
+    """A picture, alone or in a form, as a row of the contract, without the batch axis; and its own size."""
     if is_multipart(job["type"]):
         data = picture_of(data, job["type"])
     image = load_image(data, job["max_pixels"], job["formats"])
-    return {}, preprocess(image, InputContract.from_json(job["contract"]))
+    return {"size": image.shape[:2]}, preprocess(image, InputContract.from_json(job["contract"]))
 
 
 def request(data: bytes, job: Job) -> Answer:
@@ -87,6 +92,15 @@ def message(data: bytes, job: Job) -> Answer:
     return _request(read(data, TensorSpec.from_json(job["spec"]), job["rows"]))
 
 
+def outputs(data: bytes, job: Job) -> Answer:
+    """What a model found in a picture."""
+    from dualtoken_deploy.serve.answers import Question, answers, unpacked
+    from dualtoken_deploy.tasks.base import Ask
+
+    asked = Question(job["task"], job["labels"], tuple(job["model_size"]), tuple(job["picture"]), Ask(*job["ask"]))
+    return {"answers": answers(unpacked(data, job["parts"]), asked)}, None
+
+
 def _request(found: protocol.InferRequest) -> Answer:
     (array,) = found.inputs.values()
     outputs = None if found.outputs is None else [[w.name, w.binary, w.classes] for w in found.outputs]
@@ -94,7 +108,7 @@ def _request(found: protocol.InferRequest) -> Answer:
 
 
 JOBS: Mapping[str, Callable[[bytes, Job], Answer]] = MappingProxyType(
-    {"picture": picture, "request": request, "message": message}
+    {"picture": picture, "request": request, "message": message, "outputs": outputs}
 )
 
 if __name__ == "__main__":

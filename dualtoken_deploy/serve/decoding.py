@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,24 @@ HURRIED_SECONDS = 2.0  # of a job, while others wait; an ordinary picture of 24 
 KEPT_BYTES = 4 * 2**20  # of shared memory that a decoder keeps between jobs
 MEMORY_BYTES = 256 * 2**20  # of a decoder, beside its pixels
 MEMORY_BYTES_A_PIXEL = 24  # a transparent picture, its white ground and both as RGB, where it is converted
+
+
+WHAT: Mapping[str, str] = MappingProxyType(
+    {
+        "picture": "this picture",
+        "request": "this request",
+        "message": "this message",
+        "outputs": "what the model found in this picture",
+    }
+)
+MEND: Mapping[str, str] = MappingProxyType(
+    {
+        "picture": "save it in an ordinary form",
+        "request": "send the tensor as binary data",
+        "message": "send the tensor in raw_input_contents",
+        "outputs": "send a smaller one",
+    }
+)
 
 
 class Decoder:
@@ -63,7 +82,7 @@ class Decoder:
         return not self._child.exited.done()
 
     async def run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array | None]:
-        """The answer of one job, and its tensor of at most `room` bytes. Raises ChildDied."""
+        """The answer of one job, and its tensor of at most `room` bytes if it has one. Raises ChildDied."""
         shared = self._fit(max(room, len(data)))
         shared[: len(data)] = data
         answer, _ = await self._child.ask({**job, "size": len(data), "room": len(shared)})
@@ -107,13 +126,17 @@ class Decoders:
         self._waiting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def picture(self, data: bytes, content_type: str, contract: Mapping[str, Any], room: int) -> Array:
-        """A picture, or the one in a form, as a row of the contract, of `room` bytes. Raises as `run` does."""
+    async def picture(
+        self, data: bytes, content_type: str, contract: Mapping[str, Any], room: int
+    ) -> tuple[Array, tuple[int, int]]:
+        """A picture, or the one in a form, as a row of the contract, of `room` bytes, and its (h, w). Raises as `run`
+        does."""
         job = {"kind": "picture", "max_pixels": self._max_pixels, "formats": self._formats}
-        _, array = await self.run({**job, "type": content_type, "contract": contract}, data, room)
-        return array
+        found, array = await self.run({**job, "type": content_type, "contract": contract}, data, room)
+        assert array is not None  # noqa: S101  # that is what this job ends with
+        return array, (found["size"][0], found["size"][1])
 
-    async def run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array]:
+    async def run(self, job: Mapping[str, Any], data: bytes, room: int = 0) -> tuple[dict[str, Any], Array | None]:
         """Has a job done. Raises BadRequest for what the job's data is to blame for, Overloaded where it took too long
         for those that wait, Unavailable where no decoder can be started, ModelFailed where one failed.
         """
@@ -153,7 +176,7 @@ class Decoders:
         while self._idle:
             await self._idle.pop().close()
 
-    async def _run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array]:
+    async def _run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array | None]:
         began = time.perf_counter()
         decoder: Decoder | None = None
         done = False
@@ -168,23 +191,27 @@ class Decoders:
                     del self._busy[deadline]
             done = True
         except TimeoutError as error:
-            raise self._too_long(str(job["kind"]), time.perf_counter() - began) from error
+            raise self._too_long(job["kind"], time.perf_counter() - began) from error
         except ChildDied as error:
             self._metrics.decoders_lost.inc()
             logs.warning("decoder lost", reason=str(error))
-            raise ModelFailed(f"the process that read this {job['kind']} died") from error
+            raise ModelFailed(f"the process that read {WHAT[job['kind']]} died") from error
         finally:
             if decoder is not None and done:
                 self._idle.append(decoder)
             elif decoder is not None:
                 await asyncio.shield(decoder.close())
             self._places.release()
-        if array is not None:
-            return answer, array
         if "failure" in answer:
             logs.warning("decoder failed", reason=answer["failure"])
-            raise ModelFailed(f"this {job['kind']} could not be read ({answer['failure'].partition(':')[0]})")
-        raise BadRequest(answer["error"])
+            raise ModelFailed(f"{WHAT[job['kind']]} could not be read ({answer['failure'].partition(':')[0]})")
+        if "failed" in answer:
+            raise ModelFailed(answer["failed"])
+        if "too_large" in answer:
+            raise BadRequest(f"{WHAT[job['kind']]} needs more memory than the server has for one; {MEND[job['kind']]}")
+        if "error" in answer:
+            raise BadRequest(answer["error"])
+        return answer, array
 
     async def _take(self) -> Decoder:
         while self._idle:
@@ -205,7 +232,7 @@ class Decoders:
 
     def _too_long(self, kind: str, seconds: float) -> Exception:
         self._metrics.decoders_lost.inc()
-        logs.warning("decoder ended", reason=f"a {kind} took {seconds:.1f} s")
+        logs.warning("decoder ended", reason=f"{WHAT[kind]} took {seconds:.1f} s")
         if seconds < self._seconds:
-            return Overloaded(f"reading this {kind} took more than {seconds:.1f} s while others wait; try again later")
-        return BadRequest(f"reading this {kind} took more than {self._seconds:g} s; save it in an ordinary form")
+            return Overloaded(f"reading {WHAT[kind]} took more than {seconds:.1f} s while others wait; try again later")
+        return BadRequest(f"reading {WHAT[kind]} took more than {self._seconds:g} s; {MEND[kind]}")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy import __version__
-from dualtoken_deploy.numerics import Array, softmax
+from dualtoken_deploy.bundle.blocks import RANDOM
+from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import messages, protocol
 from dualtoken_deploy.serve.admission import Arriving, Gate
+from dualtoken_deploy.serve.answers import Question, answers, packed
 from dualtoken_deploy.serve.batcher import Answer
 from dualtoken_deploy.serve.decoding import Decoders
-from dualtoken_deploy.serve.errors import BadRequest, ModelFailed
+from dualtoken_deploy.serve.errors import BadRequest
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.repository import Model, Repository
 from dualtoken_deploy.serve.settings import Settings
+from dualtoken_deploy.tasks.base import Ask, Size
 
 SERVER_NAME = "dualtoken"
 MAX_TOP = 1000
@@ -39,6 +43,7 @@ class Handler:
         self._draining = False
         self._arriving = Arriving(1, ARRIVING_BYTES)
         self.decoders = Decoders(settings, metrics)
+        self._large_outputs = asyncio.Semaphore(settings.workers + settings.decoders)  # in memory, of all models
 
     @property
     def ready(self) -> bool:
@@ -86,6 +91,10 @@ class Handler:
             "outputs": [_tensor(spec) for spec in model.outputs],
         }
 
+    def model_listing(self, model: Model) -> dict[str, Any]:
+        """The same, with what is ours: which version, its task, and whether the weights are random."""
+        return {**self.model_metadata(model), "version": model.version, "task": model.task.name, **_weights(model)}
+
     @contextmanager
     def enter(self, model: Model) -> Iterator[None]:
         """Lets a request of a model in to be read. Raises Overloaded, or Unavailable while draining."""
@@ -118,22 +127,26 @@ class Handler:
                 raise BadRequest(f"unknown output {want.name[:60]!r}; this model has {', '.join(sorted(names))}")
         return await model.engine.run(request.inputs[model.spec.name])
 
-    async def classify(self, model: Model, body: bytes, content_type: str, top: int) -> dict[str, Any]:
-        """The `top` most likely classes of a picture, or of the one in a form. Raises BadRequest for what is none."""
-        if not 1 <= top <= MAX_TOP:
-            raise BadRequest(f"top is {top}; give 1 to {MAX_TOP}")
+    async def classify(self, model: Model, body: bytes, content_type: str, ask: Ask) -> dict[str, Any]:
+        """What the model sees in a picture, or in the one in a form, by its task: the `ask.top` likeliest classes,
+        objects of at least `ask.min_score`, areas, a vector. Raises BadRequest for what is no picture."""
+        if not 1 <= ask.top <= MAX_TOP:
+            raise BadRequest(f"top is {ask.top}; give 1 to {MAX_TOP}")
+        if not 0 <= ask.min_score <= 1:
+            raise BadRequest(f"min_score is {ask.min_score}; give 0 to 1")
         start = time.perf_counter()
-        batch = await self._decode(body, content_type, model)
+        batch, size = await self._decode(body, content_type, model)
         decoded = time.perf_counter()
-        answer = await model.engine.run(batch)
-        logits = answer.outputs[model.outputs[0].name]
-        if logits.ndim != 2:
-            raise BadRequest(f"model {model.name} does not classify: its output has shape {list(logits.shape)}")
+        question = Question(model.task.name, model.labels, model.contract.size, size, ask)
+        answer, found = await self._run_and_read(model, batch, question)
         return {
             "model_name": model.name,
             "model_version": model.version,
+            "task": model.task.name,
+            **_weights(model),
             "bundle": _about(model),
-            "predictions": _predictions(logits[0], model.labels, top),
+            "size": list(size),
+            "predictions": found,
             "timing_ms": {
                 "decode": _ms(decoded - start),
                 "queue": _ms(answer.queue_seconds),
@@ -141,6 +154,23 @@ class Handler:
                 "total": _ms(time.perf_counter() - start),
             },
         }
+
+    async def _run_and_read(
+        self, model: Model, batch: Array, question: Question
+    ) -> tuple[Answer, list[dict[str, Any]]]:
+        """Runs a picture and reads its outputs: small ones here, the others in a decoder, and only a few at a time."""
+        if model.reads_quickly:
+            answer = await model.engine.run(batch)
+            return answer, answers(_first(answer.outputs, len(batch)), question)
+        async with self._large_outputs:
+            answer = await model.engine.run(batch)
+            data, parts = packed(_first(answer.outputs, len(batch)))
+            job = {
+                "kind": "outputs", "parts": parts, "task": question.task, "labels": question.labels,
+                "model_size": question.model_size, "picture": question.size, "ask": astuple(question.ask),
+            }  # fmt: skip
+            found, _ = await self.decoders.run(job, data)
+            return answer, found["answers"]
 
     def start_drain(self) -> None:
         """Not ready from now on; admits nobody."""
@@ -156,16 +186,16 @@ class Handler:
         await self.decoders.close()
         await self.repository.close()
 
-    async def _decode(self, body: bytes, content_type: str, model: Model) -> Array:
-        """A picture as a batch of the contract: (batch or 1, ...), the picture repeated where the batch is fixed."""
-        row = await self.decoders.picture(body, content_type, model.contract.to_json(), _bytes(model, 1))
-        return np.broadcast_to(
-            row, (model.contract.batch or 1, *row.shape)
-        )  # a view: the worker's memory gets the copies
+    async def _decode(self, body: bytes, content_type: str, model: Model) -> tuple[Array, Size]:
+        """A picture as a batch of the contract: (batch or 1, ...), repeated where the batch is fixed; and its size."""
+        row, size = await self.decoders.picture(body, content_type, model.contract.to_json(), _bytes(model, 1))
+        # a view: the worker's memory gets the copies
+        return np.broadcast_to(row, (model.contract.batch or 1, *row.shape)), size
 
     async def _parse_in_decoder(self, job: Mapping[str, Any], model: Model, data: bytes) -> protocol.InferRequest:
         contract = {"spec": asdict(model.spec), "rows": model.rows}
         found, array = await self.decoders.run({**job, **contract}, data, _bytes(model, model.rows))
+        assert array is not None  # noqa: S101  # that is what these jobs end with
         wanted = found["outputs"]
         outputs = None if wanted is None else tuple(protocol.Wanted(*row) for row in wanted)
         return protocol.InferRequest(found["id"], {model.spec.name: array}, outputs, found["binary_default"])
@@ -191,13 +221,14 @@ def _about(model: Model) -> Mapping[str, Any]:
     }
 
 
-def _predictions(logits: Array, labels: tuple[str, ...], top: int) -> list[dict[str, Any]]:
-    """(classes,) logits as the likeliest classes. Raises ModelFailed where they are not finite."""
-    if not np.isfinite(logits).all():
-        raise ModelFailed("the model's logits are not finite")
-    shares = softmax(logits.astype(np.float64))
-    best = np.argsort(-shares, kind="stable")[:top]
-    return [{"index": int(i), "label": labels[i], "probability": float(shares[i])} for i in best]
+def _weights(model: Model) -> dict[str, str]:
+    """Said wherever an answer of random weights is shown, and nowhere else."""
+    return {"weights": RANDOM} if model.random else {}
+
+
+def _first(outputs: Mapping[str, Array], rows: int) -> dict[str, Array]:
+    """The outputs of the first of `rows` equal pictures; one that has no row for each of them is left as it is."""
+    return {name: array[:1] if array.ndim and len(array) == rows else array for name, array in outputs.items()}
 
 
 def _ms(seconds: float) -> float:

@@ -44,6 +44,7 @@ from dualtoken_deploy.serve.errors import (
 from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.openapi import document
 from dualtoken_deploy.serve.repository import Model
+from dualtoken_deploy.tasks.base import Ask
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -68,6 +69,7 @@ SMALL_BYTES = 2**20  # of a refused request's body: up to here it is thrown away
 THROWN_AWAY_BYTES = 32 * 2**20  # of a larger one, before the connection is closed: many clients send before they read
 LINGER_SECONDS = 15.0  # in which they may
 PORT = re.compile(r":[0-9]*$")
+NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{0,40})?([eE]-?[0-9]{1,3})?")
 QUIET = ("/v2/health/", "/metrics")  # polled: logged at debug level only
 
 
@@ -198,7 +200,7 @@ class Endpoints:
         return _json({"ready": ready}, 200 if ready else 503)
 
     async def models(self, request: Request) -> Response:
-        return _json({"models": [self._handler.model_metadata(model) for model in self._handler.repository.models]})
+        return _json({"models": [self._handler.model_listing(model) for model in self._handler.repository.models]})
 
     async def model_metadata(self, request: Request) -> Response:
         return _json(self._handler.model_metadata(self._model(request)))
@@ -235,15 +237,13 @@ class Endpoints:
 
     async def classify(self, request: Request) -> Response:
         model = self._model(request)
-        text = request.query_params.get("top", "5")
-        if not (text.isascii() and text.isdecimal() and len(text) < 6):
-            raise BadRequest("top is not a number")
+        ask = _asked(request)
         with self._handler.enter(model), self._handler.arriving.one() as arriving:
             limit = int(self._settings.max_image_mib * 2**20)
             body = await read_body(request, limit, self._settings.body_seconds, arriving)
             content_type = request.headers.get("content-type", "")
             with self._handler.place(model):
-                result = await unless_gone(request, self._handler.classify(model, body, content_type, int(text)))
+                result = await unless_gone(request, self._handler.classify(model, body, content_type, ask))
         request.scope["dualtoken"] |= {"model": f"{model.name}:{model.version}"} | {
             f"{name}_ms": value for name, value in result["timing_ms"].items()
         }
@@ -292,6 +292,16 @@ class Endpoints:
         parameters = (data.get("parameters") or {}) if isinstance(data, dict) else None
         if not isinstance(parameters, dict) or any(key == "config" or key.startswith("file:") for key in parameters):
             raise BadRequest("a load takes no configuration and no files; change the bundle on disk")
+
+
+def _asked(request: Request) -> Ask:
+    """`top` and `min_score` of the query; their limits are the handler's. Raises BadRequest."""
+    top, score = request.query_params.get("top", "5"), request.query_params.get("min_score", "0.5")
+    if not (top.isascii() and top.isdecimal() and len(top) < 6):
+        raise BadRequest("top is not a number")
+    if not NUMBER.fullmatch(score):
+        raise BadRequest("min_score is not a number")
+    return Ask(int(top), float(score))
 
 
 def _same_origin(origin: str | None, host: str | None) -> bool:

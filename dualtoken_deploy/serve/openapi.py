@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dualtoken_deploy import __version__
+from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.serve.protocol import DATATYPES, MAX_ID, MAX_ITEMS
 from dualtoken_deploy.serve.settings import Settings
+from dualtoken_deploy.tasks.base import Task
+from dualtoken_deploy.tasks.table import TASKS
 
 Json = dict[str, Any]
 
@@ -105,14 +110,21 @@ def _classify(parameters: list[Json]) -> Json:
         "required": False,
         "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
     }
+    score = {
+        "name": "min_score",
+        "in": "query",
+        "required": False,
+        "description": "of the objects that a detector answers with",
+        "schema": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5},
+    }
     binary = {"schema": {"type": "string", "format": "binary"}}
     form = {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}, "required": ["image"]}
     responses = {
-        "200": _content("Classes", "the likeliest classes"),
+        "200": _content("Answers", "by the model's task: classes, objects, areas, a vector, tensors; best first"),
         **_errors((400, 401, 404, 408, 413, 415, 500, 503)),
     }
-    return _operation("The likeliest classes of a picture", responses) | {
-        "parameters": [*parameters, top],
+    return _operation("What the model sees in a picture", responses) | {
+        "parameters": [*parameters, top, score],
         "requestBody": {
             "required": True,
             "content": {
@@ -161,6 +173,7 @@ def _schemas() -> Json:
     kind = {"type": "string", "enum": [*DATATYPES.values(), "BYTES"]}
     parameters = {"type": "object"}
     data = {"type": "array"}
+    task, random = {"type": "string", "enum": list(TASKS)}, {"const": RANDOM}
     tensor = _object({"name": text, "datatype": kind, "shape": shape}, {"parameters": parameters, "data": data})
     wanted = _object({"name": text}, {"parameters": parameters})
     model = {"name": text, "versions": _list(text), "platform": text}
@@ -172,7 +185,8 @@ def _schemas() -> Json:
         "ModelReady": _object({"name": text, "ready": flag}),
         "ServerMetadata": _object({"name": text, "version": text, "extensions": _list(text)}),
         "ModelMetadata": _object({**model, "inputs": _list(_ref("Tensor")), "outputs": _list(_ref("Tensor"))}),
-        "Models": _object({"models": _list(_ref("ModelMetadata"))}),
+        "Models": _object({"models": _list({"allOf": [_ref("ModelMetadata"), _ref("Ours")]})}),
+        "Ours": _object({"version": text, "task": task}, {"weights": random}),
         "Index": _list(_object({"name": text, "version": text, "state": text, "reason": text})),
         "Tensor": tensor,
         "InferRequest": _object(
@@ -186,16 +200,42 @@ def _schemas() -> Json:
         "InferResponse": _object(
             {"model_name": text, "model_version": text, "outputs": _list(_ref("Tensor"))}, {"id": text}
         ),
-        "Classes": _object(
+        "Answers": _object(
             {
                 "model_name": text,
                 "model_version": text,
+                "task": task,
                 "bundle": {"type": "object"},
-                "predictions": _list(_object({"index": {"type": "integer"}, "label": text, "probability": number})),
+                "size": shape | {"description": "height and width of the picture"},
+                "predictions": _list({"anyOf": [_ref(kind.__name__) for kind in map(_answers_of, TASKS.values())]}),
                 "timing_ms": _object({"decode": number, "queue": number, "inference": number, "total": number}),
-            }
+            },
+            {"weights": random},
         ),
+        **{kind.__name__: _answer(kind) for kind in map(_answers_of, TASKS.values())},
     }
+
+
+def _answers_of(task: Task) -> Any:
+    """The dataclass that a task describes a picture with: its `describe` returns a tuple of them and what was found."""
+    described, _found = get_args(get_type_hints(task.describe)["return"])
+    return get_args(described)[0]
+
+
+def _answer(kind: type) -> Json:
+    """The schema of a task's answer, from the fields of its dataclass."""
+    hints = get_type_hints(kind)
+    required = {f.name: _schema(hints[f.name]) for f in fields(kind) if f.default is MISSING}
+    return _object(required, {f.name: _schema(hints[f.name]) for f in fields(kind) if f.name not in required})
+
+
+def _schema(kind: Any) -> Json:
+    plain: dict[Any, Json] = {int: {"type": "integer"}, float: {"type": ["number", "null"]}, str: {"type": "string"}}
+    if kind in plain:
+        return plain[kind]
+    if get_origin(kind) is tuple:
+        return _list(_schema(get_args(kind)[0]))
+    return {"anyOf": [_schema(part) if part is not NoneType else {"type": "null"} for part in get_args(kind)]}
 
 
 def _list(items: Json) -> Json:

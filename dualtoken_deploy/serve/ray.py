@@ -21,12 +21,12 @@ import numpy as np
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import MissingError, UsageError, missing_extra
 from dualtoken_deploy.numerics import Array
-from dualtoken_deploy.serve.batcher import Answer
+from dualtoken_deploy.serve.batcher import Answer, split_rows
 from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
 from dualtoken_deploy.serve.handler import Handler
 from dualtoken_deploy.serve.http import make_app
 from dualtoken_deploy.serve.metrics import Metrics
-from dualtoken_deploy.serve.repository import Repository, check_servable
+from dualtoken_deploy.serve.repository import Repository, check_servable, merge_rows
 from dualtoken_deploy.serve.settings import Settings, Source
 from dualtoken_deploy.serve.worker import run as run_once
 from dualtoken_deploy.serve.worker import warm_up
@@ -45,7 +45,7 @@ class Replica:
         bundle = Bundle.open(path)
         self._runner = load_runner(bundle, settings.device, settings.threads).__enter__()
         self._spec = bundle.manifest.input.tensor
-        self._rows = max(1, settings.merge_rows(bundle.manifest.input.batch))
+        self._rows = merge_rows(bundle, settings)
         self._lock = asyncio.Lock()
         warm_up(self._runner, bundle)
 
@@ -68,11 +68,8 @@ class Replica:
                 row["name"]: np.frombuffer(data, row["dtype"]).reshape(row["shape"])
                 for row, data in zip(answer["outputs"], payload, strict=True)
             }
-            at = 0
-            for array in group:
-                rows = slice(at, at + len(array))
-                at = rows.stop
-                answers.append(({k: v[rows] for k, v in outputs.items()}, "", seconds, len(batch)))
+            parts = split_rows(outputs, [len(array) for array in group])
+            answers.extend((dict(part), "", seconds, len(batch)) for part in parts)
         return answers
 
 
@@ -195,11 +192,12 @@ def _application(serve: Any, sources: Sequence[Source], settings: Settings, repl
     scale: dict[str, Any] = {"num_replicas": replicas} if replicas else {"autoscaling_config": _autoscaling(settings)}
     handles = {}
     for source in sources:
-        fixed = Bundle.open(source.path, verify=False).manifest.input.batch
+        opened = Bundle.open(source.path, verify=False)
+        fixed, merged = opened.manifest.input.batch, merge_rows(opened, settings)
         deployment = serve.deployment(
-            _batching(serve, 1 if fixed else settings.merge_rows(fixed), settings.max_delay_ms / 1000),
+            _batching(serve, 1 if fixed else merged, settings.max_delay_ms / 1000),
             name=_key(source).replace(":", "-"),
-            max_ongoing_requests=max(2, 2 * settings.merge_rows(fixed)),
+            max_ongoing_requests=max(2, 2 * merged),
             max_queued_requests=settings.queue,
             graceful_shutdown_timeout_s=settings.drain_seconds,
             health_check_period_s=2,

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle
 from dualtoken_deploy.errors import BundleError, DualTokenError, MissingError, UsageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate
+from dualtoken_deploy.serve.answers import reads_quickly
 from dualtoken_deploy.serve.batcher import Answer, Batcher
 from dualtoken_deploy.serve.errors import NotFound
 from dualtoken_deploy.serve.messages import message_limit
@@ -28,6 +30,7 @@ from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
 from dualtoken_deploy.serve.settings import Settings, Source
 from dualtoken_deploy.targets.load import check_native
 from dualtoken_deploy.targets.table import get_target
+from dualtoken_deploy.tasks.table import get_task
 
 Stamp = tuple[tuple[str, int, int, int], ...] | None
 LOST_SECONDS = 2.0  # between looks at a model that lost its worker, where changes are not looked for
@@ -69,9 +72,12 @@ class Model:
         self.contract, self.outputs = bundle.manifest.input, bundle.manifest.outputs
         self.spec = self.contract.tensor
         self.rows = settings.request_rows(self.contract.batch)
+        self.task = get_task(bundle.manifest.task)
+        self.random = bundle.manifest.weights.source == RANDOM
+        self.reads_quickly = reads_quickly(self.task, self.outputs)
         self.body_limit = body_limit(self.spec, self.rows)
         self.message_limit = message_limit(self.spec, self.rows)
-        running = settings.workers * max(1, settings.merge_rows(self.contract.batch) // (self.contract.batch or 1))
+        running = settings.workers * max(1, merge_rows(bundle, settings) // (self.contract.batch or 1))
         self.gate = Gate(f"model {source.name}:{source.version}", settings.queue + running)
 
     @property
@@ -79,10 +85,18 @@ class Model:
         return self.engine.ready and not self.gate.closed
 
 
+def merge_rows(bundle: Bundle, settings: Settings) -> int:
+    """Rows up to which requests are merged: 1, no merging, where an output has no row for each picture of an open
+    batch, as a model of the user's may."""
+    fixed = bundle.manifest.input.batch
+    rows = all(spec.shape and isinstance(spec.shape[0], str) for spec in bundle.manifest.outputs)
+    return settings.merge_rows(fixed) if fixed is not None or rows else 1
+
+
 def local_engine(bundle: Bundle, source: Source, settings: Settings, metrics: Metrics) -> Engine:
     """Workers of this machine."""
-    fixed = bundle.manifest.input.batch
-    rows = max(settings.request_rows(fixed), settings.merge_rows(fixed))
+    merged = merge_rows(bundle, settings)
+    rows = max(settings.request_rows(bundle.manifest.input.batch), merged)
     launch = Launch.of(
         bundle, rows, device=settings.device, threads=settings.threads,
         start_seconds=settings.start_seconds, run_seconds=settings.run_seconds,
@@ -90,7 +104,7 @@ def local_engine(bundle: Bundle, source: Source, settings: Settings, metrics: Me
     observer = metrics.observer(
         source.name, source.version, lambda model, why: logs.warning("worker lost", model=model, reason=why)
     )
-    return Batcher(launch, settings.workers, settings.merge_rows(fixed), settings.max_delay_ms / 1000, observer)
+    return Batcher(launch, settings.workers, merged, settings.max_delay_ms / 1000, observer)
 
 
 class Repository:

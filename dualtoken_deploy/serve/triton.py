@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,8 +17,10 @@ from types import MappingProxyType
 from dualtoken_deploy.bundle.store import LABELS, Bundle
 from dualtoken_deploy.errors import OutputError, UsageError
 from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.staging import staged_folder, swap
 from dualtoken_deploy.targets.openvino.runner import float_dtype
 from dualtoken_deploy.targets.table import TARGETS, get_target
+from dualtoken_deploy.tasks.table import get_task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ROWS_OF_A_DYNAMIC_BATCH = 8
@@ -30,10 +31,12 @@ TYPES: Mapping[str, str] = MappingProxyType(  # of model_config.proto
         "bool": "TYPE_BOOL",
         "uint8": "TYPE_UINT8",
         "int8": "TYPE_INT8",
+        "int16": "TYPE_INT16",
         "int32": "TYPE_INT32",
         "int64": "TYPE_INT64",
         "float16": "TYPE_FP16",
         "float32": "TYPE_FP32",
+        "float64": "TYPE_FP64",
     }
 )
 
@@ -52,16 +55,13 @@ def lay_out(bundle: Bundle, repository: Path, version: int = 1, force: bool = Fa
         raise UsageError(f"{final} exists; give --force to replace it")
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.", dir=repository) as temporary:
-            folder = Path(temporary) / bundle.name
-            (folder / str(version)).mkdir(parents=True)
+        with staged_folder(final) as folder:
+            (folder / str(version)).mkdir()
             for ours, theirs in files.items():
                 shutil.copyfile(bundle.path / ours, folder / str(version) / theirs)
             shutil.copyfile(bundle.path / LABELS, folder / LABELS)
             (folder / "config.pbtxt").write_text(config(bundle), encoding="utf-8")
-            if final.exists():
-                final.rename(Path(temporary) / "before")
-            folder.rename(final)
+            swap(folder, final)
     except OSError as error:
         raise OutputError(f"cannot write the Triton repository {repository} ({error.strerror or error})") from error
     return final
@@ -80,9 +80,11 @@ def check_target(target: str) -> tuple[str, Mapping[str, str]]:
 
 
 def config(bundle: Bundle) -> str:
-    """The config.pbtxt. A fixed batch is one of the dimensions, and Triton batches nothing; an open one it merges."""
+    """The config.pbtxt. A fixed batch is one of the dimensions, and Triton batches nothing; an open one it merges, if
+    every output has it too."""
     manifest = bundle.manifest
-    open_batch = manifest.input.batch is None
+    tensors = (manifest.input.tensor, *manifest.outputs)
+    open_batch = all(spec.shape and isinstance(spec.shape[0], str) for spec in tensors)
     lines = [
         f"name: {_quoted(bundle.name)}",
         f"backend: {_quoted(check_target(manifest.target)[0])}",
@@ -90,7 +92,7 @@ def config(bundle: Bundle) -> str:
         *_tensor("input", manifest.input.tensor, open_batch),
     ]
     for spec in manifest.outputs:
-        labels = spec.layout == "NC"
+        labels = spec.layout == "NC" and get_task(manifest.task).classes
         lines += _tensor("output", spec, open_batch, f"  label_filename: {_quoted(LABELS)}" if labels else None)
     lines += ["dynamic_batching {", "}"] if open_batch else []
     if manifest.target == "openvino" and float_dtype(manifest.precision) == "bf16":

@@ -104,6 +104,19 @@ def paste_mask(mask: Array, box: Array, image_size: tuple[int, int]) -> NDArray[
     return out
 
 
+def mask_of(mask: Array, box: Array, image_size: tuple[int, int], level: float) -> NDArray[np.bool_]:
+    """Where a pasted mask is at least `level`, which is above 0: worked out around the box alone."""
+    height, width = image_size
+    reach = [(side / cells) for side, cells in zip((box[3] - box[1], box[2] - box[0]), mask.shape, strict=True)]
+    top, bottom = (int(np.clip(v, 0, height)) for v in (box[1] - reach[0], box[3] + reach[0] + 1))
+    left, right = (int(np.clip(v, 0, width)) for v in (box[0] - reach[1], box[2] + reach[1] + 1))
+    out = np.zeros(image_size, bool)
+    if bottom > top and right > left:
+        moved = np.asarray(box, np.float64) - (left, top, left, top)
+        out[top:bottom, left:right] = paste_mask(mask, moved, (bottom - top, right - left)) >= level
+    return out
+
+
 def _hat(positions: Array, count: int) -> NDArray[np.float64]:
     """Linear interpolation weights (positions, count): 1 at a cell's centre, 0 from the next one on."""
     out: NDArray[np.float64] = np.clip(1 - np.abs(positions[:, None] - np.arange(count)), 0, None)

@@ -30,7 +30,7 @@ from dualtoken_deploy.tasks.base import (
     gated_or,
     worst_of,
 )
-from dualtoken_deploy.tasks.boxes import paste_mask
+from dualtoken_deploy.tasks.boxes import mask_of
 from dualtoken_deploy.tasks.draw import paint_objects
 from dualtoken_deploy.tasks.metrics import average_precision, precision_table
 
@@ -65,7 +65,7 @@ def interpret(outputs: Outputs, model_size: Size, size: Size) -> Found:
     if "masks" not in outputs:
         return Found(boxes=boxes)
     pasted = [
-        paste_mask(mask, box, size) >= MASK_LEVEL
+        mask_of(mask, box, size, MASK_LEVEL)
         for mask, box in zip(outputs["masks"][0], boxes.shapes, strict=False)  # empty places have a mask too
     ]
     masks = np.array(pasted, bool).reshape(len(boxes.shapes), *size)
@@ -205,4 +205,5 @@ DETECT = Task(
     ),
     check_images=4,  # an image has as many values as a thousand classifications
     held_out=100,  # a metric of fewer jumps by points
+    by_pixel=True,
 )

@@ -132,4 +132,5 @@ SEGMENT = Task(
     check_images=4,  # an image has as many values as a thousand classifications
     held_out=100,  # a metric of fewer jumps by points
     most_classes=MOST_CLASSES,
+    by_pixel=True,
 )

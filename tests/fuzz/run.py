@@ -1,7 +1,7 @@
-"""Runs the fuzz targets: python -m tests.fuzz.run [--seconds 600] [TARGET ...], one JSON line each.
+"""Runs the fuzz targets: python -m tests.fuzz.run [--seconds 600] [--seed N] [TARGET ...], one JSON line each.
 
-The corpus first, then as many inputs as the time allows. An input that fails is made small by Hypothesis, written into
-the target's corpus, and the exit code is 1.
+The corpus first, then as many inputs as the time allows, others at each run unless a seed is given. An input that fails
+is made small by Hypothesis, written into the target's corpus, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,13 +69,13 @@ def explore(found: Target, inputs: int, number: int) -> tuple[int, bytes | None,
     return count, None, None
 
 
-def run(name: str, seconds: float) -> dict[str, object]:
-    """One target for a time."""
+def run(name: str, seconds: float, first: int) -> dict[str, object]:
+    """One target for a time, the seeds counted up from `first`."""
     found, start, count = target(name), time.monotonic(), 0
     for _, data in corpus(name):
         found.check(data)
         count += 1
-    number = 0
+    number = first
     while time.monotonic() - start < seconds:
         more, failed, error = explore(found, ROUND, number)
         count, number = count + more, number + 1
@@ -88,17 +89,20 @@ def run(name: str, seconds: float) -> dict[str, object]:
                 "failed": f"{type(error).__name__}: {error}"[:300],
                 "input": file.name,
             }
-    return {"target": name, "inputs": count, "failed": None, "seconds": round(time.monotonic() - start)}
+    took = round(time.monotonic() - start)
+    return {"target": name, "inputs": count, "failed": None, "seconds": took, "seeds": [first, number - 1]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", choices=[*names(), []], default=[])
     parser.add_argument("--seconds", type=float, default=600.0, help="for each target")
+    parser.add_argument("--seed", type=int, default=None, help="the first seed; one of this run's own unless given")
     arguments = parser.parse_args()
+    first = secrets.randbits(32) if arguments.seed is None else arguments.seed
     results = []
     for name in arguments.targets or names():
-        results.append(run(name, arguments.seconds))
+        results.append(run(name, arguments.seconds, first))
         print(json.dumps(results[-1]), flush=True)
     return int(any(result["failed"] for result in results))
 

@@ -1,7 +1,8 @@
-// The page of `dualtoken serve`: one photo in, the five likeliest classes out. No library, nothing from elsewhere.
+// The page of `dualtoken serve`: one photo in, what the model sees in it out. No library, nothing from elsewhere.
 const find = (id) => document.getElementById(id);
 const [model, key, drop, file, photo] = ["model", "key", "drop", "file", "photo"].map(find);
 let last = null; // the photo shown, so that another model can be asked about it
+let listed = {}; // task and weights of each model, by name and version
 let asked = 0; // counts questions: an answer that is overtaken by a newer question is dropped
 
 function headers() {
@@ -25,9 +26,10 @@ async function listModels() {
   try {
     const { models } = await ask("/v2/models");
     const chosen = model.value;
-    const names = models.flatMap((one) => one.versions.map((version) => `${one.name}:${version}`));
-    model.replaceChildren(...[...new Set(names)].map((name) => new Option(name, name)));
-    if (names.includes(chosen)) model.value = chosen;
+    listed = Object.fromEntries(models.map((one) => [`${one.name}:${one.version}`, one]));
+    model.replaceChildren(...Object.keys(listed).map((name) => new Option(name, name)));
+    if (chosen in listed) model.value = chosen;
+    warn(listed[model.value]);
     find("state").textContent = `${model.options.length} model${model.options.length === 1 ? "" : "s"} ready`;
     say("");
   } catch (error) {
@@ -36,24 +38,76 @@ async function listModels() {
   }
 }
 
-function row(prediction) {
+function warn(of) {
+  find("random").hidden = of?.weights !== "random";
+}
+
+const percent = (share) => `${(share * 100).toFixed(1)} %`;
+const short = (value) => (value === null ? "not finite" : Number(value.toPrecision(4)).toString());
+
+// Of each task: the heading, and what an answer is in words: its name, its value, and its share of the bar.
+const WORDS = {
+  classify: ["Most likely", (one) => [one.label, percent(one.probability), one.probability]],
+  detect: [
+    "Objects",
+    (one) => [
+      one.label,
+      `${percent(one.score)} at ${one.box.map(Math.round).join(", ")}${one.mask_pixels === null ? "" : `, ${one.mask_pixels} pixels`}`,
+      one.score,
+    ],
+  ],
+  segment: ["Areas", (one) => [one.label, `${percent(one.share)} of the picture`, one.share]],
+  embed: [
+    "Embedding",
+    (one) => [`${one.values.length} values, norm ${short(one.norm)}`, `${one.values.slice(0, 6).map(short).join(", ")}${one.values.length > 6 ? ", \u2026" : ""}`],
+  ],
+  tensors: [
+    "Outputs",
+    (one) => [`${one.name}, ${one.dtype} ${one.shape.join("x")}`, `${short(one.minimum)} to ${short(one.maximum)}, mean ${short(one.mean)}`],
+  ],
+};
+
+function row([name, value, share]) {
   const item = document.createElement("li");
-  const share = `${(prediction.probability * 100).toFixed(1)} %`;
   const line = document.createElement("div");
   line.className = "name";
   line.append(document.createElement("span"), document.createElement("span"));
-  line.firstChild.textContent = prediction.label;
-  line.lastChild.textContent = share;
-  const bar = document.createElement("progress");
-  bar.max = 1;
-  bar.value = prediction.probability;
-  bar.setAttribute("aria-label", `${prediction.label}: ${share}`);
-  item.append(line, bar);
+  line.firstChild.textContent = name;
+  line.lastChild.textContent = value;
+  item.append(line);
+  if (share !== undefined) {
+    const bar = document.createElement("progress");
+    bar.max = 1;
+    bar.value = share;
+    bar.setAttribute("aria-label", `${name}: ${value}`);
+    item.append(bar);
+  }
   return item;
 }
 
+// Boxes (x1, y1, x2, y2) in the picture's pixels, over the photo, which the browser scales.
+function draw(boxes, [height, width]) {
+  const over = find("boxes");
+  over.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  over.setAttribute("preserveAspectRatio", "none");
+  over.replaceChildren(
+    ...boxes.map(([left, top, right, bottom]) => {
+      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      const sides = { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) };
+      for (const [key, value] of Object.entries(sides)) rect.setAttribute(key, value);
+      return rect;
+    }),
+  );
+  over.toggleAttribute("hidden", !boxes.length);
+}
+
 function show(result, elapsed) {
-  find("classes").replaceChildren(...result.predictions.map(row));
+  const [heading, words] = WORDS[result.task] ?? [result.task, (one) => [JSON.stringify(one), ""]];
+  find("what").textContent = heading;
+  find("classes").replaceChildren(...result.predictions.map((one) => row(words(one))));
+  find("nothing").hidden = result.predictions.length > 0;
+  draw(result.predictions.flatMap((one) => (one.box ? [one.box] : [])), result.size);
+  warn(result);
   const { bundle, timing_ms: time } = result;
   const facts = [
     ["Answered by", `${result.model_name}:${result.model_version}`],
@@ -80,6 +134,7 @@ async function classify(picture) {
   photo.src = URL.createObjectURL(picture);
   photo.alt = `The photo: ${picture.name ?? "pasted"}`;
   photo.hidden = false;
+  draw([], [1, 1]);
   find("drop-text").textContent = "Another one? Drop, paste or choose it";
   result.setAttribute("aria-busy", "true");
   try {
@@ -111,6 +166,9 @@ for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop
 drop.addEventListener("drop", (event) => { event.preventDefault(); classify(event.dataTransfer.files[0]); });
 document.addEventListener("paste", (event) => classify(event.clipboardData.files[0]));
 file.addEventListener("change", () => { classify(file.files[0]); file.value = ""; });
-model.addEventListener("change", () => classify(last));
+model.addEventListener("change", () => {
+  warn(listed[model.value]);
+  classify(last);
+});
 key.addEventListener("change", listModels);
 listModels();
