@@ -10,6 +10,8 @@ from pathlib import Path
 from dualtoken_deploy.errors import DualTokenError, OutputError
 from dualtoken_deploy.staging import staged_file
 
+OURS = "dualtoken"  # our folder among the caches of all programs
+
 
 def cache_folder() -> Path:
     """Where this program keeps what it can make again: $DUALTOKEN_CACHE, else ~/.cache/dualtoken (XDG).
@@ -18,7 +20,7 @@ def cache_folder() -> Path:
     """
     if own := os.environ.get("DUALTOKEN_CACHE"):
         return Path(own)
-    return user_cache() / "dualtoken"
+    return user_cache() / OURS
 
 
 def user_cache() -> Path:

@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 import pytest
 
-from dualtoken_deploy.bundle.trust import ALLOW
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets.litert import environment
@@ -38,14 +37,6 @@ TINY_VIM = Variant(
     replace(vim2.T, channels=(32, 32, 48, 64), blocks=(0, 0, 2, 2), channel_width=(64, 64, 96, 64), states=4),
 )
 SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def native_code() -> Iterator[None]:
-    """What the tests made may run, in whatever cache a test looks; test_hostile_bundles.py takes that back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ALLOW, "1")
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,13 @@ def note(**changes: Any) -> dict[str, Any]:
         ({"annotations": [note(category_id=5)]}, "annotation 8 has category 5, which the file does not list"),
         ({"annotations": [note(image_id=[4])]}, "annotation 8 is empty or not whole"),
         ({"annotations": [note(image_id=1)]}, "annotation 8 is of image 1, which"), ({"images": None}, "COCO's format"),
-        ({"annotations": [note(bbox=[1, 2, float("nan"), 4])]}, "a box that is no number"),
+        ({"annotations": [note(bbox=[1, 2, float("nan"), 4])]}, "is not JSON"),
+        ({"annotations": [note(bbox=[1, 2, "nan", 4])]}, "a box that is no number"),
+        ({"annotations": [note(bbox=[1, 2, 10**400, 4])]}, "annotation 8 is empty or not whole"),
+        ({"images": [{"id": 4, "file_name": "../4.png", "height": 4, "width": 6}]}, r"'\.\./4\.png', which is none"),
+        ({"images": [{"id": 4, "file_name": "/4.png", "height": 4, "width": 6}]}, r"'/4\.png', which is none"),
+        ({"images": [{"id": 4, "file_name": "4.png", "height": 10**9, "width": 6}]}, "which no picture has"),
+        ({"images": [{"id": 4, "file_name": "4.png", "height": -1, "width": 6}]}, "which no picture has"),
         ({"images": [{"id": 4, "file_name": "no.png", "height": 4, "width": 6}]}, r"names the picture no\.png"),
     ],
 )  # fmt: skip
@@ -157,12 +164,27 @@ def test_annotation_files_that_are_not_whole(tmp_path: Path, changes: dict[str, 
         open_dense(coco(tmp_path, **changes), "detect")
 
 
+def test_an_annotation_file_that_is_nested_too_deep_or_a_pipe(tmp_path: Path) -> None:
+    folder = coco(tmp_path)
+    (folder / "annotations/instances_val2017.json").write_text("[" * 5000)
+    with pytest.raises(DatasetError, match="is not JSON"):
+        open_dense(folder, "detect")
+    (folder / "annotations/instances_val2017.json").unlink()
+    os.mkfifo(folder / "annotations/instances_val2017.json")
+    with pytest.raises(DatasetError, match="is no regular file"):
+        open_dense(folder, "detect")
+
+
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
         ({"size": [3, 4], "counts": [12]}, "run lengths of 3 x 4 pixels .* in a picture of 40 x 60"),
         ({"size": [*SIZE], "counts": [5, 6]}, "add up to 11 pixels of 2400"), ({"size": [*SIZE]}, "cannot be read"),
         ({"size": [*SIZE], "counts": "P"}, "cannot be read"), ([[1, 2, 3]], "neither polygons nor run lengths"),
+        ({"size": [], "counts": [2400]}, "cannot be read"), ({"size": [*SIZE], "counts": "o" * 10**6}, "more bits"),
+        ({"size": ["a" * 99, 2], "counts": [2400]}, "run lengths of a{20} x 2 pixels"),
+        ([[1, 2, 3, "nan", 5, 6]], "neither polygons nor run lengths"), ([[1e300] * 6], "neither polygons"),
+        ([[10**400] * 6], "neither polygons"), ({"size": [*SIZE], "counts": [1e300]}, "add up to"),
     ],
 )  # fmt: skip
 def test_segmentations_that_are_not_whole(tmp_path: Path, segmentation: Any, message: str) -> None:

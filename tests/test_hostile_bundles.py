@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from dualtoken_deploy.bundle.trust import ALLOW, remember
 from dualtoken_deploy.errors import BundleError, DualTokenError, InputError
 from dualtoken_deploy.models.own_sources import source_of
 from dualtoken_deploy.serve.repository import check_servable
+from dualtoken_deploy.targets.table import get_target
 from tests.commands import fails
 
 Change = Callable[[Path, dict[str, Any]], None]
@@ -125,6 +127,13 @@ def test_only_a_line_feed_ends_a_name() -> None:
 # Code that a bundle brings along
 
 
+def other_user(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Somebody who has made nothing, and allows nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.delenv("DUALTOKEN_CACHE", raising=False)
+    monkeypatch.delenv(ALLOW, raising=False)
+
+
 def native(folder: Path, data: dict[str, Any]) -> None:
     (folder / "model.onnx").rename(folder / "model.pt2")
     del data["files"]["model.onnx"]
@@ -136,8 +145,7 @@ def test_native_code_of_others_is_refused(
     own_bundle: Path, photograph: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("DUALTOKEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(ALLOW, raising=False)
+    other_user(monkeypatch, tmp_path / "cache")
     harm(own_bundle, native)
     bundle = Bundle.open(own_bundle)
     for use in (lambda: load_runner(bundle), lambda: predict(bundle, [photograph]), lambda: check_servable(bundle)):
@@ -159,8 +167,7 @@ def test_native_code_of_others_is_refused(
 
 
 def test_what_this_user_writes_is_remembered(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DUALTOKEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(ALLOW, raising=False)
+    other_user(monkeypatch, tmp_path / "cache")
     opened = Bundle.open(own_bundle)
     (own_bundle / "model.onnx").rename(own_bundle / "model.pt2")
     build = Build(details={"device": "cpu", "system": "plan9-vax", "torch": "0.1"})
@@ -173,11 +180,46 @@ def test_what_this_user_writes_is_remembered(own_bundle: Path, tmp_path: Path, m
         load_runner(own_bundle)
 
 
+def test_a_user_may_move_what_is_his(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle, the cache, DUALTOKEN_CACHE in one shell and not in another, and this program to a later version."""
+    home = tmp_path / "home"
+    other_user(monkeypatch, home / "cache")
+
+    def refused() -> bool:
+        try:
+            load_runner(own_bundle)
+        except BundleError as error:
+            assert "--allow-native" in str(error)  # noqa: PT017
+            return True
+        except DualTokenError as error:
+            assert "plan9-vax" in str(error)  # noqa: PT017
+        return False
+
+    harm(own_bundle, native)
+    assert refused()
+    remember(Bundle.open(own_bundle).manifest)
+    assert not refused()
+    with monkeypatch.context() as shell:
+        shell.setenv("DUALTOKEN_CACHE", str(tmp_path / "fast"))
+        assert not refused(), "made in a shell without DUALTOKEN_CACHE"
+    own_bundle = own_bundle.rename(tmp_path / "elsewhere")
+    home.rename(tmp_path / "moved")
+    assert refused(), "the cache is gone"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "moved" / "cache"))
+    assert not refused(), "the cache was moved"
+    harm(own_bundle, lambda _, data: data.update(later={"field": 1}, command="dualtoken 9"))
+    assert not refused(), "what a later version adds is not what runs"
+    with monkeypatch.context() as shell:
+        shell.setenv("DUALTOKEN_CACHE", str(tmp_path / "own"))
+        harm(own_bundle, written("model.pt2", b"of his as well"))
+        remember(Bundle.open(own_bundle).manifest)
+    assert not refused(), "made in a shell with DUALTOKEN_CACHE"
+
+
 def test_python_that_a_manifest_names_is_not_run(
     own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DUALTOKEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(ALLOW, raising=False)
+    other_user(monkeypatch, tmp_path / "cache")
     ran = tmp_path / "ran"
     (tmp_path / "net.py").write_text(f"def make():\n    open({str(ran)!r}, 'w')\n")
     origin = Origin(kind="reference", name="net", reference=f"{tmp_path / 'net.py'}:make")
@@ -185,3 +227,52 @@ def test_python_that_a_manifest_names_is_not_run(
     with pytest.raises(BundleError, match=r"net\.py:make; --reference golden runs none.*--allow-native"):
         source_of(manifest)
     assert not ran.exists()
+
+
+# The manifest against the model's own inputs and outputs
+
+
+def another(place: tuple[str | int, ...], value: Any) -> Change:
+    """Sets a value of the manifest, and golden to what the manifest then says."""
+
+    def change(_: Path, data: dict[str, Any]) -> None:
+        *above, last = place
+        at: Any = data
+        for key in above:
+            at = at[key]
+        at[last] = value
+
+    return change
+
+
+SHAPE = ("input", "tensor", "shape")
+LIES: dict[str, tuple[Change, str]] = {
+    "an input's name": (
+        another(("input", "tensor", "name"), "pixels"),
+        "the inputs image, the manifest says pixels",
+    ),
+    "an input's shape": (another((*SHAPE, 0), 2), "the input image of"),
+    "an open batch": (another((*SHAPE, 0), "batch"), "the input image of"),
+    "an output's name": (another(("outputs", 0, "name"), "scores"), "the outputs logits, the manifest says scores"),
+    "an output's dtype": (another(("outputs", 0, "dtype"), "int64"), "the output logits of"),
+    "an output's axes": (another(("outputs", 0, "shape"), [1, 1, 10]), "the output logits of"),
+}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "coreml"])
+@pytest.mark.parametrize("name", LIES)
+def test_a_manifest_that_tells_of_another_model_is_not_run(
+    name: str, target: str, small_bundle: Callable[..., Path], photograph: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Its hashes are right, and it agrees with itself: the model alone can say that it is wrong."""
+    if (name, target) == ("an output's dtype", "coreml"):
+        pytest.skip("Core ML computes in a dtype of its own, and its results are made float32")
+    if get_target(target).missing():
+        pytest.skip(f"the extra [{target}] is not here")
+    change, reason = LIES[name]
+    copy = tmp_path / "bundle"
+    shutil.copytree(small_bundle(target), copy)
+    harm(copy, change)
+    code, line = fails(capsys, "predict", copy, photograph)
+    assert (code, reason in line, "the manifest says" in line) == (4, True, True), line

@@ -9,6 +9,7 @@ label maps:       DIR/<part>/images/ and DIR/<part>/masks/ with one indexed PNG 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,15 @@ from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dualtoken_deploy.bundle.labels import read_labels
 from dualtoken_deploy.data import scenes
 from dualtoken_deploy.data.coco import BACKGROUND, CocoSet, open_coco
 from dualtoken_deploy.data.folders import IMAGE_SUFFIXES, PARTS
-from dualtoken_deploy.data.images import load_image
+from dualtoken_deploy.data.images import load_image, opened_picture
 from dualtoken_deploy.data.objects import IGNORE
 from dualtoken_deploy.data.samples import Sample, SampleSet
-from dualtoken_deploy.errors import DatasetError, UsageError
+from dualtoken_deploy.errors import DatasetError, ImageError, UsageError
 
 OBJECTS, MAPS = "objects", "label maps"  # what a sample's truth is
 
@@ -124,7 +124,7 @@ def _label_maps(folder: Path, truth: str, part: str) -> SampleSet:
         raise DatasetError(f"{len(lacking)} of {len(pairs)} pictures have no label map, first: no file {lacking[0]}")
     digest = hashlib.sha256(repr(labels).encode())
     for pair in pairs:
-        digest.update("\0".join(f"{p.name} {p.stat().st_size}" for p in pair).encode())
+        digest.update(os.fsencode("\0".join(f"{p.name} {p.stat().st_size}" for p in pair)))
     reader = _LabelMapReader(pairs, len(labels))
     return SampleSet(f"{folder} ({part})", labels, reader, tuple(range(len(pairs))), digest.hexdigest())
 
@@ -163,9 +163,9 @@ class _LabelMapReader:
 def read_label_map(path: Path) -> NDArray[np.uint8]:
     """The indices (H, W) of a PNG with a palette or 8-bit grey. Raises DatasetError on anything else."""
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with opened_picture(path, "PNG") as picture:
             if picture.mode not in ("P", "L", "1"):
                 raise DatasetError(f"{path} is a PNG of mode {picture.mode}; a label map is indexed or 8-bit grey")
             return np.array(picture, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as a PNG ({error}); save it again") from error
+    except ImageError as error:
+        raise DatasetError(f"{path} cannot be read as a PNG ({error})") from error

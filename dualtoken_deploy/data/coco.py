@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dualtoken_deploy.bundle.decode import parse
+from dualtoken_deploy.data.images import MAX_PIXELS
 from dualtoken_deploy.data.objects import IGNORE, Objects
 from dualtoken_deploy.errors import DatasetError
+from dualtoken_deploy.files import read_bytes
 
 BACKGROUND = "background"  # class 0 of the label maps that are made of instances
+
+MAX_FILE_BYTES = 2 << 30  # instances_train2017.json, the largest of COCO's own, has 448 MB
+FARTHEST = 1e9  # pixels from the picture that a polygon may reach
+RUN_BITS = 40
+MAX_MASK_BYTES = 4 << 30  # of one picture's objects
 
 Size = tuple[int, int]
 Mask = NDArray[np.bool_]
@@ -51,6 +58,8 @@ class CocoImage:
         own = self._objects()
         if any(i.segmentation is None for i in own):
             return None
+        if len(own) * self.size[0] * self.size[1] > MAX_MASK_BYTES:
+            raise DatasetError(f"{self.path} has {len(own)} objects, too many for masks of its size; mend it")
         masks = np.array([self._mask(i) for i in own], bool).reshape(-1, *self.size)
         return Objects(masks, np.array([i.category for i in own], np.int64))
 
@@ -90,17 +99,19 @@ class CocoSet:
 def open_coco(folder: Path, part: str) -> CocoSet:
     """The `part` of a folder in COCO's format. Raises DatasetError that names file and entry."""
     path = _annotation_file(folder / "annotations", part)
-    text = path.read_bytes()
+    text = read_bytes(path, MAX_FILE_BYTES, DatasetError, "split it")
+    data = parse(text, str(path), DatasetError, "export it anew")
     try:
-        data = json.loads(text)
         categories = {c["id"]: str(c["name"]) for c in data["categories"]}
         pictures = {p["id"]: (str(p["file_name"]), (int(p["height"]), int(p["width"]))) for p in data["images"]}
         entries = list(data["annotations"])
         order = {number: i for i, number in enumerate(sorted(categories))}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DatasetError(
             f"{path} is not in COCO's format ({type(error).__name__}: {error}); export it anew"
         ) from error
+    for name, size in pictures.values():
+        check_picture(path, name, size)
     if not pictures or not entries:
         raise DatasetError(f"{path} has {len(pictures)} images and {len(entries)} annotations; it needs some of both")
     grouped: dict[Any, list[Instance]] = {number: [] for number in pictures}
@@ -120,6 +131,14 @@ def open_coco(folder: Path, part: str) -> CocoSet:
     notes = (f"{path}: {len(empty)} annotations with an empty box left out (first: id {empty[0]})",) if empty else ()
     labels = tuple(categories[number] for number in order)
     return CocoSet(path, labels, images, hashlib.sha256(text).hexdigest(), notes)
+
+
+def check_picture(path: Path, name: str, size: Size) -> None:
+    """Raises DatasetError on a picture outside of the folder of pictures, or of a size that none has."""
+    if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DatasetError(f"{path} names the picture {name!r}, which is none in its folder; mend it")
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        raise DatasetError(f"{path}: {name} has {size[0]} x {size[1]} pixels (H x W), which no picture has; mend it")
 
 
 def _annotation_file(folder: Path, part: str) -> Path:
@@ -147,7 +166,7 @@ def _instance(entry: Any, path: Path, pictures: Mapping[Any, tuple[str, Size]], 
         picture, category = entry["image_id"], entry["category_id"]
         left, top, width, height = (float(v) for v in entry["bbox"])
         crowd, listed = bool(entry.get("iscrowd", 0)), (picture in pictures, category in order)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError(
             f"{path}: annotation {number} is empty or not whole (image_id, category_id, bbox of four); mend it"
         ) from error
@@ -172,7 +191,9 @@ def decode_mask(segmentation: Any, size: Size) -> Mask:
         return _from_runs(segmentation, size)
     try:
         polygons = [np.array(p, np.float64).reshape(-1, 2) for p in segmentation]
-    except (TypeError, ValueError) as error:
+        if not all((np.abs(polygon) < FARTHEST).all() for polygon in polygons):  # of NaN this is false too
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"a segmentation is neither polygons nor run lengths: {str(segmentation)[:60]}") from error
     out = np.zeros(size, bool)
     for polygon in polygons:
@@ -195,14 +216,13 @@ def fill_polygon(points: NDArray[np.float64], size: Size) -> Mask:
 
 def _from_runs(segmentation: Mapping[str, Any], size: Size) -> Mask:
     try:
-        counts, said = segmentation["counts"], tuple(segmentation["size"])
+        counts, (height, width) = segmentation["counts"], segmentation["size"]
         runs = unpack_runs(counts) if isinstance(counts, (str, bytes)) else [int(c) for c in counts]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DatasetError(f"run lengths {str(segmentation)[:60]} cannot be read ({error})") from error
-    if said != size:
-        raise DatasetError(
-            f"run lengths of {said[0]} x {said[-1]} pixels (H x W) in a picture of {size[0]} x {size[1]}"
-        )
+    if (height, width) != size:
+        said = f"{height!s:.20} x {width!s:.20}"
+        raise DatasetError(f"run lengths of {said} pixels (H x W) in a picture of {size[0]} x {size[1]}")
     if sum(runs) != size[0] * size[1] or min(runs, default=0) < 0:
         raise DatasetError(f"run lengths add up to {sum(runs)} pixels of {size[0] * size[1]}")
     values = np.arange(len(runs)) % 2 == 1  # the first run is outside
@@ -219,6 +239,8 @@ def unpack_runs(packed: str | bytes) -> list[int]:
         value, shift, more = 0, 0, True
         while more:
             bits = text[at] - 48
+            if shift > RUN_BITS:
+                raise ValueError("a run has more bits than any picture")
             value |= (bits & 0x1F) << shift
             more = bool(bits & 0x20)
             at, shift = at + 1, shift + 5

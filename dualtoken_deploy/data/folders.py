@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,10 +62,10 @@ class ImageSet:
 
     def digest(self, contents: bool = False) -> str:
         """sha256 over classes, file names, labels and sizes; over the files' contents too where asked."""
-        digest = hashlib.sha256(repr(self.classes).encode())
+        digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
         for i, path in enumerate(self.images):
             label = None if self.labels is None else self.labels[i]
-            digest.update(f"{path.name}\0{label}\0".encode())
+            digest.update(os.fsencode(path.name) + f"\0{label}\0".encode())
             digest.update(path.read_bytes() if contents else str(path.stat().st_size).encode())
         return digest.hexdigest()
 

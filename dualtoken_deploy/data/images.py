@@ -8,7 +8,8 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -109,6 +110,23 @@ def load_image(
             return _decode(file, data, str(path), limit, allowed)
 
 
+@contextmanager
+def opened_picture(path: Path, kind: str) -> Iterator[Image.Image]:
+    """A file of one of FORMATS as Pillow has it, decoded, in whatever mode it is. Raises ImageError as load_image does,
+    of the block as well."""
+    name, limit = str(path), MAX_PIXELS
+    with _open(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise _empty(name)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, _mapped(name, limit):
+            decoder = _decoder(data[:64], name, (kind,))
+            _check_file(data, kind, name, limit)
+            with decoder(file, name) as picture:
+                _check_size(picture, name, limit)
+                picture.load()
+                yield picture
+
+
 def resize_and_crop(image: Pixels, size: tuple[int, int], crop_ratio: float) -> Pixels:
     """Scales uint8 (h, w, 3) bicubically, antialiased, and crops its centre: uint8 (H, W, 3) with (H, W) = `size`.
 
@@ -200,19 +218,32 @@ def _empty(name: str) -> ImageError:
 
 
 def _decode(file: IO[bytes], data: bytes | mmap.mmap, name: str, limit: int, formats: Sequence[str]) -> Pixels:
-    try:
+    with _mapped(name, limit):
         start = data[:16]
         if not start:
             raise _empty(name)
-        decoder = next((decoder for at, magic, decoder in DECODERS if start.startswith(magic, at)), None)
-        decoder = _boxed(data[:64], name, formats) if decoder is None and start[4:8] == b"ftyp" else decoder
-        if decoder is None or decoder.format is None or decoder.format not in formats:
-            raise ImageError(f"{name} is not a {_listed(formats)} picture; save it as {_one_of(formats)}")
-        _check_file(data, decoder.format, name, limit)
+        decoder = _decoder(data[:64], name, formats)
+        _check_file(data, str(decoder.format), name, limit)
         with decoder(file, name) as picture:
             _check_size(picture, name, limit)
             picture.load()
             return _to_rgb(_upright(picture), name)
+    raise AssertionError  # the block returns or raises
+
+
+def _decoder(start: bytes, name: str, formats: Sequence[str]) -> type[ImageFile.ImageFile]:
+    decoder = next((decoder for at, magic, decoder in DECODERS if start.startswith(magic, at)), None)
+    decoder = _boxed(start, name, formats) if decoder is None and start[4:8] == b"ftyp" else decoder
+    if decoder is None or decoder.format is None or decoder.format not in formats:
+        raise ImageError(f"{name} is not a {_listed(formats)} picture; save it as {_one_of(formats)}")
+    return decoder
+
+
+@contextmanager
+def _mapped(name: str, limit: int) -> Iterator[None]:
+    """What Pillow's decoders raise, as ImageError."""
+    try:
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, _line(error), limit) from error
     except DAMAGE as error:

@@ -167,12 +167,15 @@ class Decoders:
         except Unavailable as error:
             logs.warning("no decoder yet", reason=str(error))
 
+    def give_up(self) -> None:
+        """Ends what runs: a request that is cut off waits for its picture, and a decoder that hangs would never say."""
+        for task in self._tasks:
+            task.cancel()
+
     async def close(self) -> None:
         """Ends every decoder, whatever it does."""
-        tasks = tuple(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.give_up()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._idle:
             await self._idle.pop().close()
 

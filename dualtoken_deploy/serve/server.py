@@ -115,6 +115,7 @@ async def _drain(handler: Handler, settings: Settings, stop: _Stop) -> None:
     if handler.gate.inside:
         logs.warning("drain ended before all requests did", in_hand=handler.gate.inside)
         handler.gate.cut()  # has them refused, while the transports can still say so
+        handler.decoders.give_up()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(handler.drained(), GRPC_GRACE_SECONDS)
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.spec import InputContract, TensorSpec
+from dualtoken_deploy.errors import BundleError, UsageError
+from dualtoken_deploy.spec import Dim, InputContract, TensorSpec
 
 Array = NDArray[Any]
 AT_ONCE = 16  # inputs of an open batch: 224x224x3 float32 is 0.6 MB each
@@ -107,6 +107,51 @@ def run_each(runner: Runner, contract: InputContract, inputs: Iterable[Array]) -
         outputs = runner.run({contract.tensor.name: np.stack(filled)})
         for i in range(len(part)):
             yield outputs if batch == 1 else {name: array[i : i + 1] for name, array in outputs.items()}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a model's file says of one of its inputs or outputs: numpy's name of the dtype, and the shape; None where it
+    is open or not said."""
+
+    dtype: str | None
+    shape: tuple[int | None, ...] | None
+
+
+def check_declared(path: Path, kind: str, specs: Sequence[TensorSpec], declared: Mapping[str, Declared]) -> None:
+    """Holds the manifest's tensors of a `kind`, "input" or "output", against those of the file that was loaded.
+
+    Raises BundleError where one is not there, is of another dtype or shape, or is an input that nothing would feed. A
+    size that the file leaves open may be fixed by the manifest, not the other way round.
+    """
+    names = [spec.name for spec in specs]
+    strange = [name for name in declared if name not in names] if kind == "input" else []
+    if strange or not declared.keys() >= set(names):
+        raise BundleError(
+            f"{path} has the {kind}s {', '.join(declared)}, the manifest says {', '.join(names)}; export it again"
+        )
+    for spec in specs:
+        found = declared[spec.name]
+        if found.dtype not in (None, spec.dtype) or not (found.shape is None or _fits(spec.shape, found.shape)):
+            said = f"{found.dtype or spec.dtype} {_sizes(found.shape or spec.shape)}"
+            raise BundleError(
+                f"the {kind} {spec.name} of {path} is {said}, the manifest says {spec.dtype} {_sizes(spec.shape)}; "
+                "export it again"
+            )
+
+
+def _fits(said: Sequence[Dim], found: Sequence[int | None]) -> bool:
+    return len(said) == len(found) and all(b in (None, a) for a, b in zip(said, found, strict=True))
+
+
+def _sizes(shape: Sequence[Dim | None]) -> str:
+    return "[" + ", ".join("?" if side is None else str(side) for side in shape) + "]"
+
+
+def planar_spec(spec: TensorSpec) -> TensorSpec:
+    """What `planar` makes of an array of a spec: float32, and NCHW of NHWC."""
+    order = (0, 3, 1, 2) if spec.layout == "NHWC" else range(len(spec.shape))
+    return TensorSpec(spec.name, "float32", spec.layout, tuple(spec.shape[axis] for axis in order))
 
 
 def planar(array: Array, spec: TensorSpec) -> Array:

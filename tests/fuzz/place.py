@@ -11,9 +11,16 @@ from pathlib import Path
 
 @cache
 def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="dualtoken-fuzz."))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    place = Path(tempfile.mkdtemp(prefix="dualtoken-fuzz."))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def folder(name: str) -> Path:
+    """A folder of a target's own, which may have files in it from the input before."""
+    place = _folder() / name
+    place.mkdir(exist_ok=True)
+    return place
 
 
 def filed(data: bytes, suffix: str) -> Path:

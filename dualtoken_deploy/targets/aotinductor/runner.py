@@ -16,10 +16,10 @@ import numpy as np
 
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
+from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
 # What AOTInductor's generated source calls for matrix products, by the kinds that inspection knows.
 _KINDS = {
@@ -142,8 +142,16 @@ class AotInductorRunner(Bordered):
         (name,) = (spec.name for spec in self._inputs)
         value = torch.from_numpy(np.ascontiguousarray(feeds[name])).to(self._device)
         with torch.inference_mode():
-            logits = self._model(value)
-        return {self._outputs[0].name: logits.cpu().numpy()}
+            try:
+                results = self._model(value)
+            except RuntimeError as error:  # another shape or dtype than it was compiled for
+                raise BundleError(f"{self._path} does not run: {first_line(error)}; export it again") from error
+        arrays = [r.cpu().numpy() for r in (results if isinstance(results, (tuple, list)) else (results,))]
+        found = {spec.name: array for spec, array in zip(self._outputs, arrays, strict=False)}
+        # a package declares nothing, so what it gives is held against the manifest
+        declared = {name: Declared(array.dtype.name, array.shape) for name, array in found.items()}
+        check_declared(self._path, "output", self._outputs, declared)
+        return found
 
     def execution(self) -> Execution:
         """Library calls and their dtype, from the source that the package's native code was compiled of, which lies in

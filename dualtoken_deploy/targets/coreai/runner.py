@@ -15,7 +15,16 @@ import numpy as np
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, missing_extra
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions, planar
+from dualtoken_deploy.targets.runner import (
+    Array,
+    Bordered,
+    Declared,
+    Execution,
+    RunnerOptions,
+    check_declared,
+    planar,
+    planar_spec,
+)
 
 ASSET = "model.aimodel"
 ENGINE = "Apple's Core AI runtime, its CPU interpreter"
@@ -58,11 +67,21 @@ class CoreAiRunner(Bordered):
             self._asset = AIModelAsset.load(path)
             self._context = self._asset.executable()
             self._function = self._loop.run_until_complete(self._context.__aenter__()).load_function("main")
+            described = self._function.desc
+            given = {n: _declared(described.input_descriptor(n)) for n in described.input_names}
+            found = {n: _declared(described.output_descriptor(n)) for n in described.output_names}
         except (RuntimeError, KeyError, OSError, ValueError) as error:
             self._loop.close()
             raise BundleError(
                 f"Core AI cannot load {path}: {error}; copy the bundle anew or export it again"
             ) from error
+
+        try:
+            check_declared(path, "input", [planar_spec(spec) for spec in inputs], given)
+            check_declared(path, "output", outputs, found)
+        except BundleError:
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -86,3 +105,9 @@ class CoreAiRunner(Bordered):
         counts = Counter({str(kind): int(count) for kind, count in found if kind != "constant"})
         dtype = f"{'float16' if self._precision == 'fp16' else 'float32'} (interpreter)"
         return Execution(dict(counts.most_common()), dict.fromkeys(counts, (dtype,)))
+
+
+def _declared(described: Any) -> Declared:
+    """Of an array its shape; what it computes in is the asset's own business, and results are made float32."""
+    shape = getattr(described, "shape", None)
+    return Declared(None, None if shape is None else tuple(int(side) if side >= 0 else None for side in shape))

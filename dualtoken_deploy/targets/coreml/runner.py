@@ -16,7 +16,17 @@ from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.coreml.mil import MilProgram, load_program
 from dualtoken_deploy.targets.coreml.mil.execute import Observer
 from dualtoken_deploy.targets.coreml.mil.vendor import coremltools, quiet
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, Runner, RunnerOptions, planar
+from dualtoken_deploy.targets.runner import (
+    Array,
+    Bordered,
+    Declared,
+    Execution,
+    Runner,
+    RunnerOptions,
+    check_declared,
+    planar,
+    planar_spec,
+)
 
 PACKAGE = "model.mlpackage"
 REFERENCE = "reference"  # the device's name for the execution in numpy
@@ -71,12 +81,12 @@ class MilReferenceRunner(Bordered):
     def __init__(self, package: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self._inputs, self._outputs = inputs, outputs
         self.program = MilProgram(load_program(package))
-        lacking = {s.name for s in inputs} ^ set(self.program.program.inputs)
-        if lacking or not {s.name for s in outputs} <= set(self.program.program.outputs):
-            raise BundleError(
-                f"{package} takes {', '.join(self.program.program.inputs)} and gives "
-                f"{', '.join(self.program.program.outputs)}, not what the manifest says; export it again"
-            )
+        program = self.program.program
+        given = {name: Declared(None, value.shape) for name, value in program.inputs.items()}  # may be float16 inside
+        last = {name: value for operation in program.operations for name, value in operation.outputs}
+        found = {name: Declared(None, last[name].shape if name in last else None) for name in program.outputs}
+        check_declared(package, "input", [planar_spec(spec) for spec in inputs], given)
+        check_declared(package, "output", outputs, found)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         results = self.run_all(feeds)

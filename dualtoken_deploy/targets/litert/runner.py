@@ -14,7 +14,7 @@ from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.litert import flat
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
 MODEL = "model.tflite"
 DELEGATE = "DELEGATE"
@@ -147,10 +147,6 @@ def open_interpreter(path: Path, threads: int | None, keep_all: bool = False) ->
 def _indices(details: Iterable[Mapping[str, Any]], what: str, specs: tuple[TensorSpec, ...], path: Path) -> list[int]:
     """Where the interpreter keeps the manifest's tensors. Raises BundleError where the file has others."""
     found = {d["name"]: d for d in details}
-    for spec in specs:
-        if spec.name not in found:
-            raise BundleError(f"{path} has {what}s {', '.join(found)}, not the manifest's {spec.name}; export it again")
-        shape = tuple(int(n) for n in found[spec.name]["shape"])
-        if shape != spec.concrete() or np.dtype(found[spec.name]["dtype"]) != np.dtype(spec.dtype):
-            raise BundleError(f"{spec.name} of {path} has shape {shape}, not {spec.concrete()}; export it again")
+    declared = {n: Declared(np.dtype(d["dtype"]).name, tuple(int(s) for s in d["shape"])) for n, d in found.items()}
+    check_declared(path, what, specs, declared)
     return [int(found[spec.name]["index"]) for spec in specs]

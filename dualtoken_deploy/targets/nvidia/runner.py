@@ -13,7 +13,7 @@ from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.nvidia.binding import Library, complaint, load_library, make_logger
 from dualtoken_deploy.targets.nvidia.cuda import Buffer, Stream, find_gpu
 from dualtoken_deploy.targets.nvidia.inspector import read_layers
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
 if TYPE_CHECKING:
     import tensorrt
@@ -115,21 +115,28 @@ class EngineRunner(Bordered):
         dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16"}
         dtypes[trt.DataType.INT32] = "int32"
         wanted = {spec.name: spec for spec in (*self._inputs, *self._outputs)}
-        found = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        if set(found) != set(wanted):
-            raise BundleError(f"{self._path} has the tensors {', '.join(found)}, the manifest says {', '.join(wanted)}")
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        if set(names) != set(wanted):
+            raise BundleError(f"{self._path} has the tensors {', '.join(names)}, the manifest says {', '.join(wanted)}")
+        declared = {
+            name: Declared(
+                dtypes.get(self._engine.get_tensor_dtype(name), "of an unknown type"),
+                tuple(size if size >= 0 else None for size in self._engine.get_tensor_shape(name)),
+            )
+            for name in names
+        }
+        given = {spec.name for spec in self._inputs}
+        for kind, specs in (("input", self._inputs), ("output", self._outputs)):
+            check_declared(
+                self._path, kind, specs, {n: d for n, d in declared.items() if (n in given) is (kind == "input")}
+            )
         largest = 1
         for name in (spec.name for spec in self._inputs):
             if any(size < 0 for size in self._engine.get_tensor_shape(name)):
                 largest = self._engine.get_tensor_profile_shape(name, 0)[2][0]  # smallest, best, largest
         for name, spec in wanted.items():
-            dtype = dtypes.get(self._engine.get_tensor_dtype(name))
-            if dtype != spec.dtype:
-                raise BundleError(
-                    f"{self._path}: {name} is {dtype or 'of an unknown type'}, the manifest says {spec.dtype}"
-                )
             shape = tuple(size if size >= 0 else largest for size in self._engine.get_tensor_shape(name))
-            self._buffers[name] = Buffer(shape, dtype)
+            self._buffers[name] = Buffer(shape, spec.dtype)
             self._context.set_tensor_address(name, self._buffers[name].device)
 
     def _work(self, batch: int | None = None) -> None:

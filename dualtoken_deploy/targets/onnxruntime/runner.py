@@ -16,12 +16,15 @@ from typing import Any
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 from dualtoken_deploy.targets.table import get_target
 
 # What its graph transformers and its profiler append to a node's name.
 _ADDED = re.compile(r"(/MatMulAddFusion|_token_\d+|_nchwc|/QDQ)*_kernel_time$")
 
+DTYPES = {f"tensor({theirs})": ours for theirs, ours in (("float", "float32"), ("double", "float64"))} | {
+    f"tensor({name})": name for name in ("float16", "bool", "uint8", "int8", "int16", "int32", "int64")
+}
 IN_FLIGHT = 2  # asynchronous runs at a time
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -60,6 +63,8 @@ class OnnxRuntimeRunner(Bordered):
         self._plain = precision not in get_target("onnxruntime").precisions
         self.engine = "ONNX Runtime in float32, rounded to bfloat16 behind every operator" if rounds else None
         self._session = self._open()
+        check_declared(path, "input", inputs, _declared(self._session.get_inputs()))
+        check_declared(path, "output", outputs, _declared(self._session.get_outputs()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -104,6 +109,14 @@ class PooledOnnxRuntimeRunner(OnnxRuntimeRunner):
             free.acquire()
         if errors:
             raise BundleError(f"an asynchronous run of {self._path} failed: {errors[0]}")
+
+
+def _declared(tensors: Any) -> dict[str, Declared]:
+    """ONNX Runtime's own descriptions; an open size is a text or None there."""
+    return {
+        t.name: Declared(DTYPES.get(t.type, t.type), tuple(side if isinstance(side, int) else None for side in t.shape))
+        for t in tensors
+    }
 
 
 def _provider(device: str | None) -> str:

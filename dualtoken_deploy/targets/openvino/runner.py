@@ -11,7 +11,7 @@ from typing import Any
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
 from dualtoken_deploy.spec import TensorSpec
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "i8": "int8", "i32": "int32"}
 
@@ -39,6 +39,8 @@ class OpenVinoRunner(Bordered):
         self._inputs, self._outputs = inputs, outputs
         self._path, self._options, self._computes = path, options, computes
         self._compiled = _compile(path, options, computes)
+        check_declared(path, "input", inputs, _declared(self._compiled.inputs, inputs))
+        check_declared(path, "output", outputs, _declared(self._compiled.outputs, outputs))
         self._request: Any = self._compiled.create_infer_request()
 
     def __exit__(
@@ -81,6 +83,20 @@ class OpenVinoRunner(Bordered):
             nodes[layer.node_name.removesuffix("/WithoutBiases")] = _DTYPES.get(suffix, suffix)
         precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
         return Execution(dict(sorted(operators.items())), precision, nodes)
+
+
+def _declared(ports: Any, specs: tuple[TensorSpec, ...]) -> dict[str, Declared]:
+    """OpenVINO's own descriptions. A port may have several names: the manifest's one counts."""
+    wanted, found = {spec.name for spec in specs}, {}
+    for port in ports:
+        names = sorted(port.names, key=lambda name: (name not in wanted, name)) or ["one without a name"]
+        shape = None if port.partial_shape.rank.is_dynamic else tuple(_side(side) for side in port.partial_shape)
+        found[names[0]] = Declared(str(port.element_type.to_dtype().name), shape)
+    return found
+
+
+def _side(side: Any) -> int | None:
+    return None if side.is_dynamic else int(side.get_length())
 
 
 def float_dtype(precision: str) -> str:
