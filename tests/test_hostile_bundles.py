@@ -249,11 +249,11 @@ SHAPE = ("input", "tensor", "shape")
 LIES: dict[str, tuple[Change, str]] = {
     "an input's name": (
         another(("input", "tensor", "name"), "pixels"),
-        "the inputs image, the manifest says pixels",
+        "image, the manifest says pixels",
     ),
     "an input's shape": (another((*SHAPE, 0), 2), "the input image of"),
     "an open batch": (another((*SHAPE, 0), "batch"), "the input image of"),
-    "an output's name": (another(("outputs", 0, "name"), "scores"), "the outputs logits, the manifest says scores"),
+    "an output's name": (another(("outputs", 0, "name"), "scores"), "logits, the manifest says scores"),
     "an output's dtype": (another(("outputs", 0, "dtype"), "int64"), "the output logits of"),
     "an output's axes": (another(("outputs", 0, "shape"), [1, 1, 10]), "the output logits of"),
 }

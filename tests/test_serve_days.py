@@ -25,6 +25,7 @@ from dualtoken_deploy.serve.settings import Settings
 from tests.serving import Server, serving
 from tests.test_serve_hostile import BYTES, SIDE, ends, infer, unary
 
+PATIENT = ("--header-seconds", "300")  # so that what is closed is not closed for its silence
 FAST = ("--reload-seconds", "0.1", "--drain-seconds", "1")
 
 
@@ -187,7 +188,7 @@ def test_reflection_asks_for_the_key(start: Callable[..., Server], own_bundle: P
 
 
 def test_idle_connections_of_grpc_make_room(start: Callable[..., Server], own_bundle: Path) -> None:
-    server = start(own_bundle, "--connections", "8")
+    server = start(own_bundle, "--connections", "8", *PATIENT)
     host, _, port = server.grpc.rpartition(":")
     before = server.descriptors()
     message = pb.ModelInferRequest(model_name="m", raw_input_contents=[bytes(BYTES)])
@@ -209,7 +210,7 @@ def test_connections_that_start_no_tls_make_room(
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     new = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", key, "-out", cert)
     subprocess.run(["openssl", *map(str, new), "-subj", "/CN=localhost"], check=True, capture_output=True)
-    server = start(own_bundle, "--tls-cert", str(cert), "--tls-key", str(key), "--connections", "8")
+    server = start(own_bundle, "--tls-cert", str(cert), "--tls-key", str(key), "--connections", "8", *PATIENT)
     before = server.descriptors()
     with ExitStack() as silent:
         for _ in range(60):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -19,8 +20,9 @@ import grpc
 import pytest
 
 from dualtoken_deploy.serve.grpc import SERVICE
+from dualtoken_deploy.serve.handler import CALLS
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
-from tests import hostile
+from tests import hostile, http2
 from tests.serving import Reply, Server, read_reply, serving
 from tests.test_serve_http import png
 
@@ -122,7 +124,7 @@ def test_a_decoder_that_hangs_stops_nobody_and_holds_its_place(
     server = start("--decode-seconds", "60")
 
     def both_up() -> bool:
-        assert {future.result().code for future in [pool.submit(classify, server) for _ in range(4)]} == {200}
+        assert {future.result().code for future in [pool.submit(classify, server) for _ in range(QUEUE + 1)]} == {200}
         return len(server.decoders) == 2 and "unlimited" not in map(address_space, server.decoders)
 
     server.wait_for(both_up)
@@ -337,6 +339,46 @@ def test_a_refused_body_is_read_to_its_end_first(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (f"/{SERVICE}/ModelMetadata", b"\x0a\x01m"),
+        (f"/{SERVICE}/ServerLive", b""),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", b"\x3a\0"),
+    ],
+    ids=["metadata", "live", "reflection"],
+)
+def test_answers_that_a_grpc_client_does_not_take_have_an_end(
+    start: Callable[..., Server], path: str, message: bytes
+) -> None:
+    """Its window is closed, so that each answer would lie here as long as the connection lives."""
+    server, count = start("--body-seconds", "1"), 40
+    before = server.descriptors()
+    with http2.connect(server.grpc, window=0) as link:
+        link.sendall(b"".join(http2.call(path, number, message) for number in range(count)))
+        ended = 0
+        while ended < count:  # each of its streams is ended by a frame that needs no window
+            frames = link.recv(65536)
+            assert frames, "the connection itself was closed"
+            ended += sum(frames.count(http2.frame(3, 0, 2 * n + 1)[3:]) for n in range(count))
+    server.wait_for(lambda: server.descriptors() <= before)
+
+
+def test_calls_that_never_send_their_message_are_bounded_whatever_they_call(start: Callable[..., Server]) -> None:
+    """More than there is room for, from two connections: their own make room, and the others are answered."""
+    server = start()
+    with ExitStack() as silent:
+        for _ in range(10):
+            link = silent.enter_context(http2.connect(server.grpc, window=65_535))
+            link.sendall(b"".join(http2.start(f"/{SERVICE}/ServerLive", number) for number in range(140)))
+        refused = functools.partial(server.metric, "dualtoken_requests_total", protocol="grpc", route="ServerLive")
+        server.wait_for(lambda: refused(code="DEADLINE_EXCEEDED") >= 10 * 140 - CALLS)
+        with grpc.insecure_channel(server.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
+            message = pb.ModelInferRequest(model_name="m", raw_input_contents=[bytes(BYTES)])
+            message.inputs.add(name="image", datatype="UINT8", shape=(1, SIDE, SIDE, 3))
+            unary(other)(message.SerializeToString(), timeout=5)
+
+
+@pytest.mark.parametrize(
     ("request_", "code"),
     [
         (b"GET /v2 HTTP/1.1\r\n\r\n", 400),
@@ -347,8 +389,14 @@ def test_a_refused_body_is_read_to_its_end_first(server: Server) -> None:
         (head(INFER, "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n", 400),
         (head(INFER, "Transfer-Encoding: chunked", "Transfer-Encoding: identity") + b"0\r\n\r\n", 400),
         (b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 300 + b"\r\n", 431),
+        (head(f"{CLASSIFY}?{'a&' * 5000}") + b"\r\n", 414),
+        (head(CLASSIFY, "Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 20_000, 400),
     ],
-    ids=["no host", "two hosts", "no version", "0.9", "1.0 without host", "two codings", "two headers", "70 KB"],
+    ids=[
+        *("no host", "two hosts", "no version", "0.9", "1.0 without host", "two codings", "two headers", "70 KB"),
+        *("many headers", "a long address", "chunks of a byte"),
+    ],
 )
 def test_a_request_that_can_be_read_in_two_ways_is_refused(server: Server, request_: bytes, code: int) -> None:
     with connect(server) as link:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
-from dualtoken_deploy.errors import InputError, MissingError, UsageError
+from dualtoken_deploy.errors import DualTokenError, InputError, MissingError, UsageError
 from dualtoken_deploy.serve import logs
-from dualtoken_deploy.serve.admission import Gate, key_fits
+from dualtoken_deploy.serve.admission import Arriving, Gate, key_fits
 from dualtoken_deploy.serve.batcher import Batcher
 from dualtoken_deploy.serve.child import ChildDied
-from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, Unavailable
+from dualtoken_deploy.serve.connection import bounded_protocol
+from dualtoken_deploy.serve.errors import ModelFailed, Overloaded, TooSlow, Unavailable
+from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.multipart import picture_of
 from dualtoken_deploy.serve.ray import check_reachable
-from dualtoken_deploy.serve.repository import _version_order
+from dualtoken_deploy.serve.repository import Repository, _version_order
 from dualtoken_deploy.serve.settings import Settings, Source, parse_sources, read_api_key
 
 Array = np.ndarray[Any, Any]
@@ -155,6 +163,125 @@ def test_a_gate_that_is_cut_turns_those_inside_away() -> None:
     asyncio.run(go())
 
 
+def test_the_slowest_of_the_connection_with_the_most_leaves_first() -> None:
+    """And a newcomer of another connection never pays for it."""
+
+    async def go() -> None:
+        arriving, left = Arriving(4, 1000), list[str]()
+
+        async def body(name: str, owner: str, count: int) -> None:
+            try:
+                with arriving.one(owner) as one:
+                    one.grow(count)
+                    await asyncio.Event().wait()
+            except (TooSlow, Overloaded):
+                left.append(name)
+
+        async def start(*bodies: tuple[str, str, int]) -> None:
+            tasks.extend([asyncio.create_task(body(*one)) for one in bodies])
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        tasks: list[asyncio.Task[None]] = []
+        await start(("fast", "greedy", 500), ("slow", "greedy", 1), ("middle", "greedy", 200), ("other", "honest", 0))
+        await start(("newcomer", "third", 5))
+        assert left == ["slow"], "not that of the honest one, which is slower"
+        await start(("large", "fourth", 400))
+        assert left == ["slow", "middle"]
+        assert arriving.bytes == 905
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (arriving.count, arriving.bytes) == (0, 0)
+
+    asyncio.run(go())
+
+
+def test_answers_that_nobody_reads_have_their_bytes_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three connections that hold 30 MiB each, the first that stopped to read leaves; one alone may hold more."""
+    left: list[int] = []
+
+    class Unread(asyncio.Transport):
+        def __init__(self, number: int, size: int) -> None:
+            super().__init__({"socket": socket.socket()})
+            self.number, self.size = number, size
+
+        def get_write_buffer_size(self) -> int:
+            return self.size
+
+        def abort(self) -> None:
+            left.append(self.number)
+
+        def is_closing(self) -> bool:
+            return self.number in left
+
+    async def nobody(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise AssertionError("nothing is asked")
+
+    async def go() -> None:
+        kind: Any = bounded_protocol(Settings(), lambda _: None)
+        state = ServerState()
+
+        def stall(number: int, size: int) -> Any:
+            made = kind(uvicorn.Config(nobody, log_config=None), state, {})
+            made.connection_made(Unread(number, size))
+            made.pause_writing()
+            return made
+
+        alone = stall(0, 100 * 2**20)
+        assert left == []
+        alone.resume_writing()
+        for number in (1, 2, 3):
+            stall(number, 30 * 2**20)
+        assert left == [1]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("where", ["while it starts", "before it starts"])
+def test_the_engine_of_a_load_that_failed_is_ended(where: str, own_bundle: Path) -> None:
+    ended: list[str] = []
+
+    class Engine:
+        ready, reason = False, None
+
+        async def wait_ready(self) -> None:
+            raise Unavailable("its worker cannot start")
+
+        async def close(self) -> None:
+            ended.append(where)
+
+    async def go() -> None:
+        repository = Repository([Source("m", "1", own_bundle)], Settings(), Metrics())
+        repository.make_engine = lambda *_: Engine()  # type: ignore[assignment]
+        if where == "before it starts":
+            manifest = own_bundle / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"task": "classify"', '"task": "guess"'))
+        with pytest.raises(DualTokenError, match="guess" if where == "before it starts" else "cannot start"):
+            await repository.load_all()
+
+    asyncio.run(go())
+    assert ended == [where]
+
+
+def test_a_log_that_nobody_reads_never_waits_and_counts_what_it_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "QUEUED_LINES", 4)
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(sink, bytes(4096))  # full before it begins
+    os.set_blocking(sink, True)
+    writer = logs.Writer(sink)
+    record = logging.LogRecord("n", logging.INFO, "p", 1, "event", None, None)
+    logging_thread = threading.Thread(target=lambda: [writer.emit(record) for _ in range(20)], daemon=True)
+    logging_thread.start()
+    logging_thread.join(20)
+    assert not logging_thread.is_alive(), "it waits for who reads"
+    assert 15 <= writer.dropped <= 16, "four are queued, and one may be on its way"
+    os.close(source)  # ends the writer's own wait
+
+
 class Watch:
     """An Observer that keeps what it is told."""
 
@@ -242,6 +369,24 @@ def test_a_delay_lets_a_batch_fill() -> None:
         assert watch.rows == [4, 1]
 
     batching(body, delay_seconds=0.3)
+
+
+def test_an_output_without_a_row_for_each_input_fails_those_that_shared_the_run() -> None:
+    class Summed(Twice):
+        async def run(self, arrays: Sequence[Array]) -> tuple[dict[str, Array], float]:
+            outputs, seconds = await super().run(arrays)
+            return {"sum": outputs["y"].sum()}, seconds
+
+    async def start(_launch: Any) -> Any:
+        return Summed()
+
+    async def body(batcher: Batcher, watch: Watch) -> None:
+        found = await asyncio.gather(*(batcher.run(row(i)) for i in (1, 2, 3)), return_exceptions=True)
+        assert [type(one) for one in found] == [ModelFailed] * 3
+        assert (await batcher.run(row(4))).outputs["sum"] == 8, "the worker lives"
+        assert watch.reasons == []
+
+    batching(body, start)
 
 
 def test_a_failure_is_for_its_own_batch() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -92,10 +93,14 @@ class Gate:
 
 
 class Body:
-    """One body that arrives, or lies whole until it was read."""
+    """One body that arrives, or lies whole until it was read; or an answer, until its client has read it.
 
-    def __init__(self, arriving: Arriving, task: asyncio.Task[object]) -> None:
+    `owner`: the connection that it came by, where one may have several.
+    """
+
+    def __init__(self, arriving: Arriving, task: asyncio.Task[object], owner: object = None) -> None:
         self._arriving, self.task = arriving, task
+        self.owner = self if owner is None else owner
         self.since = time.monotonic()
         self.bytes = 0
         self.whole = False
@@ -104,17 +109,27 @@ class Body:
     def grow(self, count: int) -> None:
         """Told of each part. Raises Overloaded where there is no room for it."""
         self.bytes += count
+        self._arriving.bytes += count
         self._arriving.make_room(self)
+
+    def leave(self, count: int) -> None:
+        """From now on it is an answer of so many bytes that waits for its client. Raises Overloaded."""
+        self.since, self.whole = time.monotonic(), False
+        self._arriving.bytes -= self.bytes
+        self.bytes = 0
+        self.grow(count)
 
     def rate(self, now: float) -> float:
         return self.bytes / max(YOUNG_SECONDS, now - self.since)
 
 
 class Arriving:
-    """Bodies in memory: at most `most`, of `most_bytes` together. Where there are more, the slowest is sent away."""
+    """Bodies in memory: at most `most`, of `most_bytes` together. Where there are more, one is sent away: of the
+    connection that has the most of them the slowest."""
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes = most, most_bytes
+        self.bytes = 0
         self._bodies: set[Body] = set()
 
     @property
@@ -122,11 +137,11 @@ class Arriving:
         return len(self._bodies)
 
     @contextmanager
-    def one(self) -> Iterator[Body]:
+    def one(self, owner: object = None) -> Iterator[Body]:
         """A body that is about to come. Raises Overloaded where there is no room, TooSlow where it is sent away."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # the event loop's alone
-        body = Body(self, task)
+        body = Body(self, task, owner)
         self._bodies.add(body)
         try:
             self.make_room(body)
@@ -134,19 +149,23 @@ class Arriving:
         except asyncio.CancelledError:
             if not body.sent_away or task.uncancel():
                 raise
-            raise TooSlow("the body came slower than all others, and its room was needed; send it faster") from None
+            raise TooSlow("this client was slower than all others, and its room was needed; be faster") from None
         finally:
             self._bodies.discard(body)
+            self.bytes -= body.bytes
 
     def make_room(self, newest: Body) -> None:
-        """Sends bodies away, the slowest first, until what is there fits."""
+        """Sends bodies away, until what is there fits."""
+        if len(self._bodies) <= self.most and self.bytes <= self.most_bytes:
+            return
         while len(here := [body for body in self._bodies if not body.sent_away]) > self.most or (
             sum(body.bytes for body in here) > self.most_bytes
         ):
-            now = time.monotonic()
+            now, owned = time.monotonic(), Counter(body.owner for body in here)
             coming = [body for body in here if not body.whole and body is not newest]
-            slowest = min(coming, key=lambda body: (body.rate(now), body.since), default=newest)
-            if slowest is newest or (newest.bytes and newest.rate(now) < slowest.rate(now)):
+            slowest = min(coming, key=lambda body: (-owned[body.owner], body.rate(now), body.since), default=newest)
+            alike = owned[slowest.owner] == owned[newest.owner]
+            if slowest is newest or (alike and newest.bytes and newest.rate(now) < slowest.rate(now)):
                 raise Overloaded("the server holds as many bodies as it has room for; try again later")
             slowest.sent_away = True
             slowest.task.cancel()

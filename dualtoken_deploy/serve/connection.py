@@ -16,7 +16,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dualtoken_deploy.serve.settings import Settings
 
 MAX_HEADER_BYTES = 64 * 1024
-MAX_FRAMING_BYTES = 64 * 1024  # of a body in chunks beside its contents: their sizes, extensions and trailers
+MAX_HEADERS = 256  # lines; each costs its reader a hundred times what it costs its sender
+MAX_URL_BYTES = 8 * 1024
+MAX_FRAMING_BYTES = 64 * 1024  # of a body in chunks beside its contents: their sizes, extensions and trailers,
+BODY_BYTES_FOR_FRAMING = 16  # and a byte more for so many of its contents: chunks of a hundred bytes, or larger ones
+UNREAD_BYTES = 64 * 2**20  # of answers that clients do not read, all together
 MAX_PIPELINED = 16  # requests of a connection that wait for the answers before theirs
 STALLED_SECONDS = 1.0  # after which a client that does not read is the first to leave for another
 END_SECONDS = 1.0  # in which a connection that is to end may still send what it has, once the server ends
@@ -42,6 +46,16 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
                 return connection
         return next(iter(quiet), None)
 
+    def make_room() -> None:
+        """Who has not read for the longest time leaves while what all of them have not read is too much."""
+        unread = {connection: connection.transport.get_write_buffer_size() for connection in stalled}
+        total = sum(unread.values())
+        for connection in list(stalled)[:-1]:
+            if total <= UNREAD_BYTES:
+                return
+            total -= unread[connection]
+            connection.leave()
+
     class BoundedProtocol(HttpToolsProtocol):
         """A connection that has to make progress while the application does not wait for it."""
 
@@ -49,6 +63,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
         _unread_timer: asyncio.TimerHandle | None = None  # of what it does not read
         _header_bytes = 0  # that arrived since the last request
         _named_bytes = 0  # of the request line and the headers that are complete
+        _lines = 0  # of its headers
         _framing_bytes = 0  # of the body, beside its contents
         _body_bytes = 0
         _in_headers = True
@@ -58,6 +73,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._chunks: list[bytes] = []
             speaks(transport.get_extra_info("socket").fileno())
             if len(self.connections) > settings.connections:
                 leaving = idlest()
@@ -91,26 +107,34 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             elif self._in_body:
                 self._framing_bytes += len(data)
             super().data_received(data)
+            self._hand_over()
             if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large")
-            elif self._in_body and self._framing_bytes > MAX_FRAMING_BYTES + self._body_bytes:
+            elif self._in_body and self._framing_bytes > MAX_FRAMING_BYTES + self._body_bytes // BODY_BYTES_FOR_FRAMING:
                 self._refuse(b"400 Bad Request")
 
         def on_message_begin(self) -> None:
             if not self._deaf:
-                self._named_bytes = 0
+                self._named_bytes = self._lines = 0
                 super().on_message_begin()
 
         def on_url(self, url: bytes) -> None:
             if not self._deaf:
                 self._named_bytes += len(url)
-                super().on_url(url)
+                if self._named_bytes > MAX_URL_BYTES:
+                    self._refuse(b"414 URI Too Long")
+                else:
+                    super().on_url(url)
 
         def on_header(self, name: bytes, value: bytes) -> None:
             """A trailer comes here as well; nobody asked for one."""
             if self._in_headers and not self._deaf:
                 self._named_bytes += len(name) + len(value) + 4
-                super().on_header(name, value)
+                self._lines += 1
+                if self._lines <= MAX_HEADERS:
+                    super().on_header(name, value)
+                else:
+                    self._refuse(b"431 Request Header Fields Too Large")
 
         def on_headers_complete(self) -> None:
             if self._deaf:
@@ -131,15 +155,22 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
                     cycle.keep_alive = False
 
         def on_body(self, body: bytes) -> None:
+            """A chunk: kept until all that has arrived is parsed, since uvicorn copies what is there for each."""
             if not self._deaf:
                 self._body_bytes += len(body)
                 self._framing_bytes -= len(body)
-                super().on_body(body)
+                self._chunks.append(body)
+
+        def _hand_over(self) -> None:
+            if self._chunks and not self._deaf:
+                super().on_body(b"".join(self._chunks))
+            self._chunks.clear()
 
         def on_message_complete(self) -> None:
             if self._deaf:
                 return
             self._disarm()
+            self._hand_over()
             self._in_headers, self._in_body = True, False
             super().on_message_complete()
 
@@ -162,6 +193,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             super().pause_writing()
             stalled[self] = self.loop.time()
             self._expect_reading(body_seconds)
+            make_room()
 
         def resume_writing(self) -> None:
             self._read_again()

@@ -1,7 +1,8 @@
 """The Open Inference Protocol over gRPC, on grpc.aio: the same handler, its own status codes.
 
-A handler in grpc.aio is called with the whole message read, however long that takes to come. All are therefore
-registered as streams of (one) request, which looks the same on the wire: called first, and read then, in a time.
+A handler in grpc.aio is called with the whole message read, however long that takes to come, and its answer lies in
+memory until the client takes it. All are therefore registered as streams of (one) request and (one) answer, which looks
+the same on the wire: called first, read then, in a time, and done once the answer is taken, in a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs, messages, protocol
-from dualtoken_deploy.serve.admission import key_fits
+from dualtoken_deploy.serve.admission import Body, key_fits
 from dualtoken_deploy.serve.door import sweep
 from dualtoken_deploy.serve.errors import (
     BadRequest,
@@ -61,6 +62,7 @@ CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
         ModelHung: grpc.StatusCode.UNAVAILABLE,
     }
 )
+CALL: ContextVar[Body] = ContextVar("call")  # the one at hand, which may be sent away while it waits for its client
 NOTE: ContextVar[dict[str, Any]] = ContextVar("note")  # of the call at hand: what its line in the log will say
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Message]]
@@ -127,7 +129,7 @@ class Servicer:
         """Let in by the server's gate, read, then given a place at its model."""
         check_key(self._settings, context)
         with self._handler.gate.enter(), ExitStack() as place:
-            with self._handler.arriving.one() as arriving:
+            with self._handler.messages.one(context.peer()) as arriving:
                 raw = await self._read(stream)
                 arriving.grow(len(raw))
                 arriving.whole = True
@@ -159,6 +161,7 @@ class Servicer:
             raise TooSlow(f"the message did not arrive within {self._settings.body_seconds:g} s") from error
         if raw is None:
             raise BadRequest("the call has no message")
+        CALL.get().whole = True
         return raw
 
 
@@ -256,13 +259,11 @@ def make_server(handler: Handler, settings: Settings, largest: int, port: int) -
     server = grpc.aio.server(options=options)
     servicer = Servicer(handler)
     methods: dict[str, Any] = {
-        name: grpc.stream_unary_rpc_method_handler(
-            _guarded(name, call, handler), request_deserializer=None, response_serializer=_serialise
-        )
+        name: grpc.stream_stream_rpc_method_handler(_guarded(name, call, handler), None, None)
         for name, call in servicer.methods.items()
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(settings), server)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(handler), server)
     address = f"[{settings.host}]" if ":" in settings.host else settings.host
     where = f"{address}:{port}"
     try:
@@ -279,39 +280,43 @@ def make_server(handler: Handler, settings: Settings, largest: int, port: int) -
 class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # it has no types
     """grpc's own, which knows no key and whose streams have no end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, handler: Handler) -> None:
         super().__init__((SERVICE, reflection.SERVICE_NAME))
-        self._settings = settings
+        self._handler, self._settings = handler, handler.settings
 
-    async def ServerReflectionInfo(self, request_iterator: Any, context: Context) -> AsyncIterator[Any]:  # noqa: N802
+    async def ServerReflectionInfo(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
         try:
             check_key(self._settings, context)
-        except Denied as error:
-            await context.abort(CODES[Denied], str(error))
-        try:
-            async with asyncio.timeout(self._settings.body_seconds):
-                async for answer in super().ServerReflectionInfo(request_iterator, context):
-                    yield answer
+            with self._handler.calls.one(context.peer()):
+                async with asyncio.timeout(self._settings.body_seconds):
+                    async for answer in super().ServerReflectionInfo(request_iterator, context):
+                        await context.write(answer)
         except TimeoutError:
             await context.abort(CODES[TooSlow], "the server has described itself for long enough; call again")
+        except ServeError as error:
+            await context.abort(_code(error), str(error))
 
 
-def _serialise(message: Message) -> bytes:
-    return message.SerializeToString()
+def _code(error: ServeError) -> grpc.StatusCode:
+    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
-def _guarded(name: str, call: Method, handler: Handler) -> Method:
+def _guarded(name: str, call: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
     """Around every RPC: its id, its metrics, its line in the log, and the status of what it raises."""
 
-    async def guarded(request: Any, context: Context) -> Message:
+    async def guarded(stream: AsyncIterator[bytes], context: Context) -> None:
         start, code = time.perf_counter(), grpc.StatusCode.OK
         given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
         note: dict[str, Any] = {"request_id": logs.request_id(given.get("x-request-id"))}
         NOTE.set(note)
         try:
-            return await call(request, context)
+            with handler.calls.one(context.peer()) as body:
+                CALL.set(body)
+                answer = (await call(stream, context)).SerializeToString()
+                body.leave(len(answer))
+                await _write(answer, context, handler.settings.body_seconds)
         except ServeError as error:
-            code, note["error"] = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES), str(error)
+            code, note["error"] = _code(error), str(error)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
@@ -324,8 +329,18 @@ def _guarded(name: str, call: Method, handler: Handler) -> Method:
             handler.metrics.total.labels("grpc", name).observe(seconds)
             logs.log(20 if name == "ModelInfer" else 10, "request", protocol="grpc", route=name, code=code.name,
                      ms=round(seconds * 1000, 2), **note)  # fmt: skip
+        if code is grpc.StatusCode.OK:
+            return
         metadata: Iterable[tuple[str, str]] = (("x-request-id", note["request_id"]),)
         await context.abort(code, note["error"], tuple(metadata))
-        raise AssertionError  # abort raises
 
     return guarded
+
+
+async def _write(answer: bytes, context: Context, seconds: float) -> None:
+    """Until the client has taken the answer. Raises TooSlow."""
+    try:
+        async with asyncio.timeout(seconds):
+            await context.write(answer)
+    except TimeoutError as error:
+        raise TooSlow(f"the answer was not read within {seconds:g} s") from error

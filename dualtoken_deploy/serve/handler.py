@@ -32,6 +32,7 @@ PARSE_ON_LOOP_BYTES = 64 * 1024  # JSON or protobuf below this is parsed faster 
 ARRIVING_BYTES = 64 * 2**20  # of bodies in memory, or four of the largest where those are more
 ARRIVING_AT_LEAST = 8
 ARRIVING_FOR_EACH_PLACE = 4  # bodies that may be on their way
+CALLS = 1024  # of gRPC, from their start until their answer is read; 15 to 25 KB each
 
 
 class Handler:
@@ -41,7 +42,8 @@ class Handler:
         self.repository, self.settings, self.metrics = repository, settings, metrics
         self._gate: Gate | None = None
         self._draining = False
-        self._arriving = Arriving(1, ARRIVING_BYTES)
+        self._arriving, self._messages = Arriving(1, ARRIVING_BYTES), Arriving(1, ARRIVING_BYTES)
+        self.calls = Arriving(CALLS, ARRIVING_BYTES)
         self.decoders = Decoders(settings, metrics)
         self._large_outputs = asyncio.Semaphore(settings.workers + settings.decoders)  # in memory, of all models
 
@@ -73,6 +75,16 @@ class Handler:
         self._arriving.most = min(connections, ARRIVING_FOR_EACH_PLACE * (self.gate.limit + 1))
         self._arriving.most_bytes = max(ARRIVING_BYTES, 4 * largest)
         return self._arriving
+
+    @property
+    def messages(self) -> Arriving:
+        """Those of gRPC, whose bytes are not seen before the last one is there: their number is bounded by the largest
+        that any may have."""
+        largest = max((model.message_limit for model in self.repository.models), default=1)
+        bodies = self.arriving
+        self._messages.most_bytes = bodies.most_bytes
+        self._messages.most = min(bodies.most, max(ARRIVING_AT_LEAST, bodies.most_bytes // largest))
+        return self._messages
 
     def server_metadata(self) -> dict[str, Any]:
         extensions = ["binary_tensor_data", "classification"]

@@ -167,6 +167,7 @@ class Endpoints:
 
     def __init__(self, handler: Handler) -> None:
         self._handler, self._settings = handler, handler.settings
+        self._document = orjson.dumps(document(handler.settings))
 
     def file(self, name: str) -> Endpoint:
         """A page of this package, read once; nothing of a request names a file."""
@@ -180,7 +181,7 @@ class Endpoints:
         return answer
 
     async def openapi(self, request: Request) -> Response:
-        return _json(document(self._handler.settings))
+        return Response(self._document, media_type="application/json")
 
     async def metrics(self, request: Request) -> Response:
         metrics = self._handler.metrics

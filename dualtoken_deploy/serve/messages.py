@@ -89,11 +89,11 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 
 
 def message_limit(spec: TensorSpec, rows: int) -> int:
-    """Bytes of the largest message of a contract: raw, or a typed value with its tag, which protobuf may repeat."""
+    """Bytes of the largest message of a contract: raw, or packed typed values, as every proto3 library writes them."""
     dtype = np.dtype(spec.dtype)
     bits = 8 * dtype.itemsize
     typed = MAX_VARINT_BYTES if dtype.kind == "i" else -(-bits // 7) if dtype.kind == "u" else dtype.itemsize
-    return protocol.JSON_ENVELOPE + (1 + max(typed, dtype.itemsize)) * protocol.elements(spec, rows)
+    return protocol.JSON_ENVELOPE + max(typed, dtype.itemsize) * protocol.elements(spec, rows)
 
 
 def read(raw: bytes, spec: TensorSpec, rows: int) -> protocol.InferRequest:
