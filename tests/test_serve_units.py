@@ -274,7 +274,12 @@ def test_a_log_that_nobody_reads_never_waits_and_counts_what_it_drops(monkeypatc
     os.set_blocking(sink, True)
     writer = logs.Writer(sink)
     record = logging.LogRecord("n", logging.INFO, "p", 1, "event", None, None)
-    logging_thread = threading.Thread(target=lambda: [writer.emit(record) for _ in range(20)], daemon=True)
+
+    def emit_all() -> None:
+        for _ in range(20):
+            writer.emit(record)
+
+    logging_thread = threading.Thread(target=emit_all, daemon=True)
     logging_thread.start()
     logging_thread.join(20)
     assert not logging_thread.is_alive(), "it waits for who reads"
