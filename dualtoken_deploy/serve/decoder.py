@@ -38,10 +38,11 @@ def main() -> None:
     belong_to(task["parent"])
     keep_freed_memory()
     limit_memory(task["bytes"])
+    memory = Memory(task["memory"])
     with socket.socket(fileno=task["socket"]) as link:
         send(link, {"ready": True})
         while (job := receive(link)) is not None:
-            send(link, answer(job, task["memory"]))
+            send(link, answer(job, memory))
 
 
 def limit_memory(more: int) -> None:
@@ -51,17 +52,31 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def answer(job: Job, memory: int) -> dict[str, Any]:
+class Memory:
+    """What is shared with the server, mapped anew where its size has changed: each new page costs a fault."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._mapped: mmap.mmap | None = None
+
+    def of(self, size: int) -> mmap.mmap:
+        if self._mapped is None or len(self._mapped) != size:
+            if self._mapped is not None:
+                self._mapped.close()
+                self._mapped = None
+            self._mapped = mmap.mmap(self._descriptor, size)
+        return self._mapped
+
+
+def answer(job: Job, memory: Memory) -> dict[str, Any]:
     """Does a job whose bytes are the first `size` of the shared memory, and leaves its tensor there instead."""
     try:
-        with mmap.mmap(memory, job["room"]) as shared:
-            found, array = JOBS[job["kind"]](shared[: job["size"]], job)
-            if array is None:
-                return found
-            out = np.ndarray(array.shape, array.dtype, shared)
-            out[...] = array
-            del out
-            return found | {"dtype": str(array.dtype), "shape": array.shape}
+        shared = memory.of(job["room"])
+        found, array = JOBS[job["kind"]](shared[: job["size"]], job)
+        if array is None:
+            return found
+        np.ndarray(array.shape, array.dtype, shared)[...] = array
+        return found | {"dtype": str(array.dtype), "shape": array.shape}
     except ModelFailed as error:
         return {"failed": str(error)}
     except DualTokenError as error:

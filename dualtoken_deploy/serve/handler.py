@@ -200,7 +200,7 @@ class Handler:
 
     async def _decode(self, body: bytes, content_type: str, model: Model) -> tuple[Array, Size]:
         """A picture as a batch of the contract: (batch or 1, ...), repeated where the batch is fixed; and its size."""
-        row, size = await self.decoders.picture(body, content_type, model.contract.to_json(), _bytes(model, 1))
+        row, size = await self.decoders.picture(body, content_type, model.contract_json, _bytes(model, 1))
         # a view: the worker's memory gets the copies
         return np.broadcast_to(row, (model.contract.batch or 1, *row.shape)), size
 

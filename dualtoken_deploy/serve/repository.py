@@ -70,7 +70,7 @@ class Model:
         self.source, self.bundle, self.engine, self.stamp = source, bundle, engine, stamp
         self.name, self.version, self.labels = source.name, source.version, bundle.labels
         self.contract, self.outputs = bundle.manifest.input, bundle.manifest.outputs
-        self.spec = self.contract.tensor
+        self.spec, self.contract_json = self.contract.tensor, self.contract.to_json()
         self.rows = settings.request_rows(self.contract.batch)
         self.task = get_task(bundle.manifest.task)
         self.random = bundle.manifest.weights.source == RANDOM
