@@ -174,7 +174,8 @@ class Task:
     `kinds`: of the inputs that a model of the task may take, the first unless another is asked for. `load(path)`: one
     of them as a sample. `prepare(sample, contract)`: what is fed, without the batch's axis. `keep(sample, contract)`:
     what `score` needs of a sample, and as little more as can be. `examples(contract)`: what export checks on. `plain`:
-    the scores that are no shares of 1; `lower`: whether less of the first metric is better. `by_pixel`: whether answers are in the picture's own pixels, so that a large one takes longer to answer.
+    the scores that are no shares of 1; `lower`: whether less of the first metric is better. `by_pixel`: whether answers
+    are in the picture's own pixels, so that a large one takes longer to answer.
     """
 
     name: str
