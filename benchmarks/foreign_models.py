@@ -41,6 +41,7 @@ def measure(name: str, target: str, precision: str) -> dict[str, Any]:
     from foreign_zoo import ZOO
 
     from dualtoken_deploy import export
+    from dualtoken_deploy.data.scenes import CLASSES, CLUTTER
     from dualtoken_deploy.errors import DualTokenError
     from dualtoken_deploy.quantize.gate import Int8Options
 
@@ -55,6 +56,7 @@ def measure(name: str, target: str, precision: str) -> dict[str, Any]:
             found = export(
                 f"{HERE / 'foreign_zoo.py'}:{name}", target, precision, task=row.task, image_size=row.size,
                 output_names=row.output_names, output=Path(folder) / "bundle", int8=int8,
+                labels=[CLUTTER, *CLASSES] if row.task == "segment" else None,
             )  # fmt: skip
         except DualTokenError as error:
             return {"error": f"{type(error).__name__}: {error}"}

@@ -198,7 +198,7 @@ def levit(seed: int = 0) -> nn.Module:
 def segformer(seed: int = 0) -> nn.Module:
     return _make(seed, "SegformerForSemanticSegmentation", "SegformerConfig", hidden_sizes=[16, 24, 32, 48],
                  depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 4], decoder_hidden_size=32,
-                 num_labels=6)  # fmt: skip
+                 num_labels=5)  # fmt: skip
 
 
 def yolos(seed: int = 0) -> nn.Module:

@@ -92,13 +92,14 @@ def test_a_compiler_that_ends_its_process_is_an_error(tmp_path: Path) -> None:
             out: torch.Tensor = self.merge(x, (4, 4))
             return out
 
-    program = torch.export.export(Alone(), (torch.zeros(1, 16, 96),))
+    alone = Alone()
+    program = torch.export.export(alone, (torch.zeros(1, 16, 96),))
     contract = InputContract(TensorSpec("x", "float32", "NC", (1, 16, 96)), "tensor", (4, 4))
     request = Request(
         "fp32", contract, (TensorSpec("y", "float32", "NC", (1,)),), None, {"variant": "merge", "weights": "-"}
     )
     with pytest.raises(ConversionError, match="LLVM ERROR"):
-        coreai._convert(program, request, tmp_path / "m.aimodel", tmp_path)
+        coreai._convert(program, alone, request, tmp_path / "m.aimodel", tmp_path)
 
 
 @pytest.mark.parametrize(

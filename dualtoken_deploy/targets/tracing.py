@@ -28,6 +28,10 @@ class Around(nn.Module):
     inside: ClassVar[str] = "model"
 
 
+class Prepares(nn.Module):
+    """A module that a target puts before the model, for its picture."""
+
+
 def is_foreign(module: nn.Module) -> bool:
     """Whether the model is not one of this package's."""
     return any(isinstance(part, NamedOutputs) for part in module.modules())
@@ -40,7 +44,7 @@ def own_path(module: nn.Module) -> str:
     while not isinstance(module, NamedOutputs):
         if isinstance(module, Around):
             path.append(module.inside)
-        elif isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], ImageInput):
+        elif isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], (ImageInput, Prepares)):
             path.append("1")
         else:
             return ".".join(path)
@@ -68,10 +72,7 @@ def why(error: BaseException, module: nn.Module | None = None) -> str:
     node = next((n for frame in reversed(frames) if isinstance(n := frame.f_locals.get("node"), torch.fx.Node)), None)
     operator, path, place = "", "", ""
     if node is not None:
-        operator = str(node.target).removesuffix(".default")
-        stack = node.meta.get("nn_module_stack")
-        path = "" if not stack else next(reversed(stack.values()))[0]
-        place = place_in(str(node.meta.get("stack_trace") or ""))
+        operator, path, place = _of_node(node)
     elif module is not None:
         paths = {id(m): name for name, m in module.named_modules()}
         path = next((paths[id(s)] for f in reversed(frames) if id(s := f.f_locals.get("self")) in paths), "")
@@ -80,6 +81,24 @@ def why(error: BaseException, module: nn.Module | None = None) -> str:
     place = place or next((p for cause in causes if (p := place_in(str(cause)))), "") or _raised_at(causes)
     what = " in ".join(part for part in (operator, path) if part) or "the model"
     return f"{what}{f' ({place})' if place else ''}: {_reason(causes[-1])}"
+
+
+def _of_node(node: torch.fx.Node) -> tuple[str, str, str]:
+    """The operator, the path of the module that it is in, and the place in the user's code."""
+    stack = node.meta.get("nn_module_stack")
+    path = "" if not stack else next(reversed(stack.values()))[0]
+    return str(node.target).removesuffix(".default"), path, place_in(str(node.meta.get("stack_trace") or ""))
+
+
+def find_operator(text: str, program: torch.export.ExportedProgram, module: nn.Module) -> str:
+    """ "aten.lgamma in stem.0 (net.py:7 in forward)" of the first operator of a traced module that a converter's words
+    name; "" where they name none."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and re.search(rf"\b{re.escape(str(node.target))}(?![\w.])", text):
+            operator, path, place = _of_node(node)
+            path = path_below(path, own_path(module))
+            return f"{operator} in {path}{f' ({place})' if place else ''}"
+    return ""
 
 
 # What torch says of the commonest reasons, and what it means.

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from dualtoken_deploy.errors import ConversionError
 from dualtoken_deploy.spec import InputContract
 from dualtoken_deploy.targets.runner import planar_shape
-from dualtoken_deploy.targets.tracing import Around, why
+from dualtoken_deploy.targets.tracing import Around, Prepares, why
 
 PROBABILITIES = "probabilities"  # second output of a program with image input
 
 
-class PixelInput(nn.Module):
+class PixelInput(Prepares):
     """Pixels 0..255 as floats, NCHW RGB -> normalised: (x - 255 mean) / (255 std).
 
     In float16 a pixel less a multiple of 1/16 is exact, so subtracting first loses nothing but the mean's own rounding.

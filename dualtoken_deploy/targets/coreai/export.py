@@ -18,6 +18,7 @@ from dualtoken_deploy.targets.apple.source import PixelInput, trace
 from dualtoken_deploy.targets.coreai.form import HalfPrecision, to_coreai_form
 from dualtoken_deploy.targets.coreml.package import AUTHOR, LICENSE, input_text
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
+from dualtoken_deploy.targets.tracing import find_operator
 
 CONVERSION_SECONDS = 1200  # S took 16 s on a quiet machine; a conversion that hangs is to end
 
@@ -35,10 +36,11 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     form = deploy_form(model, DEFAULT_RULES, request.contract.size)
     to_coreai_form(form.module)
     tell("tracing with torch.export")
-    program = trace(_with_input(form.module, request), request.contract)
+    module = _with_input(form.module, request)
+    program = trace(module, request.contract)
     tell("converting to Core AI")
     with tempfile.TemporaryDirectory() as scratch:
-        _convert(program, request, folder / "model.aimodel", Path(scratch))
+        _convert(program, module, request, folder / "model.aimodel", Path(scratch))
     applied = tuple(name for name, count in form.rules.items() if count)
     return Artifact(applied, {})
 
@@ -50,15 +52,17 @@ def _with_input(module: nn.Module, request: Request) -> nn.Module:
     return nn.Sequential(PixelInput(request.contract.mean, request.contract.std), half)
 
 
-def _convert(program: torch.export.ExportedProgram, request: Request, output: Path, scratch: Path) -> None:
+def _convert(
+    program: torch.export.ExportedProgram, module: nn.Module, request: Request, output: Path, scratch: Path
+) -> None:
     saved, wanted = scratch / "program.pt2", scratch / "request.json"
     torch.export.save(program, saved)
     texts = {
         "input": request.contract.tensor.name,
-        "output": request.outputs[0].name,
+        "outputs": [spec.name for spec in request.outputs],
         "author": AUTHOR,
         "license": LICENSE,
-        "description": f"DualToken-ViT {request.metadata['variant']}, {request.precision}; weights: "
+        "description": f"{request.metadata['variant']}, {request.precision}; weights: "
         f"{request.metadata['weights']}; input: {input_text(request.contract)}",
     }
     wanted.write_text(json.dumps(texts), encoding="utf-8")
@@ -68,7 +72,8 @@ def _convert(program: torch.export.ExportedProgram, request: Request, output: Pa
     except subprocess.TimeoutExpired as error:
         raise ConversionError(f"coreai-torch did not end within {CONVERSION_SECONDS} s") from error
     if done.returncode != 0 or not output.is_dir():
-        raise ConversionError(f"coreai-torch cannot convert the model: {_reason(done.stderr, done.returncode)}")
+        what = find_operator(done.stderr, program, module) or "the model"
+        raise ConversionError(f"coreai-torch cannot convert {what}: {_reason(done.stderr, done.returncode)}")
 
 
 def _reason(text: str, code: int) -> str:

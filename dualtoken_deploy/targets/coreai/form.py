@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dualtoken_deploy.deploy.forms import ReshapeMerge
 from dualtoken_deploy.models.layers import Grid, to_map
+from dualtoken_deploy.targets.tracing import Around
 
 
 class FlatMerge(nn.Module):
@@ -28,15 +29,20 @@ class FlatMerge(nn.Module):
         return out
 
 
-class HalfPrecision(nn.Module):
+class HalfPrecision(Around):
     """A float16 model behind float32 inputs and outputs."""
+
+    inside = "model"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.half()
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.model(x.half()).float()
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = self.model(x.half())
+        if isinstance(found, tuple):
+            return tuple(value.float() if value.is_floating_point() else value for value in found)
+        out: Tensor = found.float()
         return out
 
 

@@ -96,7 +96,7 @@ class CoreAiRunner(Bordered):
             results = self._loop.run_until_complete(self._function(arrays))
         except RuntimeError as error:
             raise ConversionError(f"Core AI failed while running {self._path}: {error}") from error
-        return {s.name: np.array(results[s.name].numpy(), np.float32) for s in self._outputs}
+        return {s.name: np.array(results[s.name].numpy(), s.dtype) for s in self._outputs}
 
     def execution(self) -> Execution:
         """Operations of the saved program and the dtypes that they compute in, from the asset's own summary."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(program: Path, output: Path, request: Path) -> None:
-    """`request` holds "input", "output" (names), "author", "license", "description"."""
+    """`request` holds "input" (a name), "outputs" (names), "author", "license", "description"."""
     import torch
     from coreai.runtime import AIModelAssetMetadata
     from coreai_torch import TorchConverter, get_decomp_table
@@ -20,7 +20,7 @@ def main(program: Path, output: Path, request: Path) -> None:
     wanted = json.loads(request.read_text(encoding="utf-8"))
     decomposed = torch.export.load(program).run_decompositions(get_decomp_table())
     converter = TorchConverter().add_exported_program(
-        decomposed, input_names=[wanted["input"]], output_names=[wanted["output"]]
+        decomposed, input_names=[wanted["input"]], output_names=wanted["outputs"]
     )
     metadata = AIModelAssetMetadata()
     metadata.author, metadata.license = wanted["author"], wanted["license"]
