@@ -346,11 +346,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="executorch",
                 source="torch",
                 modules=("executorch", "torch"),
-                precisions=by_name(_FP32),
+                precisions=by_name(_FP32, _INT8),
                 aliases=("pte",),
                 heads=_RAW_DENSE,
                 product_kinds=("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply"),
                 libraries=("executorch", "torchao"),
+                quantizers=("static",),
                 devices=(Device("Android phone or iPhone, in an app built on ExecuTorch", "fp32", "export on Linux"),),
             ),
             Target(

@@ -92,7 +92,8 @@ def read(path: Path) -> Contents:
 
 def _nodes(blob: bytes) -> Iterator[Node]:
     graph = _graph(blob)
-    values = {v["xvalue_union"]["id_out"]: v["xvalue_union"] for v in graph["xvalues"]}
+    tensors = [_tensor(value["xvalue_union"]) for value in graph["xvalues"]]
+    values = {tensor["id_out"]: tensor for tensor in tensors}
     for node in graph["xnodes"]:
         kind, fields = node["xnode_union_type"], node["xnode_union"]
         dims = {name: _dims(values[fields[name]]) for name in fields if name.endswith("_id") and fields[name] in values}
@@ -123,13 +124,13 @@ def _tensor(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _dims(value: Mapping[str, Any]) -> list[int]:
-    return [int(n) for n in _tensor(value).get("dims", [])]
+    return [int(n) for n in value.get("dims", [])]
 
 
 def _dtype(fields: Mapping[str, Any], values: Mapping[int, Mapping[str, Any]]) -> str:
     """Of what an operator reads first; integers that are made of floats as they come are integers."""
     first = next(fields[name] for name in ("input1_id", "input_id", "output_id") if name in fields)
-    name = str(_tensor(values[first]).get("datatype", "")).removeprefix("xnn_datatype_")
+    name = str(values[first].get("datatype", "")).removeprefix("xnn_datatype_")
     return _DTYPES.get(name, name)
 
 

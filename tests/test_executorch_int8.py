@@ -1,0 +1,91 @@
+"""ExecuTorch in integers by PT2E: our ranges in its observers, and what XNNPACK's graph in the file computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dualtoken_deploy import Bundle, export, load_runner
+from dualtoken_deploy.models.count import count_macs
+from dualtoken_deploy.models.own_sources import rebuild
+from dualtoken_deploy.numerics import compare
+from dualtoken_deploy.quantize.calibration import CalibrationSet
+from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.targets.executorch.export import trace
+from dualtoken_deploy.targets.executorch.quantize import PteBackend, quantize
+from dualtoken_deploy.targets.mobile.source import Source
+from dualtoken_deploy.targets.request import Request
+from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
+from tests.contracts import make_contract
+
+CONTRACT = make_contract("image", (64, 64), 1)
+INT8 = Int8Options("digits", size=16, metric="agreement", max_drop=60.0)  # random weights: any agreement will do
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("executorch") / "bundle"
+    export("tiny-mix", "executorch", "int8", output=folder, image_size=64, num_classes=10, int8=INT8)
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def source(made: Bundle) -> Source:
+    request = Request("fp32", made.manifest.input, made.manifest.outputs, None, {"variant": "t"})
+    return trace(rebuild(made.manifest), request, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def backend(made: Bundle, source: Source) -> PteBackend:
+    inputs = np.repeat(made.golden["input"], 10, 0)
+    pictures = CalibrationSet.of_arrays("golden", inputs, made.manifest.input)
+    request = Request("int8", made.manifest.input, made.manifest.outputs, None, {"variant": "t"})
+    return PteBackend(source, request, pictures, "static", "minmax", lambda _: None)
+
+
+def test_integers_execute_in_one_piece(made: Bundle, small_bundle: Callable[..., Path]) -> None:
+    with load_runner(made) as runner:
+        logits = runner.run({"image": made.golden["input"]})["logits"]
+    assert compare(made.golden["logits"], logits).sqnr_db >= 15
+    inspection = inspect_bundle(made)
+    check_promise(inspection)
+    assert inspection.int8_mac_share >= 0.94
+    assert inspection.executed_precision["XNNConv2d"] == "int8"
+    assert any("in 1 pieces" in note for note in inspection.notes)
+    assert made.size_bytes < 0.36 * Bundle.open(small_bundle("executorch")).size_bytes
+
+
+def test_multiplications_are_torchs(made: Bundle) -> None:
+    """Without those of means; the constant G's MLP is folded away."""
+    calibration = made.manifest.calibration
+    assert calibration is not None
+    macs = calibration.macs or {}
+    assert sum(macs.values()) == pytest.approx(count_macs(rebuild(made.manifest), (64, 64)), rel=0.04)
+
+
+def test_noise_is_predicted(backend: PteBackend, source: Source, made: Bundle) -> None:
+    """By one pass over the torch program, within 4 dB of what PT2E's own arithmetic loses."""
+    predicted = -10 * np.log10(backend.sensitivity().noise())
+    products = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
+    chosen = {name for name, node in backend._nodes.items() if node.target in products}
+    image = torch.from_numpy(made.golden["input"])
+    with torch.no_grad():
+        want, got = (p.module()(image) for p in (source.program, quantize(source.program, chosen, backend._ranges)))
+    assert predicted == pytest.approx(compare(want.numpy(), got.numpy()).sqnr_db, abs=4)
+
+
+def test_layers_in_float_have_no_pairs(backend: PteBackend, source: Source) -> None:
+    """And the ranges in the pairs of the others are ours."""
+    one = next(name for name, node in backend._nodes.items() if node.target is torch.ops.aten.conv2d.default)
+    program = quantize(source.program, {one}, backend._ranges)
+    pairs = [
+        n for n in program.graph.nodes if "quantize_per_tensor" in str(n.target) and "dequantize" not in str(n.target)
+    ]
+    node = backend._nodes[one]
+    wanted = {n.name: backend._ranges[n.name] for n in (node.all_input_nodes[0], node)}
+    scales = sorted((max(high, 0.0) - min(low, 0.0)) / 255 for low, high in wanted.values())
+    assert sorted({float(n.args[1]) for n in pairs}) == pytest.approx(scales, rel=1e-4)
