@@ -26,7 +26,7 @@ from dualtoken_deploy.errors import BundleError, InputError, MissingError, Toler
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.targets import eager
-from dualtoken_deploy.targets.coreml.activations import measure_ranges
+from dualtoken_deploy.targets.coreml.activation_pass import measure_ranges
 from dualtoken_deploy.targets.coreml.compress import palette
 from dualtoken_deploy.targets.coreml.mil import MilProgram, load_program
 from dualtoken_deploy.targets.coreml.mil.program import find_specification

@@ -17,7 +17,7 @@ from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.targets.executorch.export import trace
 from dualtoken_deploy.targets.executorch.quantize import PteBackend, quantize
-from dualtoken_deploy.targets.mobile.source import Source
+from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.contracts import make_contract

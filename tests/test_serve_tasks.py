@@ -202,7 +202,7 @@ def test_a_large_picture_and_its_masks_do_not_fill_the_memory(server: Server) ->
 
 
 def test_triton_has_a_type_for_every_dtype_of_a_bundle(bundles: Mapping[str, Path]) -> None:
-    from dualtoken_deploy.bundle.check import DTYPES
+    from dualtoken_deploy.bundle.consistency import DTYPES
 
     assert TYPES.keys() == DTYPES
     for name, path in bundles.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from dualtoken_deploy.targets.mobile.source import Source
+from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.request import Request
 
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]

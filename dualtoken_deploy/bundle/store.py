@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtoken_deploy.bundle.check import check, count_classes
+from dualtoken_deploy.bundle.consistency import check, count_classes
 from dualtoken_deploy.bundle.golden import MAX_FILE_BYTES, read_golden
 from dualtoken_deploy.bundle.labels import format_labels, parse_labels
 from dualtoken_deploy.bundle.manifest import Manifest

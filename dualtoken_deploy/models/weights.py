@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualtoken_deploy.bundle.check import MAX_SIDE, strange_option
+from dualtoken_deploy.bundle.consistency import MAX_SIDE, strange_option
 from dualtoken_deploy.bundle.decode import decode, parse
 from dualtoken_deploy.bundle.labels import check_labels
 from dualtoken_deploy.bundle.manifest import CLASSIFY

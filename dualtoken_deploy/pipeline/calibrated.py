@@ -20,7 +20,7 @@ from dualtoken_deploy.pipeline.plan import Plan
 from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut, examples, open_calibration
 from dualtoken_deploy.quantize.gate import Int8Options, quantize_within_budget
 from dualtoken_deploy.quantize.judge import Judge, make_judge
-from dualtoken_deploy.quantize.memory import Latest, fingerprint
+from dualtoken_deploy.quantize.latest import Latest, fingerprint
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import RunnerOptions, load_runner
 from dualtoken_deploy.targets.precision import SEARCH

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from dualtoken_deploy.bundle.check import check as check_itself
-from dualtoken_deploy.bundle.check import count_classes
+from dualtoken_deploy.bundle.consistency import check as check_itself
+from dualtoken_deploy.bundle.consistency import count_classes
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import DualTokenError
 from tests.fuzz.inputs import edited

@@ -14,7 +14,7 @@ from torch import nn
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
-from dualtoken_deploy.targets.apple.source import PixelInput, trace
+from dualtoken_deploy.targets.apple.torch_program import PixelInput, trace
 from dualtoken_deploy.targets.coreai.form import HalfPrecision, to_coreai_form
 from dualtoken_deploy.targets.coreml.package import AUTHOR, LICENSE, input_text
 from dualtoken_deploy.targets.request import Artifact, Request, Tell

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dualtoken_deploy.errors import ConversionError, first_line
-from dualtoken_deploy.targets.apple.source import quiet
+from dualtoken_deploy.targets.apple.torch_program import quiet
 from dualtoken_deploy.targets.runner import Array
 
 

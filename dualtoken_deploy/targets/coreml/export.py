@@ -23,8 +23,8 @@ from dualtoken_deploy.errors import ConversionError, InputError, UsageError, fir
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
 from dualtoken_deploy.targets.apple.constants import fold_constants
 from dualtoken_deploy.targets.apple.names import name_after_modules, operation, path_of
-from dualtoken_deploy.targets.apple.source import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
-from dualtoken_deploy.targets.coreml.activations import quantize_activations
+from dualtoken_deploy.targets.apple.torch_program import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
+from dualtoken_deploy.targets.coreml.activation_pass import quantize_activations
 from dualtoken_deploy.targets.coreml.compress import COMPRESSIONS, compress
 from dualtoken_deploy.targets.coreml.mil.ops import OPERATIONS
 from dualtoken_deploy.targets.coreml.mil.program import Program, load_program

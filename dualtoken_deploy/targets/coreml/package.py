@@ -11,7 +11,7 @@ from typing import Any
 
 from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.spec import STRETCH, InputContract
-from dualtoken_deploy.targets.apple.source import PROBABILITIES
+from dualtoken_deploy.targets.apple.torch_program import PROBABILITIES
 from dualtoken_deploy.targets.coreml.classifier import LABEL, LABEL_PROBABILITIES, add_classifier
 from dualtoken_deploy.targets.coreml.mil.program import find_specification
 from dualtoken_deploy.targets.coreml.mil.vendor import model_proto

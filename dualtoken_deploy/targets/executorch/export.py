@@ -17,7 +17,7 @@ from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.targets.executorch.program import Contents, read
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
 from dualtoken_deploy.targets.mobile.noise import PRODUCTS
-from dualtoken_deploy.targets.mobile.source import Source, check_fixed, make_source
+from dualtoken_deploy.targets.mobile.torch_program import Source, check_fixed, make_source
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 
 

@@ -27,12 +27,12 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import BINS, METHODS, Range, add_counts, check_method
-from dualtoken_deploy.quantize.memory import Latest, fingerprint
+from dualtoken_deploy.quantize.latest import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.executorch.export import lower, trace
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
 from dualtoken_deploy.targets.mobile import noise
-from dualtoken_deploy.targets.mobile.source import Source
+from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.recorder import Recorder
 from dualtoken_deploy.targets.request import Artifact, Prepared, Request, Tell, quiet
 

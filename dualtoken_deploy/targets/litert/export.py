@@ -17,7 +17,7 @@ from dualtoken_deploy.targets.litert import changes, flat
 from dualtoken_deploy.targets.litert.environment import converter_python
 from dualtoken_deploy.targets.litert.metadata import add_metadata
 from dualtoken_deploy.targets.litert.structure import structure
-from dualtoken_deploy.targets.mobile.source import Source, check_fixed, make_source
+from dualtoken_deploy.targets.mobile.torch_program import Source, check_fixed, make_source
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 
 WORKER = Path(__file__).with_name("worker.py")

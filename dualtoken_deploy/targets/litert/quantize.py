@@ -20,7 +20,7 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import BINS, METHODS, Range, add_counts, check_method
-from dualtoken_deploy.quantize.memory import Latest, fingerprint
+from dualtoken_deploy.quantize.latest import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.litert import export, flat
 from dualtoken_deploy.targets.litert.compress import KINDS, apply
@@ -29,7 +29,7 @@ from dualtoken_deploy.targets.litert.products import read_products
 from dualtoken_deploy.targets.litert.runner import MODEL, open_interpreter
 from dualtoken_deploy.targets.litert.structure import PRODUCTS
 from dualtoken_deploy.targets.mobile import noise
-from dualtoken_deploy.targets.mobile.source import Source, check_fixed, make_source
+from dualtoken_deploy.targets.mobile.torch_program import Source, check_fixed, make_source
 from dualtoken_deploy.targets.request import Prepared, Request, Tell
 
 DYNAMIC, STATIC = "dynamic", "static"

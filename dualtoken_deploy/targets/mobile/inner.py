@@ -13,7 +13,7 @@ from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.targets.apple.names import operation
 from dualtoken_deploy.targets.inner import Insides, Last, Tell
-from dualtoken_deploy.targets.mobile.source import Source, make_source
+from dualtoken_deploy.targets.mobile.torch_program import Source, make_source
 from dualtoken_deploy.targets.recorder import Recorder
 from dualtoken_deploy.targets.request import Request
 

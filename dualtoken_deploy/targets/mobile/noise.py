@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import layer_of
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
-from dualtoken_deploy.targets.mobile.source import Source
+from dualtoken_deploy.targets.mobile.torch_program import Source
 
 PICTURES, DIRECTIONS = 8, 6
 HOW = f"local errors by {DIRECTIONS} random backward passes over {PICTURES} pictures"

@@ -17,7 +17,7 @@ from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.deploy.traced import rewrite_program
 from dualtoken_deploy.errors import BundleError, ConversionError, UsageError, first_line, missing_extra
-from dualtoken_deploy.targets.mobile.source import check_fixed
+from dualtoken_deploy.targets.mobile.torch_program import check_fixed
 from dualtoken_deploy.targets.ncnn.runner import BINARY, PARAM, layers, open_net
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 from dualtoken_deploy.targets.tracing import Around

@@ -26,7 +26,7 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import Range, check_method
-from dualtoken_deploy.quantize.memory import Latest
+from dualtoken_deploy.quantize.latest import Latest
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.correct import Corrections, correct, shift_biases
 from dualtoken_deploy.targets.onnx.migrate import (

@@ -11,7 +11,7 @@ import onnx
 from torch import nn
 
 from dualtoken_deploy.quantize.calibration import CalibrationSet
-from dualtoken_deploy.quantize.memory import Latest, fingerprint
+from dualtoken_deploy.quantize.latest import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.choose import choose_methods
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, OnnxExport, export_onnx

@@ -10,11 +10,11 @@ from typing import Any
 from dualtoken_deploy.targets.coreml.mil.ops import (
     activations,
     compression,
+    movement,
     pointwise,
     products,
     reductions,
     resizing,
-    shapes,
 )
 
 __all__ = ["OPERATIONS", "Implementation"]
@@ -30,7 +30,7 @@ class Implementation:
 
 def _rows() -> dict[str, Implementation]:
     exact = [
-        *(getattr(shapes, n) for n in (
+        *(getattr(movement, n) for n in (
             "identity", "transpose", "reshape", "expand_dims", "squeeze", "concat", "stack", "split", "slice_by_index",
             "slice_by_size", "tile", "pad", "fill_like",
             "gather", "gather_along_axis", "gather_nd", "cast", "reverse", "slice_update",
@@ -57,7 +57,7 @@ def _rows() -> dict[str, Implementation]:
             "clamped_relu", "elu", "linear_activation", "prelu", "scaled_tanh", "sigmoid_hard", "softplus",
             "softplus_parametric", "thresholded_relu",
         )),
-        shapes.cumsum,
+        movement.cumsum,
         resizing.resize_bilinear,
         resizing.upsample_bilinear,
         *(getattr(compression, n) for n in ("quantize", "dequantize", "classify")),
