@@ -1,10 +1,12 @@
 """Hostile clients against a server of its own on loopback, under honest load: what the honest ones still get.
 
-    python benchmarks/serve_hostile.py BUNDLE [--seconds 6] [--only NAME ...] [--markdown FILE]
+    python benchmarks/serve_hostile.py BUNDLE [--seconds 2] [--rounds 4] [--only NAME ...] [--markdown FILE]
 
-For each attack a fresh server: honest clients alone, then the same with the attackers, who are a process of their own
-and still at it when SIGTERM comes. Goodput is what was answered with 200 or OK, of the honest clients' run without
-attackers just before. Nothing but 127.0.0.1 is connected to; attackers are bounded in number, in bytes and in time.
+For each attack a fresh server, and rounds on it: honest clients alone, then the same with the attackers, who are a
+process of their own. Goodput is what was answered with 200 or OK in all attacked halves, of that in all quiet ones:
+what else the machine does falls on both. Attackers work at a low priority (--nice), since in life they have machines of
+their own, and what they take of this one is said; so is the server's CPU time for an honest answer. The last ones are
+still at it when SIGTERM comes. Nothing but 127.0.0.1 is connected to; attackers are bounded in number, bytes and time.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -38,6 +42,7 @@ HONEST = 4  # clients of each kind
 LIFE_SECONDS = 90.0  # after which an attacker ends by itself
 PAUSE_SECONDS = 0.05  # between an attacker's requests on a connection
 DRAIN_SECONDS = 5
+CONNECT_SECONDS = 1.0  # in which attackers, who are many, connect
 SAMPLE_SECONDS = 0.05
 WITHIN_SECONDS = 30.0  # one request's time-out, of an honest client
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -161,6 +166,47 @@ def large(megapixels: float = 23.9) -> bytes:
     return out.getvalue()
 
 
+def frame(kind: int, flags: int, stream: int, data: bytes = b"") -> bytes:
+    """Of HTTP/2 (RFC 9113)."""
+    return struct.pack(">I", len(data))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + data
+
+
+@cache
+def untaken(calls: int = 140) -> bytes:
+    """A connection's worth of gRPC calls whose answers the client has no room for: its window is closed."""
+    text = {":path": "/inference.GRPCInferenceService/ModelMetadata", ":authority": HOST, "te": "trailers"}
+    fields = (text | {"content-type": "application/grpc"}).items()
+    block = b"\x83\x86" + b"".join(  # POST and http of HPACK's table, the others as they are
+        b"\0" + b"".join(bytes([len(part)]) + part.encode() for part in field) for field in fields
+    )
+    found = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, struct.pack(">HI", 4, 0))
+    for stream in range(1, 2 * calls, 2):
+        found += frame(1, 4, stream, block) + frame(0, 1, stream, b"\0\0\0\0\x03\x0a\x01m")
+    return found
+
+
+async def take_nothing(aim: Aim, count: int) -> None:
+    """Connections that ask much over gRPC and take no answer; each begins anew when its calls have been ended."""
+    host, _, port = aim.grpc.rpartition(":")
+
+    async def once() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            writer.write(untaken())
+            await writer.drain()
+            async with asyncio.timeout(20):
+                while await reader.read(65536):
+                    pass
+        finally:
+            writer.transport.abort()
+
+    await again(count, once)
+
+
+def chunked(size: int, count: int) -> bytes:
+    return post("classify", "Transfer-Encoding: chunked") + (b"%x\r\n" % size + bytes(size) + b"\r\n") * count
+
+
 def empties(size: int) -> bytes:
     return b'{"inputs":[' + b"[]," * (size // 3) + b"[]]}"
 
@@ -186,6 +232,11 @@ ATTACKS: Mapping[str, Callable[[Aim], Awaitable[None]]] = MappingProxyType(
         "6 gRPC messages of empty inputs": lambda aim: messages(aim, 6, b"\x0a\x01m" + b"\x2a\x00" * 500_000),
         "4 bodies of 64 MiB": lambda aim: again(4, lambda: send_and_read(aim, whole("infer", bytes(64 * 2**20)))),
         "600 idle connections of each transport": lambda aim: idle(aim, 600),
+        "100 gRPC clients that take no answer": lambda aim: take_nothing(aim, 100),
+        "32 bodies in chunks of 6 bytes": lambda aim: again(32, lambda: send_and_read(aim, chunked(6, 80_000))),
+        "32 requests of 14,000 headers": lambda aim: again(
+            32, lambda: send_and_read(aim, b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 14_000 + b"\r\n")
+        ),
     }
 )
 TRAILER = b"x-trailer: " + b"a" * 60_000 + b"\r\n"
@@ -198,6 +249,12 @@ class Honest:
     answered: dict[str, int] = field(default_factory=dict)
     other: dict[str, int] = field(default_factory=dict)
     longest: float = 0.0
+
+    def add(self, other: Honest) -> None:
+        for ours, theirs in ((self.answered, other.answered), (self.other, other.other)):
+            for kind, count in theirs.items():
+                ours[kind] = ours.get(kind, 0) + count
+        self.longest = max(self.longest, other.longest)
 
 
 async def honest(running: Running, bundle: Bundle, seconds: float) -> Honest:
@@ -234,62 +291,113 @@ async def watched(running: Running, work: Awaitable[Honest]) -> tuple[Honest, fl
     return await task, most
 
 
-def one(name: str, bundle: Path, seconds: float) -> dict[str, Any]:
-    """One attack: alone, attacked, ended."""
-    opened = Bundle.open(bundle)
+@dataclass
+class Half:
+    """All quiet or all attacked phases of an attack."""
+
+    honest: Honest = field(default_factory=Honest)
+    most_mib: float = 0.0
+    cpu_seconds: float = 0.0  # of the server and all its processes
+    attackers_share: float = 0.0  # of all cores, at most
+
+    def run(self, running: Running, bundle: Bundle, seconds: float, attackers: int | None = None) -> None:
+        began, cpu = time.monotonic(), tree_seconds(running.process.pid)
+        theirs = 0.0 if attackers is None else tree_seconds(attackers)
+        found, most = asyncio.run(watched(running, honest(running, bundle, seconds)))
+        self.honest.add(found)
+        self.most_mib = max(self.most_mib, most)
+        self.cpu_seconds += tree_seconds(running.process.pid) - cpu
+        if attackers is not None:
+            took = (tree_seconds(attackers) - theirs) / (time.monotonic() - began) / (os.cpu_count() or 1)
+            self.attackers_share = max(self.attackers_share, took)
+
+    @property
+    def ms_an_answer(self) -> float:
+        return 1000 * self.cpu_seconds / max(1, sum(self.honest.answered.values()))
+
+
+def tree_seconds(pid: int) -> float:
+    """CPU time of a process, of its children, and of those that it has waited for."""
+    ticks = 0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks += sum(int(value) for value in fields[11:15])  # utime, stime, cutime, cstime: proc(5)
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            own = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(own[11]) + int(own[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def one(name: str, bundle: Path, seconds: float, rounds: int, priority: int) -> dict[str, Any]:
+    """One attack: alone and attacked by turns, ended."""
+    opened, quiet, attacked = Bundle.open(bundle), Half(), Half()
     with server(bundle, 1, "--drain-seconds", str(DRAIN_SECONDS)) as running:
         asyncio.run(honest(running, opened, 1.5))  # everything that starts late has started
         idle_mib = running.memory_mib()
-        quiet, _ = asyncio.run(watched(running, honest(running, opened, seconds)))
         command = [sys.executable, __file__, str(bundle), "--attack", name, "--at", f"{running.port},{running.grpc}"]
-        attackers = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            time.sleep(2.0)  # they are many and have connected by then
-            attacked, most = asyncio.run(watched(running, honest(running, opened, seconds)))
-            began = time.monotonic()
-            running.process.send_signal(signal.SIGTERM)
-            code = running.process.wait(60)
-            ended = time.monotonic() - began
-        finally:
-            attackers.kill()
-            attackers.wait()
+        for number in range(rounds):
+            quiet.run(running, opened, seconds)
+            attackers = subprocess.Popen(["nice", "-n", str(priority), *command], stderr=subprocess.DEVNULL)
+            try:
+                time.sleep(CONNECT_SECONDS)
+                attacked.run(running, opened, seconds, attackers.pid)
+                if number == rounds - 1:
+                    began = time.monotonic()
+                    running.process.send_signal(signal.SIGTERM)
+                    code = running.process.wait(60)
+                    ended = time.monotonic() - began
+            finally:
+                attackers.kill()
+                attackers.wait()
+    before, after = quiet.honest, attacked.honest
     return {
         "attack": name,
-        "goodput": {kind: attacked.answered.get(kind, 0) / max(1, n) for kind, n in quiet.answered.items()},
-        "quiet_answers": quiet.answered,
-        "not_answered": attacked.other,
-        "longest_s": [quiet.longest, attacked.longest],
-        "memory_mib": [idle_mib, most],
+        "goodput": {kind: after.answered.get(kind, 0) / max(1, n) for kind, n in before.answered.items()},
+        "quiet_answers": before.answered,
+        "not_answered": after.other,
+        "longest_s": [before.longest, after.longest],
+        "cpu_ms_an_answer": [quiet.ms_an_answer, attacked.ms_an_answer],
+        "attackers_cpu_share": attacked.attackers_share,
+        "memory_mib": [idle_mib, max(quiet.most_mib, attacked.most_mib)],
         "exit_code": code,
         "exit_s": ended,
     }
 
 
+HEADS = (
+    *("attackers", "goodput HTTP", "JPEG", "gRPC", "longest answer, s (alone)"),
+    *("server's CPU, ms an honest answer (alone)", "attackers' share of the CPUs", "memory over idle"),
+    "SIGTERM to exit, s",
+)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| attackers | goodput HTTP | JPEG | gRPC | longest answer, s | memory over idle | SIGTERM to exit, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
     for row in rows:
-        good, (idle_mib, most), (before, after) = row["goodput"], row["memory_mib"], row["longest_s"]
-        lines.append(
-            f"| {row['attack']} | {good['http']:.2f} | {good['jpeg']:.2f} | {good['grpc']:.2f} | {after:.2f} "
-            f"({before:.2f} alone) | {most / idle_mib:.2f} ({most:.0f} MiB) | {row['exit_s']:.1f} |"
-        )
+        (before, after), (alone, under) = row["longest_s"], row["cpu_ms_an_answer"]
+        idle_mib, most = row["memory_mib"]
+        cells = [
+            *(row["attack"], *(f"{row['goodput'].get(kind, 0):.2f}" for kind in ("http", "jpeg", "grpc"))),
+            *(f"{after:.1f} ({before:.1f})", f"{under:.0f} ({alone:.0f})", f"{row['attackers_cpu_share']:.0%}"),
+            *(f"{most / idle_mib:.2f}", f"{row['exit_s']:.1f}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--nice", type=int, default=10, help="priority of the attackers")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--at", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not 0 < arguments.seconds <= 60:
-        parser.error("a run is bounded: --seconds to 60")
+    if not 0 < arguments.seconds * arguments.rounds <= 60 or arguments.rounds < 1:
+        parser.error("a run is bounded: --seconds times --rounds to 60")
     if arguments.attack:
         port, _, address = arguments.at.partition(",")
         work = ATTACKS[arguments.attack](Aim(int(port), address))
@@ -299,7 +407,7 @@ def main() -> None:
     rows = []
     for name in ATTACKS:
         if not arguments.only or any(part in name for part in arguments.only):
-            rows.append(one(name, arguments.bundle, arguments.seconds))
+            rows.append(one(name, arguments.bundle, arguments.seconds, arguments.rounds, arguments.nice))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     head = f"`python {' '.join(sys.argv)}`\n\n{json.dumps(describe_machine())}\n\n"
     text = head + markdown(rows) + f"\n\n```json\n{json.dumps(rows, indent=1)}\n```\n"
