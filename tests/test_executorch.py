@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from dualtoken_deploy.bench.run import bench
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.traced import TRACED_RULES, rewrite_program
 from dualtoken_deploy.deploy.traced_products import PRODUCT_RULES
-from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, UsageError
+from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.models.count import count_macs
 from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.targets.executorch import export as exporter
+from dualtoken_deploy.targets.executorch import program
 from dualtoken_deploy.targets.executorch.program import check_file, read
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.numerics import assert_close
@@ -126,6 +128,13 @@ def test_without_the_rules_it_falls_apart(made: Bundle, tmp_path: Path) -> None:
     assert pieces[1] == (1, 0)
 
 
+def test_a_product_outside_the_delegate_is_a_promise_not_kept(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read(made.path / MODEL)
+    monkeypatch.setattr(program, "read", lambda _: replace(found, outside=("aten::bmm.out", *found.outside)))
+    with pytest.raises(ToleranceError, match=r"float32\+outside XNNPACK here, the manifest promises float32"):
+        check_promise(inspect_bundle(made))
+
+
 def test_products_are_named_and_counted_as_torch_counts(made: Bundle) -> None:
     """Against FlopCounterMode over eager; means are products here and the constant G's MLP is folded away."""
     products = made.manifest.operators["products"]
@@ -189,8 +198,6 @@ def test_a_header_that_lies_is_not_followed(tmp_path: Path, made: Bundle) -> Non
 
 
 def test_another_shape_than_the_manifests_is_one_line(made: Bundle) -> None:
-    from dataclasses import replace
-
     (logits,) = made.manifest.outputs
     manifest = replace(made.manifest, outputs=(replace(logits, shape=(1, 11)),))
     with pytest.raises(BundleError, match=r"not the manifest's \[\(1, 11\)\]"):

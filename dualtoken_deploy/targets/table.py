@@ -349,7 +349,10 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 precisions=by_name(_FP32, _INT8),
                 aliases=("pte",),
                 heads=_RAW_DENSE,
-                product_kinds=("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply"),
+                product_kinds=(
+                    *("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply"),
+                    *("aten::linear.out", "aten::addmm.out", "aten::mm.out", "aten::bmm.out", "aten::convolution.out"),
+                ),
                 libraries=("executorch", "torchao"),
                 quantizers=("static",),
                 devices=(Device("Android phone or iPhone, in an app built on ExecuTorch", "fp32", "export on Linux"),),
