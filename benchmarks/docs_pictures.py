@@ -5,15 +5,16 @@ python benchmarks/docs_pictures.py
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from dualtoken_deploy import Detector, export
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.data.annotated import OBJECTS, open_annotated
 from dualtoken_deploy.data.folders import open_dataset
-from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.use.compare import compare
 from dualtoken_deploy.use.compare import draw as draw_comparison
 from dualtoken_deploy.use.diagnose import diagnose
@@ -22,46 +23,64 @@ from dualtoken_deploy.use.evaluate import evaluate
 from dualtoken_deploy.use.plots import plot_confusion, plot_search
 from dualtoken_deploy.use.visualize import visualize
 
-import numpy as np  # isort: skip
-
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 FP32, INT8 = (Path("bundles") / f"t-mix-digits-onnxruntime-{precision}" for precision in ("fp32", "int8"))
 FOUND = Path("bundles") / "retinanet-t-mix-scenes-detect-onnxruntime-fp32"
 SCALE = 4  # scenes are small
 
 
-def main() -> None:
-    if not FP32.is_dir() or not INT8.is_dir():
-        raise UsageError(f"no {FP32} or {INT8}; make them first: make demo")
+def search() -> None:
     calibration = Bundle.open(INT8).manifest.calibration
     if calibration is not None and calibration.search is not None:
         plot_search(
             calibration, calibration.search, IMAGES / "search.svg", "dualtoken inspect BUNDLE --search search.svg"
         )
+
+
+def comparison() -> None:
     found = compare([FP32, INT8], "digits", rounds=5, seconds=0.3, threads=1)
     for name in ("compare.svg", "compare-dark.svg"):
         draw_comparison(found, IMAGES / name, f"dualtoken compare BUNDLES --data digits --picture {name}")
+
+
+def drift() -> None:
     draw_diagnosis(diagnose(INT8), IMAGES / "drift.svg", "dualtoken diagnose BUNDLE --picture drift.svg")
+
+
+def confusion() -> None:
     judged = evaluate(FP32, "digits")
     title = f"{FP32.name} on {judged.data}: top-1 {100 * judged.scores['top1']:.2f} %"
     said = "dualtoken evaluate BUNDLE --data digits --confusion confusion.svg"
     plot_confusion(np.array(judged.confusion), judged.labels, IMAGES / "confusion.svg", title, said)
+
+
+def tokens() -> None:
     photograph = next(path for path in open_dataset("photographs").images if path.name == "coffee.png")
     visualize("shapes", photograph, IMAGES / "tokens.png", "dualtoken visualize shapes coffee.png --output tokens.png")
-    boxes()
 
 
-def boxes() -> None:
+def found() -> None:
     """What a detector finds in a held-out scene, drawn over it at SCALE times its size."""
     if not FOUND.is_dir():
         export(None, "onnxruntime", weights="scenes-detect", head="retinanet", output=FOUND)
     scene = open_annotated("scenes", OBJECTS, "val")[3].image
-    large = np.array(
-        Image.fromarray(scene).resize((scene.shape[1] * SCALE, scene.shape[0] * SCALE), Image.Resampling.BICUBIC)
-    )
+    sides = (scene.shape[1] * SCALE, scene.shape[0] * SCALE)
+    large = np.array(Image.fromarray(scene).resize(sides, Image.Resampling.BICUBIC))
     with Detector(FOUND) as detect:
         Image.fromarray(detect.draw(large, detect(large))).save(IMAGES / "found.png")
 
 
+PICTURES = {
+    "search": search,
+    "compare": comparison,
+    "drift": drift,
+    "confusion": confusion,
+    "tokens": tokens,
+    "found": found,
+}
+
+
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or PICTURES:
+        PICTURES[name]()
+        print(name)
