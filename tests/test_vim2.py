@@ -18,6 +18,7 @@ from dualtoken_deploy.models.count import count_params
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model, takes_any_size
 from dualtoken_deploy.models.scan import chunk_length, chunked_scan, stepwise_scan
 from dualtoken_deploy.models.vim2 import cross_merge, cross_scan
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.use.validate import validate
 from tests.conftest import PORTABLE
 from tests.numerics import assert_close
@@ -196,3 +197,23 @@ def test_no_file_has_a_loop(small_bundle: Callable[..., Path]) -> None:
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert not kinds & {"Loop", "Scan", "If"}
     assert not takes_any_size(make_config("tiny-vim2"))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_int8_leaves_the_scan_in_float(small_bundle: Callable[..., Path], target: str) -> None:
+    """Projections are quantized; no product, sum or exponential of a scan is."""
+    options = Int8Options("photographs", 64, metric="sqnr", max_drop=10.0)
+    path = small_bundle(target, "int8", variant="tiny-vim2", image_size=64, int8=options)
+    manifest = Bundle.open(path).manifest
+    assert manifest.measured.int8_mac_share > 0.85  # measured 0.908: the others are the scan's last products
+    assert manifest.measured.photographs is not None
+    assert manifest.measured.photographs.sqnr_db > 20
+    if target == "onnxruntime":
+        graph = onnx.load(path / "model.onnx").graph
+        maker = {name: node for node in graph.node for name in node.output}
+        weights = {tensor.name for tensor in graph.initializer}
+        products = [n for n in graph.node if n.op_type == "MatMul" and "s6/selective_scan" in n.name]
+        assert products
+        scans = [n for n in graph.node if "selective_scan" in n.name and n.op_type in ("MatMul", "Exp", "Mul", "Add")]
+        read = [maker[name].op_type for node in scans for name in node.input if name in maker and name not in weights]
+        assert "DequantizeLinear" not in read

@@ -18,7 +18,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def stepwise_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -116,6 +116,10 @@ def _begins(ends: Tensor, decays: Tensor) -> Tensor:
         out.append(decay[k] * out[-1] + end[k])
     found = torch.cat(out, dim=-2).flatten(-3, -2)
     return found if found.shape[-2] == count else found[..., :count, :]
+
+
+class Scanned(nn.Module):
+    """A module that scans: exporters know by it that a graph will have thousands of nodes."""
 
 
 _as_operator = False

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualtoken_deploy.models.scan import chunked_scan
+from dualtoken_deploy.models.scan import Scanned, chunked_scan
 from dualtoken_deploy.models.vim2 import Average
 
 KERNEL = 4  # of the convolution along the scan
@@ -34,7 +34,7 @@ class TSM2Config:
     expansion: int = 2
 
 
-class Selective(nn.Module):
+class Selective(Scanned):
     """S6 along the last axis but one (eqs 1 to 5): (..., L, E) -> (..., L, E). D_t, B_t, C_t as in Mamba."""
 
     def __init__(self, width: int, states: int) -> None:
@@ -49,7 +49,8 @@ class Selective(nn.Module):
             self.delta.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus gives the step
 
     def forward(self, x: Tensor) -> Tensor:
-        step, b, c = torch.split(self.select(x), [self.rank, self.states, self.states], dim=-1)
+        told, r, n = self.select(x), self.rank, self.states
+        step, b, c = told[..., :r], told[..., r : r + n], told[..., r + n :]
         a = -torch.exp(self.a_log).unsqueeze(0)  # (1, N, E)
         return chunked_scan(x, F.softplus(self.delta(step)), a, b, c) + self.skip * x
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dualtoken_deploy.models.base import ImageModel, drop_path_rates, init_weights
 from dualtoken_deploy.models.layers import DropPath, Grid, PooledHead, to_map, to_tokens
-from dualtoken_deploy.models.scan import chunked_scan
+from dualtoken_deploy.models.scan import Scanned, chunked_scan
 
 Four = tuple[int, int, int, int]
 DIRECTIONS = 4  # row by row, column by column, and both backwards (VMamba's cross-scan)
@@ -38,7 +38,7 @@ class ViM2Config:
 def cross_scan(x: Tensor, grid: Grid) -> Tensor:
     """(B, L, c) of one for all, or (B, 4, L, c) of one a direction, in row-major order -> (B, 4, L, c) as scanned."""
     rows = x.unsqueeze(1).expand(-1, DIRECTIONS, -1, -1) if x.ndim == 3 else x
-    ahead, down, back, up = rows.unbind(1)
+    ahead, down, back, up = (rows[:, i] for i in range(DIRECTIONS))
     forward = torch.stack((ahead, _turned(down, grid)), dim=1)
     backward = torch.stack((back, _turned(up, grid)), dim=1).flip(2)
     return torch.cat((forward, backward), dim=1)
@@ -56,7 +56,7 @@ def _turned(x: Tensor, grid: Grid) -> Tensor:
     return x.reshape(b, *grid, c).transpose(1, 2).flatten(1, 2)
 
 
-class S6(nn.Module):
+class S6(Scanned):
     """Selective state spaces over the four orders of a map, added (eqs 1 to 5). (B, L, E) -> (B, L, E).
 
     Each direction has its own projections, A and D. D_t, B_t and C_t come from the scanned input, as in Mamba.
@@ -85,7 +85,8 @@ class S6(nn.Module):
         e, r, n = x.shape[2], self.rank, self.states
         selected = self.select(x).reshape(*x.shape[:2], DIRECTIONS, r + 2 * n).transpose(1, 2)  # (B, 4, L, R + 2N)
         selected = cross_scan(selected, grid)
-        step, b, c = torch.split(selected, [r, n, n], dim=-1)
+        # slices, because a split in unequal parts is a sequence in ONNX
+        step, b, c = selected[..., :r], selected[..., r : r + n], selected[..., r + n :]
         delta = F.softplus(step @ self.delta + self.delta_bias.reshape(DIRECTIONS, 1, e))  # (B, 4, L, E)
         a = -torch.exp(self.a_log).unsqueeze(1)  # (4, 1, N, E)
         y = chunked_scan(cross_scan(x, grid), delta, a, b, c)
@@ -183,7 +184,8 @@ class Stage(nn.Module):
                 seen = features[: len(features) - (2 * pair + 2 - last)]
                 read.append(self.get_submodule(f"channel_average{last}")(seen))
             y = self.get_submodule(f"channel{pair + 1}")(torch.cat(read, dim=-1) if len(read) > 1 else read[0], grid)
-            features.extend(self.drop_path[2 * pair + 1](y).chunk(self.shares, dim=-1) if self.shares > 1 else (y,))
+            y, share = self.drop_path[2 * pair + 1](y), y.shape[-1] // self.shares
+            features.extend(y[..., i * share : (i + 1) * share] for i in range(self.shares))
         out: Tensor = self.average(features)
         return out
 
