@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dualtoken_deploy import __version__
-from dualtoken_deploy.cli import checking, making, proving, recipes, tidying, using
+from dualtoken_deploy.cli import checking, making, proving, recipes, remote, tidying, using
 from dualtoken_deploy.cli.common import DOCUMENT, remark, say, take_any_text, write_out
 from dualtoken_deploy.cli.progress import MANNERS
 from dualtoken_deploy.cli.shape import Quiet, Verbose, epilog, shaped
@@ -40,11 +40,13 @@ COMMANDS = {
     ),
     "Prove": (proving.verify, proving.report, proving.sign, recipes.reproduce),
     "Use": (using.predict, serve, using.visualize),
-    "Look around": (making.models, making.targets, tidying.doctor, tidying.cache),
+    "Look around": (making.models, making.targets, tidying.doctor, tidying.cache, remote.devices),
 }
+ON_A_DEVICE = ("bench", "validate", "build", "inspect", "evaluate")
 for _panel, _commands in COMMANDS.items():
     for _command in _commands:
-        app.command(rich_help_panel=_panel, epilog=epilog(_command.__name__))(shaped(_command))
+        _made = remote.remotely(_command) if _command.__name__ in ON_A_DEVICE else _command
+        app.command(rich_help_panel=_panel, epilog=epilog(_command.__name__))(shaped(_made))
 
 
 def _show_version(asked: bool) -> None:

@@ -44,7 +44,7 @@ PANELS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(
             ("deployment_target", "layout", "compute_capability", "weightless", "batches", "opset"), "One target's own"
         ),
-        **dict.fromkeys(("device", "threads", "allow_native"), "Running"),
+        **dict.fromkeys(("device", "threads", "allow_native", "on"), "Running"),
         **dict.fromkeys(("json_output",), GENERAL),
     }
 )
@@ -95,6 +95,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "run": ("dualtoken run recipe.toml --dry-run", "dualtoken run recipe.toml"),
         "reproduce": ("dualtoken reproduce bundles/t-mix-digits-onnxruntime-int8",),
         "doctor": ("dualtoken doctor",),
+        "devices": ("dualtoken devices",),
         "cache": ("dualtoken cache", "dualtoken cache --clear"),
     }
 )

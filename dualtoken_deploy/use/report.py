@@ -382,6 +382,19 @@ def verification_table(found: Verification) -> Table:
     return table(("row", "baseline", "now", "allowed", "verdict"), cells, title)
 
 
+def devices_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Each device with what it says of itself, or why it does not answer."""
+    cells = [
+        (
+            *(r["device"], r["url"], "not asked" if r["answers"] is None else _yes(r["answers"])),
+            *(r.get("python", "-"), r.get("architecture", "-"), "-" if "free_mib" not in r else str(r["free_mib"])),
+            r["why"] or "",
+        )
+        for r in rows
+    ]
+    return table(("device", "url", "answers", "Python", "architecture", "free MiB", "why"), cells, left=7)
+
+
 def plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The steps of a recipe before any is done."""
     cells = [

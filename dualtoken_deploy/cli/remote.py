@@ -1,0 +1,140 @@
+"""`--on DEVICE`: a command of ours typed here, run there; and the command that lists the devices."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from dualtoken_deploy.cli.common import Json, find_bundles, progress, remark, show, write_out
+from dualtoken_deploy.errors import DualTokenError, UsageError
+
+On = Annotated[
+    str | None,
+    typer.Option(help="Run it on this device: ssh://[USER@]HOST[:PORT], or a name of devices.toml (docs/ci.md)."),
+]
+BUNDLES = ("bundles", "bundle", "source")  # positional, and carried where they are folders here
+CARRIED = ("data", "against")  # options whose value may be a folder or file here
+WRITTEN = ("markdown", "confusion", "search", "picture")  # options that write here what the device cannot
+
+
+def remotely(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with --on. Without it nothing changes."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(*arguments: Any, on: str | None = None, **named: Any) -> Any:
+        if on is None:
+            return command(*arguments, **named)
+        return _send(command.__name__, signature, on, signature.bind(*arguments, **named).arguments)
+
+    extra = inspect.Parameter("on", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=On)
+    parameters = sorted([*signature.parameters.values(), extra], key=lambda p: p.kind)
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return run
+
+
+def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, Any]) -> None:
+    from dualtoken_deploy.remote.devices import find_device
+    from dualtoken_deploy.remote.session import Session, extras_of
+
+    values = {key: p.default for key, p in signature.parameters.items()} | dict(given)
+    for key in WRITTEN:
+        if values.get(key) is not None:
+            raise UsageError(f"--{key} writes on the machine that measures; with --on take --json, and draw it here")
+    device = find_device(on)
+    bundles = _bundles(values)
+    extras = extras_of([*bundles, *([Path(values["against"])] if _is_folder(values.get("against")) else [])])
+    with progress() as tell:
+        session = Session(device, tell)
+        words, carried = _words(name, signature, values, bundles, session)
+        outcome = session.run(words, extras, carried if name == "build" else None)
+    if values.get("json_output"):
+        data: Any = json.loads(outcome.out) if outcome.out.strip() else {}
+        if isinstance(data, dict):
+            data.pop("error", None)
+            data["on"] = {"device": device.name, "url": device.url, "machine": dict(outcome.machine)}
+        show(True, data, lambda _: None)
+    elif outcome.out.strip():
+        write_out(outcome.out.rstrip("\n"))
+        remark(f"note: on {device.name}: {outcome.machine.get('cpu')}, {outcome.machine.get('os')}")
+    outcome.gate(device.name)
+
+
+def _bundles(values: Mapping[str, Any]) -> list[Path]:
+    """The bundles of a command; `evaluate` takes weights too, which stay where they are."""
+    if "bundles" in values:
+        return find_bundles(values["bundles"])
+    found = Path(values.get("bundle") or values.get("source") or "")
+    if not _is_folder(found):
+        raise UsageError(f"{found} is no folder here; --on takes bundles along, and nothing else")
+    return [found]
+
+
+def _is_folder(value: Any) -> bool:
+    return value is not None and Path(value).is_dir()
+
+
+def _words(
+    name: str, signature: inspect.Signature, values: Mapping[str, Any], bundles: list[Path], session: Any
+) -> tuple[list[str], str | None]:
+    """The command line there, and the name of its first bundle; what is a path here travels."""
+    words, first = [name], None
+    for path in bundles:
+        words.append(session.add(path))
+        first = first or words[-1]
+    for key, parameter in signature.parameters.items():
+        value = values[key]
+        if key in BUNDLES or value == parameter.default or value is None:
+            continue
+        option = _option(key, parameter)
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [word for each in value for word in (option, str(each))]
+        else:
+            carried = key in CARRIED and Path(str(value)).exists()
+            words += [option, session.add(Path(str(value))) if carried else str(value)]
+    return words, first
+
+
+def _option(key: str, parameter: inspect.Parameter) -> str:
+    """The option's own name, --json of json_output."""
+    for info in get_args(parameter.annotation):
+        # in an annotation typer takes the first name for the default, and moves it later
+        for word in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ())):
+            if isinstance(word, str) and word.startswith("--"):
+                return str(word)
+    return f"--{key.replace('_', '-')}"
+
+
+def devices(
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Connect to each and ask what it is.")] = True,
+    json_output: Json = False,
+) -> None:
+    """Lists the devices of devices.toml, and whether they answer."""
+    from dualtoken_deploy.remote.devices import devices_file, read_devices
+    from dualtoken_deploy.remote.link import Link
+
+    rows: list[dict[str, Any]] = []
+    with progress() as tell:
+        for device in read_devices().values():
+            row: dict[str, Any] = {"device": device.name, "url": device.url, "answers": None, "why": None}
+            if check:
+                tell(f"asking {device.name}")
+                try:
+                    found = Link(device).ask("hello")
+                    row |= {"answers": True, **{k: found[k] for k in ("python", "system", "architecture")},
+                            "free_mib": found["free"] >> 20, "environments": len(found["environments"])}  # fmt: skip
+                except DualTokenError as error:
+                    row |= {"answers": False, "why": str(error)}
+            rows.append(row)
+    if not rows:
+        remark(f"note: there is no device in {devices_file()}; docs/ci.md shows one")
+    show(json_output, {"file": str(devices_file()), "devices": rows}, lambda r: r.devices_table(rows))

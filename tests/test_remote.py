@@ -1,0 +1,424 @@
+"""`--on ssh://...` against a real sshd on the loopback, with keys and a port of its own; removed at the end."""
+
+from __future__ import annotations
+
+import getpass
+import inspect
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualtoken_deploy import Bundle
+from dualtoken_deploy.bundle.store import sha256
+from dualtoken_deploy.errors import InputError, MissingError, UsageError
+from dualtoken_deploy.remote.devices import Device, find_device, read_devices
+from dualtoken_deploy.remote.link import Link
+from dualtoken_deploy.remote.session import Session
+from tests.commands import fails, prints
+
+SSHD = shutil.which("sshd") or next((p for p in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if Path(p).exists()), None)
+MISSING = [name for name, path in (("sshd", SSHD), ("ssh", shutil.which("ssh"))) if path is None]
+needs_sshd = pytest.mark.skipif(
+    bool(MISSING), reason=f"no {' and no '.join(MISSING)} here; on Debian: apt-get install openssh-server"
+)
+
+
+@dataclass(frozen=True)
+class Sshd:
+    """A server of ours: the client's configuration for it, and its log."""
+
+    folder: Path
+    port: int
+    config: Path
+    log: Path
+
+    @property
+    def device(self) -> Device:
+        """The loopback as a device whose interpreter has the package already: this one."""
+        return Device(
+            "loop", f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}", python=sys.executable, environment="own",
+            folder=str(self.folder / "device"), config=str(self.config),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    assert SSHD is not None
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    shutil.copy(folder / "user.pub", folder / "authorized")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # what it separates its privileges in
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile {folder}/pid\n"
+        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
+        "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
+    )
+    host = (folder / "host.pub").read_text()
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host}")
+    (folder / "ssh_config").write_text(
+        f"Host *\n  IdentityFile {folder}/user\n  IdentitiesOnly yes\n  IdentityAgent none\n"
+        f"  UserKnownHostsFile {folder}/known_hosts\n  GlobalKnownHostsFile /dev/null\n"
+    )
+    command = [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+    try:
+        while "Server listening" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.02)
+        yield Sshd(folder, port, folder / "ssh_config", folder / "log")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def named(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """named(**changes) -> the name of the device in a devices.toml of this test."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+    def write(**changes: Any) -> str:
+        device = replace(sshd.device, **changes)
+        lines = [f'{key} = "{value}"' for key, value in vars(device).items() if value is not None and key != "name"]
+        file = tmp_path / "config" / "dualtoken" / "devices.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(["[loop]", *lines, ""]))
+        return "loop"
+
+    return write
+
+
+def left_over(sshd: Sshd) -> list[str]:
+    """What is in the device's work folder, and files that did not arrive whole."""
+    device = sshd.folder / "device"
+    return [p.name for p in (device / "work").iterdir()] + [p.name for p in (device / "files").glob(".*")]
+
+
+# --- what a command brings ---
+
+
+@needs_sshd
+def test_validate_says_there_what_it_says_here(
+    sshd: Sshd, named: Callable[..., str], small_bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = small_bundle()
+    there = prints(capsys, "validate", bundle, "--reference", "golden", "--on", named(), "--json")
+    here = prints(capsys, "validate", bundle, "--reference", "golden", "--json")
+    on = there.pop("on")
+    assert there == here  # the paths of this machine, too
+    assert on["device"] == "loop"
+    assert on["machine"]["cpu"]
+    assert on["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert left_over(sshd) == []
+    # what is there by its hash does not travel again
+    kept = {p.name for p in (sshd.folder / "device" / "files").iterdir()}
+    assert {sha256(bundle / name) for name in ("model.onnx", "golden.npz", "manifest.json")} <= kept
+    told: list[str] = []
+    session = Session(sshd.device, told.append)
+    session.add(bundle)
+    session._copy()
+    session.link.ask("clean", work=session.work)
+    assert not [text for text in told if "copying" in text]
+
+
+@needs_sshd
+def test_pictures_travel_and_a_gate_that_is_missed_there_is_exit_5_here(
+    named: Callable[..., str], small_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dualtoken_deploy.data.folders import open_dataset
+
+    picture = open_dataset("photographs").images[0]
+    (tmp_path / "set").mkdir()
+    shutil.copy(picture, tmp_path / "set" / picture.name)
+    options = ("--data", tmp_path / "set", "--reference", "golden", "--min-sqnr", "500", "--on", named())
+    code, line = fails(capsys, "validate", small_bundle(), *options)
+    assert code == 5
+    assert line.startswith(f"error: loop: {small_bundle()}: sqnr_db")
+
+
+def test_options_and_paths_become_those_of_the_device(tmp_path: Path) -> None:
+    """Of bench and evaluate: what is a folder here travels, words stay words, defaults are left out."""
+    from dualtoken_deploy.cli import checking
+    from dualtoken_deploy.cli.remote import _words
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "set").mkdir()
+    session = Session(Device("d", "ssh://h"), lambda _: None)
+    bench = {"against": str(tmp_path / "b"), "rounds": 2, "seconds": 0.5, "json_output": True, "device": "cpu"}
+    words = "bench carried0/b --against carried1/b --rounds 2 --seconds 0.5 --device cpu --json"
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (checking.bench, bench, words),
+        (checking.bench, {"against": "eager"}, "bench carried2/b --against eager"),
+        (checking.evaluate, {"data": str(tmp_path / "set")}, "evaluate carried3/b --data carried4/set"),
+        (checking.evaluate, {"data": "digits"}, "evaluate carried5/b --data digits"),
+    ]
+    for command, given, expected in cases:
+        signature = inspect.signature(command, eval_str=True)
+        values = {name: p.default for name, p in signature.parameters.items()} | given
+        found, first = _words(command.__name__, signature, values, [tmp_path / "b"], session)
+        assert (found, first) == (expected.split(), expected.split()[1])
+
+
+@needs_sshd
+def test_what_a_build_made_comes_back_whole(sshd: Sshd, own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command that changes the bundle there as a build does; the folder here is swapped once all has arrived."""
+    session = Session(sshd.device, lambda _: None)
+    name = session.add(own_bundle)
+    before = (own_bundle / "model.onnx").read_bytes()
+    code = (
+        "import sys, pathlib; from dualtoken_deploy import Bundle; from dualtoken_deploy.bundle.store import "
+        "write_bundle; p = pathlib.Path(sys.argv[1]); b = Bundle.open(p); (p / 'model.engine').write_bytes(b'e' * "
+        "3000000); write_bundle(p, b.manifest, b.golden, b.labels)"
+    )
+    session._copy()
+    assert session._execute([sys.executable, "-c", code, name])[0] == 0
+    assert not (own_bundle / "model.engine").exists()
+    session._bring_back(name)
+    assert (own_bundle / "model.engine").read_bytes() == b"e" * 3000000
+    assert (own_bundle / "model.onnx").read_bytes() == before
+    assert Bundle.open(own_bundle)
+    session.link.ask("clean", work=session.work)
+
+
+@needs_sshd
+def test_devices_are_listed_and_asked(
+    sshd: Sshd, named: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    named()
+    (row,) = prints(capsys, "devices", "--json")["devices"]
+    assert (row["device"], row["answers"], row["why"]) == ("loop", True, None)
+    assert row["python"] == ".".join(map(str, sys.version_info[:3]))
+    named(url=f"ssh://127.0.0.1:{sshd.port + 1 if sshd.port < 65535 else 1}")
+    (row,) = prints(capsys, "devices", "--json")["devices"]
+    assert row["answers"] is False
+    assert "Connection refused" in row["why"]
+
+
+# --- what goes wrong ---
+
+
+@needs_sshd
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"python": "/no/python"}, 3, "there is no /no/python"),
+        ({"url": "ssh://nobody-there@127.0.0.1:PORT"}, 3, "Permission denied"),
+        ({"config": "CONFIG"}, 3, "Host key verification failed"),
+        ({"folder": "/proc/no"}, 4, "loop: "),
+        ({"environment": "made", "wheelhouse": "HOUSE"}, 4, "has no dualtoken_deploy-*.whl; put the wheel there"),
+    ],
+    ids=["no python", "no key", "unknown host", "no folder", "no wheel"],
+)
+def test_what_a_device_lacks_is_one_line(
+    changes: dict[str, str], code: int, words: str, sshd: Sshd, named: Callable[..., str], tmp_path: Path,
+    small_bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if changes.get("config"):  # the same, but nobody has seen the host's key
+        text = sshd.config.read_text().replace("known_hosts", "none")
+        (tmp_path / "ssh_config").write_text(text)
+    words_of = {"PORT": str(sshd.port), "CONFIG": str(tmp_path / "ssh_config"), "HOUSE": str(tmp_path)}
+    filled = dict(changes)
+    for key in filled:
+        for word, value in words_of.items():
+            filled[key] = filled[key].replace(word, value)
+    found, line = fails(capsys, "inspect", small_bundle(), "--on", named(**filled))
+    assert found == code
+    assert words in line
+    assert left_over(sshd) == []
+
+
+def make_wheel(folder: Path, requires: str = "") -> Path:
+    """The smallest wheel with our name: its program prints what it was asked, its machine is "tiny"."""
+    folder.mkdir(exist_ok=True)
+    wheel, info = folder / "dualtoken_deploy-0.0.1-py3-none-any.whl", "dualtoken_deploy-0.0.1.dist-info"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("dualtoken_deploy/__init__.py", "")
+        file.writestr("dualtoken_deploy/machine.py", "def describe_machine(): return {'cpu': 'tiny'}")
+        file.writestr("dualtoken_deploy/__main__.py", "import json, sys; print(json.dumps({'asked': sys.argv[1:]}))")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: dualtoken-deploy\nVersion: 0.0.1\n{requires}")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return folder
+
+
+@needs_sshd
+def test_an_environment_is_made_once_from_a_wheelhouse_and_one_that_fails_is_not_kept(
+    sshd: Sshd, named: Callable[..., str], tmp_path: Path, own_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a network: the wheels travel. A package that is in none of them is named."""
+    environments = sshd.folder / "device" / "env"
+    lacking = make_wheel(tmp_path / "lacking", "Requires-Dist: no-such-package-here\n")
+    named(environment="made", wheelhouse=str(lacking))
+    code, line = fails(capsys, "inspect", own_bundle, "--on", "loop")
+    assert code == 3
+    assert "cannot install dualtoken_deploy-0.0.1-py3-none-any.whl: ERROR: No matching distribution" in line
+    assert "no-such-package-here" in line
+    assert list(environments.iterdir()) == []
+    named(environment="made", wheelhouse=str(make_wheel(tmp_path / "whole")))
+    found = prints(capsys, "inspect", own_bundle, "--on", "loop", "--json")
+    assert found["asked"] == ["inspect", str(own_bundle), "--json"]  # there by its name there
+    assert found["on"]["machine"] == {"cpu": "tiny"}
+    (made,) = environments.iterdir()
+    before = made.stat().st_ctime_ns
+    assert prints(capsys, "inspect", own_bundle, "--on", "loop", "--json")["asked"]
+    assert [p.stat().st_ctime_ns for p in environments.iterdir()] == [before]
+
+
+@needs_sshd
+def test_another_version_in_its_own_environment_is_refused(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch, small_bundle: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr("dualtoken_deploy.remote.session.metadata.version", lambda _: "9.9.9")
+    session = Session(sshd.device, lambda _: None)
+    name = session.add(small_bundle())
+    with pytest.raises(MissingError, match=r"has dualtoken-deploy \d.*, here is 9\.9\.9; install that there"):
+        session.run(["inspect", name], ())
+
+
+@needs_sshd
+def test_a_connection_that_breaks_leaves_whole_files_and_goes_on_from_there(sshd: Sshd, tmp_path: Path) -> None:
+    """The second of three files breaks off in its middle: the first stays, and the next run sends the other two."""
+    files = {}
+    for number in range(3):
+        path = tmp_path / str(number)
+        path.write_bytes(os.urandom(300_000))
+        files[sha256(path)] = path
+    link = Link(sshd.device)
+
+    def breaking() -> Iterator[bytes]:
+        first, second, _ = files.values()
+        yield first.read_bytes()
+        yield second.read_bytes()[:1000]
+
+    asked = [{"sha256": digest, "size": path.stat().st_size} for digest, path in files.items()]
+    with pytest.raises(InputError, match="loop: the connection ended inside a file"):
+        link.ask("put", breaking(), files=asked)
+    assert link.ask("missing", hashes=list(files))["missing"] == list(files)[1:]
+    assert left_over(sshd) == []
+
+
+@needs_sshd
+def test_bytes_that_change_on_the_way_are_not_kept(sshd: Sshd, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 1000)
+    link, digest = Link(sshd.device), sha256(path)
+    with pytest.raises(InputError, match="other bytes"):
+        link.ask("put", [b"b" * 1000], files=[{"sha256": digest, "size": 1000}])
+    assert link.ask("missing", hashes=[digest])["missing"] == [digest]
+
+
+@needs_sshd
+def test_a_path_that_leads_out_of_its_folder_is_not_written(sshd: Sshd) -> None:
+    with pytest.raises(InputError, match="a path leads out of the folder"):
+        Link(sshd.device).ask("place", work="w", tree={"../../out": "0" * 64})
+    Link(sshd.device).ask("clean", work="w")
+
+
+@needs_sshd
+def test_an_interrupt_ends_the_command_there(sshd: Sshd, tmp_path: Path) -> None:
+    """Ctrl-C here while it runs: SIGINT there, so that it clears up, and nothing of it lives on."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    code = (
+        "import os, pathlib, sys, time\n"
+        f"m = pathlib.Path({str(marks)!r}); (m / 'pid').write_text(str(os.getpid()))\n"
+        "try:\n    print('begun', file=sys.stderr, flush=True); time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    (m / 'cleared').touch()\n"
+    )
+    link = Link(sshd.device)
+
+    def interrupt(frame: Any) -> None:
+        if frame.get("err") == "begun":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        link.ask("run", (), interrupt, work="i", command=[sys.executable, "-c", code], environment={})
+    pid = int((marks / "pid").read_text())
+    while True:  # the device's own process ends by the signal, not by our looking
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.02)
+    assert (marks / "cleared").exists()
+    link.ask("clean", work="i")
+
+
+@needs_sshd
+def test_a_connection_that_dies_while_a_command_runs_is_one_line(sshd: Sshd) -> None:
+    link = Link(sshd.device)
+    code = "import os, signal; print('begun', flush=True); os.kill(os.getppid(), signal.SIGKILL)"  # our agent
+    with pytest.raises(MissingError, match=r"loop: the (device ended with|connection cannot be made, or broke)"):
+        link.ask("run", work="d", command=[sys.executable, "-c", code], environment={})
+    link.ask("clean", work="d")
+
+
+# --- names and addresses, without a server ---
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '[a]\nurl = "ssh://h"\npyhton = "p"\n',
+            "line 3: [a] has no 'pyhton'; did you mean python? Valid: url, python",
+        ),
+        ("[a]\nurl = 3\n", "line 2: url of [a] is no text"),
+        ("[a]\n", "device 'a' is no table with a url"),
+        ('[a]\nurl = "http://h"\n', "[a]: 'http://h' is no ssh://[USER@]HOST[:PORT]"),
+        ('[a]\nurl = "ssh://h"\nenvironment = "some"\n', "environment 'some' is neither 'made' nor 'own'"),
+        ("[a", "is no TOML"),
+    ],
+)
+def test_a_typo_in_devices_toml_is_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "devices.toml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_devices(tmp_path / "devices.toml")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said", ["ssh://-oProxyCommand=x", "ssh://h:1:2", "ssh://h h", "ssh://", "ftp://h", "ssh://a@-b"]
+)
+def test_an_address_that_is_none_never_reaches_ssh(said: str) -> None:
+    with pytest.raises(UsageError):
+        find_device(said)
+
+
+def test_an_unknown_name_lists_the_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "dualtoken").mkdir()
+    (tmp_path / "dualtoken" / "devices.toml").write_text('[jetson]\nurl = "ssh://j"\n[pi]\nurl = "ssh://me@pi:2222"\n')
+    with pytest.raises(UsageError, match=r"no device 'orin' in .*devices\.toml \(it has: jetson, pi\); or give ssh://"):
+        find_device("orin")
+    words = find_device("pi").ssh
+    assert words[-4:] == ["-l", "me", "--", "pi"]
+    assert words[words.index("-p") + 1] == "2222"
+    assert "StrictHostKeyChecking=yes" in words
+    assert "BatchMode=yes" in words
+
+
+def test_what_writes_on_the_machine_that_measures_is_refused(
+    small_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = fails(capsys, "bench", small_bundle(), "--markdown", tmp_path / "m", "--on", "ssh://nowhere")
+    assert (code, "with --on take --json" in line) == (2, True)
+    code, line = fails(capsys, "evaluate", "digits", "--data", "digits", "--on", "ssh://nowhere")
+    assert (code, "--on takes bundles along" in line) == (2, True)
