@@ -143,8 +143,9 @@ def test_pictures_travel_and_a_gate_that_is_missed_there_is_exit_5_here(
     from dualtoken_deploy.data.folders import open_dataset
 
     picture = open_dataset("photographs").images[0]
-    (tmp_path / "set").mkdir()
-    shutil.copy(picture, tmp_path / "set" / picture.name)
+    for name in ("class 1", "class 2"):  # of the bundle's own
+        (tmp_path / "set" / name).mkdir(parents=True)
+        shutil.copy(picture, tmp_path / "set" / name / picture.name)
     options = ("--data", tmp_path / "set", "--reference", "golden", "--min-sqnr", "500", "--on", named())
     code, line = fails(capsys, "validate", small_bundle(), *options)
     assert code == 5
