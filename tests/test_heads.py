@@ -13,6 +13,7 @@ from dualtoken_deploy.models.count import count_macs
 from dualtoken_deploy.models.heads.mask_rcnn import BOX_SIDE, MASK_SIDE, MaskRCNN, roi_align
 from dualtoken_deploy.models.heads.retinanet import RetinaNet
 from dualtoken_deploy.models.heads.table import HEADS, create_dense_model, describe_heads
+from dualtoken_deploy.models.listing import shipped
 from dualtoken_deploy.tasks.anchors import anchors, detect
 from dualtoken_deploy.tasks.boxes import decode, iou_matrix
 from tests.commands import prints
@@ -49,6 +50,7 @@ def test_mask_rcnns_regions_by_hand(counted: dict[str, dict[str, Any]]) -> None:
 
 def test_the_command_prints_the_heads(capsys: pytest.CaptureFixture[str], counted: dict[str, dict[str, Any]]) -> None:
     assert prints(capsys, "models", "--heads", "--json") == list(counted.values())
+    assert shipped("heads") == list(counted.values()), "python -m dualtoken_deploy.models.listing"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 150)])

@@ -17,6 +17,7 @@ from dualtoken_deploy.errors import Note, UsageError, WeightsError
 from dualtoken_deploy.models.ablations import describe_ablations
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
 from dualtoken_deploy.models.dualtoken_vit import TokenResize, WindowAttention
+from dualtoken_deploy.models.listing import shipped
 from dualtoken_deploy.models.registry import make_config, parse_image_size, random_model
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, read_tensors
 from tests.numerics import assert_close
@@ -135,6 +136,7 @@ def test_normal_global_tokens_read_x_and_are_read(method: str, stage: int) -> No
 
 def test_ablations_are_the_papers_tables() -> None:
     rows = {(r["table"], r["row"]): r for r in describe_ablations()}
+    assert shipped("ablations") == list(rows.values()), "python -m dualtoken_deploy.models.listing"
     assert {table for table, _ in rows} == {6, 7, 8, 9}
     assert len(rows) == 3 + 7 + 2 + 2
     for row in rows.values():
