@@ -163,6 +163,14 @@ def test_targets_that_take_torch_programs_take_foreign_ones(target: str, tmp_pat
         np.testing.assert_allclose(value, wanted[name].numpy(), rtol=1e-3, atol=1e-4)
 
 
+def test_a_pool_larger_than_its_map_is_the_mean_of_the_map(tmp_path: Path) -> None:
+    """As EfficientNet ends in transformers: a kernel of hundreds, cut at the map's edge."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.AvgPool2d(64, ceil_mode=True), nn.Flatten()).eval()
+    result = export(model, "openvino", task="tensors", image_size=16, output=tmp_path / "bundle")
+    assert result.sqnr_db > 100
+
+
 def test_changes_in_place_are_exported_as_they_are(tmp_path: Path) -> None:
     result = export(Inner(_zeroed).eval(), task="tensors", image_size=16, output=tmp_path / "bundle")
     assert result.sqnr_db > 100

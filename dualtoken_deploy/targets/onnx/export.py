@@ -82,6 +82,7 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     tell("simplifying")
     simplified = simplify(exported, request)
     name_joined(simplified)
+    pool_whole_maps(simplified)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
     if request.precision == "fp16":
         tell("converting to float16")
@@ -191,6 +192,28 @@ def simplify(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
     out: onnx.ModelProto = simplified
     check_same(model, out, request, "onnxsim")
     return out
+
+
+def pool_whole_maps(model: onnx.ModelProto) -> int:
+    """AveragePool whose one window covers the map, without padding -> GlobalAveragePool, in place; how many there were.
+
+    A window that reaches over the edge is cut there (ceil_mode), so its mean is the map's. OpenVINO 2026.4 takes no
+    kernel larger than the map.
+    """
+    found = 0
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.output)}
+    for node in model.graph.node:
+        given, made = shapes.get(node.input[0] if node.input else "", []), shapes.get(node.output[0], [])
+        if node.op_type != "AveragePool" or not all(given[2:]) or made[2:] != [1, 1] or given[2:] == [1, 1]:
+            continue
+        how = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        covers = all(k >= side for k, side in zip(how["kernel_shape"], given[2:], strict=True))
+        if covers and not any(how.get("pads", ())) and how.get("auto_pad", b"NOTSET") == b"NOTSET":
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:]
+            found += 1
+    return found
 
 
 def check_same(before: onnx.ModelProto, after: onnx.ModelProto, request: Request, who: str) -> None:
