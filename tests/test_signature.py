@@ -147,3 +147,35 @@ def test_a_changed_bundle_is_not_signed(own_bundle: Path, keys: dict[str, tuple[
     (own_bundle / "labels.txt").write_text("x\n")
     with pytest.raises(BundleError, match="sha256 differs"):
         sign(Bundle.open(own_bundle, verify=False), keys["ours"][0])
+
+
+def test_a_server_that_requires_a_signature_refuses_the_rest(
+    signed: Path, keys: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The real command: what is signed is served; by another key it does not start."""
+    import sys
+
+    from tests.serving import serving
+
+    ours, theirs = keys["ours"][1], keys["theirs"][1]
+    with serving(tmp_path / "log", f"m={signed}", "--require-signature", ours) as server:
+        assert server.addresses["http"]
+    command = [sys.executable, "-m", "dualtoken_deploy", "serve", f"m={signed}", "--require-signature", str(theirs)]
+    done = subprocess.run(
+        [*command, "--port", "0", "--no-grpc"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 4
+    assert f"is no signature by {theirs}" in done.stderr
+
+
+def test_a_bundle_that_loses_its_signature_is_not_loaded_again(
+    signed: Path, keys: dict[str, tuple[Path, Path]]
+) -> None:
+    from dualtoken_deploy.serve.signed import open_bundle
+
+    key = keys["ours"][1]
+    assert open_bundle(signed, (key,)).path == signed
+    (signed / SIGNATURE).unlink()
+    assert open_bundle(signed, ()).path == signed
+    with pytest.raises(BundleError, match="is not signed"):
+        open_bundle(signed, (key,))

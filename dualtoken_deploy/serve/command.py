@@ -34,6 +34,9 @@ def serve(
         list[str] | None,
         typer.Option(help="Name by which clients may call the server, repeatable; on loopback localhost unless given."),
     ] = None,
+    require_signature: Annotated[
+        list[Path] | None, typer.Option(help="Public key (PEM): serve what it has signed alone; may be repeated.")
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File whose first line clients must send.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
@@ -71,6 +74,7 @@ def serve(
     settings = Settings(
         host=host, port=port, grpc_port=None if no_grpc else grpc_port, max_batch=max_batch, max_delay_ms=max_delay_ms,
         queue=queue, threads=threads, workers=workers, device=device, admin=admin, api_key=read_api_key(api_key_file),
+        signers=tuple(require_signature or ()),
         allowed_hosts=tuple(allowed_host or ()), tls_cert=tls_cert, tls_key=tls_key,
         drain_seconds=drain_seconds, header_seconds=header_seconds,
         body_seconds=body_seconds, idle_seconds=idle_seconds, connections=connections, run_seconds=run_seconds,

@@ -28,6 +28,7 @@ from dualtoken_deploy.serve.http import make_app
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.repository import Repository, check_servable, merge_rows
 from dualtoken_deploy.serve.settings import Settings, Source
+from dualtoken_deploy.serve.signed import open_bundle
 from dualtoken_deploy.serve.worker import run as run_once
 from dualtoken_deploy.serve.worker import warm_up
 from dualtoken_deploy.targets.load import load_runner
@@ -42,7 +43,7 @@ class Replica:
     """A runner in a process of Ray's. One batch at a time, in a thread, so that Ray's health check is answered."""
 
     def __init__(self, path: str, settings: Settings) -> None:
-        bundle = Bundle.open(path)
+        bundle = open_bundle(path, settings.signers)
         self._runner = load_runner(bundle, settings.device, settings.threads).__enter__()
         self._spec = bundle.manifest.input.tensor
         self._rows = merge_rows(bundle, settings)
@@ -237,7 +238,7 @@ def _check(sources: Sequence[Source], settings: Settings) -> None:
     if settings.admin or settings.tls_cert is not None:
         raise UsageError("--admin and TLS are not part of the engine ray; put a proxy with TLS in front of it")
     for source in sources:
-        check_servable(Bundle.open(source.path))
+        check_servable(open_bundle(source.path, settings.signers))
 
 
 def _key(source: Source) -> str:

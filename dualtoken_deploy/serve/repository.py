@@ -28,6 +28,7 @@ from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.pool import Launch
 from dualtoken_deploy.serve.protocol import DATATYPES, body_limit, elements
 from dualtoken_deploy.serve.settings import Settings, Source
+from dualtoken_deploy.serve.signed import open_bundle
 from dualtoken_deploy.targets.load import check_native
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.table import get_task
@@ -253,7 +254,7 @@ class Repository:
     async def _open(self, source: Source) -> Model:
         """A model whose first worker is up. On every other way out its engine is ended."""
         stamp = await asyncio.to_thread(stamp_of, source.path)
-        bundle = await asyncio.to_thread(Bundle.open, source.path)
+        bundle = await asyncio.to_thread(open_bundle, source.path, self._settings.signers)
         check_servable(bundle)
         engine = self.make_engine(bundle, source, self._settings, self._metrics)
         try:

@@ -58,6 +58,7 @@ class Settings:
     admin: bool = False
     allowed_hosts: tuple[str, ...] = ()  # by which the server may be called; on loopback its own names unless given
     api_key: str | None = field(default=None, repr=False)
+    signers: tuple[Path, ...] = ()  # public keys, of which one must have signed every bundle
     tls_cert: Path | None = None
     tls_key: Path | None = None
     drain_seconds: float = 30.0
