@@ -5,6 +5,7 @@ python benchmarks/docs_pictures.py
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_deploy import Detector, export
-from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.bundle.blocks import Calibration
+from dualtoken_deploy.bundle.decode import decode
 from dualtoken_deploy.data.annotated import OBJECTS, open_annotated
 from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.use.compare import compare
@@ -23,6 +25,7 @@ from dualtoken_deploy.use.evaluate import evaluate
 from dualtoken_deploy.use.plots import plot_confusion, plot_search
 from dualtoken_deploy.use.visualize import visualize
 
+SEARCHED = Path(__file__).resolve().parent / "results" / "int8-search-digits.json"
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 FP32, INT8 = (Path("bundles") / f"t-mix-digits-onnxruntime-{precision}" for precision in ("fp32", "int8"))
 FOUND = Path("bundles") / "retinanet-t-mix-scenes-detect-onnxruntime-fp32"
@@ -30,11 +33,13 @@ SCALE = 4  # scenes are small
 
 
 def search() -> None:
-    calibration = Bundle.open(INT8).manifest.calibration
-    if calibration is not None and calibration.search is not None:
-        plot_search(
-            calibration, calibration.search, IMAGES / "search.svg", "dualtoken inspect BUNDLE --search search.svg"
-        )
+    """The search that benchmarks/int8_search.py kept, on the machine that it names."""
+    kept = json.loads(SEARCHED.read_text(encoding="utf-8"))
+    machine = kept["machine"]
+    calibration = decode(kept, Calibration, str(SEARCHED))
+    if calibration.search is not None:
+        said = f"benchmarks/int8_search.py; {machine['cpu']}, {machine['cores']} cores; {calibration.quantizer}"
+        plot_search(calibration, calibration.search, IMAGES / "search.svg", said)
 
 
 def comparison() -> None:

@@ -107,15 +107,14 @@ def label_points(
 
     To be called when all else is drawn.
     """
-    from matplotlib import patheffects
-
     figure = axis.figure
     figure.draw_without_rendering()
     renderer, frame = figure.canvas.get_renderer(), axis.get_window_extent()
     scale = figure.dpi / 72
     at = axis.transData.transform(np.array(points, float)) if points else np.zeros((0, 2))
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in at]
-    halo = [patheffects.withStroke(linewidth=2.5, foreground=axis.get_facecolor())]  # over lines it can still be read
+    # over lines it can still be read
+    paper = {"facecolor": axis.get_facecolor(), "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
     written = []
     for index, text in enumerate(texts):
         for distance, turn in ((d, t) for d in (9, 18, 30) for t in range(16)):
@@ -131,7 +130,7 @@ def label_points(
                 fontsize=size,
                 ha=ha,
                 va=va,
-                path_effects=halo,
+                bbox=paper,
             )
             box = note.get_window_extent(renderer)
             own = (box.x0, box.y0, box.x1, box.y1)
@@ -206,7 +205,8 @@ def fill_confusion(figure: Any, counts: NDArray[np.int64], labels: Sequence[str]
 
 def plot_search(calibration: Calibration, found: SearchResult, path: Path, caption: str = "") -> None:
     """The search behind an INT8 bundle: points lost against the share of the MACs in INT8, the chosen one marked."""
-    title = f"Search for the layers that stay in float: {calibration.metric} on {calibration.name}"
+    where = calibration.name if calibration.held_out is None else calibration.held_out.name
+    title = f"Search for the layers that stay in float: {calibration.metric} on {where}"
     save_figure(path, (8, 4.5), lambda figure: fill_search(figure, calibration, found), title, caption)
 
 
