@@ -37,7 +37,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Step:
-    """`share`: of the demo's CPU time, as it was measured once; only their ratios matter."""
+    """`share`: a rough guess at its part of the whole time; what is left is scaled by what the steps before took."""
 
     what: str
     share: float
@@ -72,7 +72,7 @@ def main() -> None:
     console.print(f"{seconds:.0f} s; the bundles are in {OUTPUT}/. Next: .venv/bin/dualtoken serve {LITE0[0]}")
 
 
-MINUTES = "about three minutes on two cores with everything installed"
+MINUTES = "some minutes on two cores, most of them in the sixth"
 
 
 @dataclass
