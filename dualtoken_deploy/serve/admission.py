@@ -105,6 +105,7 @@ class Body:
         self.bytes = 0
         self.whole = False
         self.sent_away = False
+        self.leaving = False  # an answer that is being written
 
     def grow(self, count: int) -> None:
         """Told of each part. Raises Overloaded where there is no room for it."""

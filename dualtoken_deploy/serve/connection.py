@@ -144,8 +144,9 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             if why is not None:
                 self._refuse(why)
                 return
+            # what arrived together with the headers and is none of them
+            self._framing_bytes, self._body_bytes = max(0, self._header_bytes - self._named_bytes), 0
             self._in_headers, self._in_body, self._header_bytes = False, True, 0
-            self._framing_bytes = self._body_bytes = 0
             quiet.pop(self, None)
             super().on_headers_complete()
             cycle: Any = self.cycle

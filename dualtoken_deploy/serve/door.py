@@ -65,20 +65,22 @@ class _Accepted(socket.socket):
         super().close()
 
 
-async def sweep(port: int, most: int) -> None:
-    """For ever keeps the connections to a port of this process to at most `most`: the most useless is shut first.
+async def sweep(port: int, most: int, unwanted: set[str]) -> None:
+    """For ever keeps the connections to a port of this process to at most `most`: the most useless is shut first; and
+    shuts those of the peers that are `unwanted`, in grpc's words, which are then taken out.
 
-    Its owner, grpc, sees the end of the stream and closes it.
+    Their owner, grpc, sees the end of the stream and closes it, with all that waits to be sent on it.
     """
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         links = connections(port)
         links.sort(key=_uselessness, reverse=True)
         for index, link in enumerate(links):
-            if index < len(links) - most:
+            if index < len(links) - most or (unwanted and peer(link) in unwanted):
                 with suppress(OSError):
                     link.shutdown(socket.SHUT_RDWR)
             link.close()
+        unwanted.clear()
 
 
 def connections(port: int) -> list[socket.socket]:
@@ -100,6 +102,16 @@ def connections(port: int) -> list[socket.socket]:
             pass
         link.close()
     return found
+
+
+def peer(link: socket.socket) -> str:
+    """Who is at the other end, as grpc says it: ipv4:127.0.0.1:5000, ipv6:%5B::1%5D:5000."""
+    try:
+        host, port = link.getpeername()[:2]
+    except OSError:
+        return ""
+    host = host.removeprefix("::ffff:")
+    return f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
 def _uselessness(link: socket.socket) -> tuple[bool, int]:

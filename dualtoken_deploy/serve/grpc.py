@@ -203,7 +203,7 @@ class Rpc:
     async def start(self) -> None:
         await self._server.start()
         self._tasks = [
-            asyncio.create_task(sweep(self.port, self._settings.connections)),
+            asyncio.create_task(sweep(self.port, self._settings.connections, self._handler.unwanted)),
             asyncio.create_task(self._follow()),
         ]
 
@@ -285,15 +285,21 @@ class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # it
         self._handler, self._settings = handler, handler.settings
 
     async def ServerReflectionInfo(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
+        body: Body | None = None
         try:
             check_key(self._settings, context)
-            with self._handler.calls.one(context.peer()):
+            with self._handler.calls.one(context.peer()) as body:
                 async with asyncio.timeout(self._settings.body_seconds):
                     async for answer in super().ServerReflectionInfo(request_iterator, context):
-                        await context.write(answer)
-        except TimeoutError:
+                        await _write(answer, context, self._handler, body)
+        except TimeoutError as error:
+            if body is not None and body.leaving:
+                self._handler.unwanted.add(context.peer())
+                raise _NotTaken from error
             await context.abort(CODES[TooSlow], "the server has described itself for long enough; call again")
         except ServeError as error:
+            if body is not None and body.leaving:
+                raise _NotTaken from error
             await context.abort(_code(error), str(error))
 
 
@@ -306,6 +312,7 @@ def _guarded(name: str, call: Method, handler: Handler) -> Callable[[Any, Contex
 
     async def guarded(stream: AsyncIterator[bytes], context: Context) -> None:
         start, code = time.perf_counter(), grpc.StatusCode.OK
+        body: Body | None = None
         given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
         note: dict[str, Any] = {"request_id": logs.request_id(given.get("x-request-id"))}
         NOTE.set(note)
@@ -314,11 +321,11 @@ def _guarded(name: str, call: Method, handler: Handler) -> Callable[[Any, Contex
                 CALL.set(body)
                 answer = (await call(stream, context)).SerializeToString()
                 body.leave(len(answer))
-                await _write(answer, context, handler.settings.body_seconds)
+                await _write(answer, context, handler, body)
         except ServeError as error:
             code, note["error"] = _code(error), str(error)
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+        except asyncio.CancelledError as error:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if isinstance(error, _NotTaken) else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  # the last line of defence: logged, answered, and the server lives
             logs.LOGGER.exception("unexpected error", extra={"fields": note})
@@ -331,16 +338,30 @@ def _guarded(name: str, call: Method, handler: Handler) -> Callable[[Any, Contex
                      ms=round(seconds * 1000, 2), **note)  # fmt: skip
         if code is grpc.StatusCode.OK:
             return
+        if body is not None and body.leaving:
+            raise _NotTaken
         metadata: Iterable[tuple[str, str]] = (("x-request-id", note["request_id"]),)
         await context.abort(code, note["error"], tuple(metadata))
 
     return guarded
 
 
-async def _write(answer: bytes, context: Context, seconds: float) -> None:
-    """Until the client has taken the answer. Raises TooSlow."""
+class _NotTaken(asyncio.CancelledError):
+    """The client does not take an answer. grpc has no way to take it back, nor to send a status past it: the connection
+    is shut, and the call ends as if its client had left."""
+
+
+async def _write(answer: Any, context: Context, handler: Handler, body: Body) -> None:
+    """Until the client has taken the answer. Raises _NotTaken."""
+    body.leaving = True
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(handler.settings.body_seconds):
             await context.write(answer)
     except TimeoutError as error:
-        raise TooSlow(f"the answer was not read within {seconds:g} s") from error
+        handler.unwanted.add(context.peer())
+        raise _NotTaken from error
+    except asyncio.CancelledError:
+        if body.sent_away:
+            handler.unwanted.add(context.peer())
+        raise
+    body.leaving = False

@@ -44,6 +44,7 @@ class Handler:
         self._draining = False
         self._arriving, self._messages = Arriving(1, ARRIVING_BYTES), Arriving(1, ARRIVING_BYTES)
         self.calls = Arriving(CALLS, ARRIVING_BYTES)
+        self.unwanted: set[str] = set()  # peers of gRPC that do not take their answers
         self.decoders = Decoders(settings, metrics)
         self._large_outputs = asyncio.Semaphore(settings.workers + settings.decoders)  # in memory, of all models
 
