@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)
     graph, calibration, held_out = open_weights(given.weights, given.calibration_size)
-    truth = np.array([sample for sample, _ in held_out.truth])
+    truth = np.array([sample.label for sample, _ in held_out.truth])
     expected = Prober(graph, ["logits"]).run_each(held_out.inputs)["logits"]
     case, products = Case(graph, calibration, held_out, expected, truth, given.max_drop), read_products(graph)
     print(f"float: {100 * case.top1(expected):.2f} % of {len(truth)} pictures; calibration: {len(calibration.inputs)}")

@@ -105,11 +105,11 @@ def test_int8_agrees_on_photographs_that_calibration_did_not_see(bundle: Callabl
     assert (said.images, said.held_out.images, said.metric) == (10, 6, "agreement")
     assert said.drop is not None
     assert said.drop <= INT8.max_drop
-    # ranges of convolutions end at ReLU6's 6; without that 11 dB, and layers back in float
+    # ranges of convolutions end at the 6 of ReLU6, and means are kept: 11 dB without the first, 14 without the second
     assert (manifest.measured.int8_mac_share or 0) > 0.95
     shots = manifest.measured.photographs
     assert shots is not None
-    assert shots.sqnr_db > 13
+    assert shots.sqnr_db > 18
 
 
 def test_the_page_prepares_pictures_as_the_model_was_trained(example: ModuleType) -> None:
