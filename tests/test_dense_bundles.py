@@ -202,7 +202,7 @@ def test_a_bundle_out_of_tolerance_is_not_left(
         ("mask-rcnn", {"opset": 23}, "RoiAlign up to opset 21"),
         ("retinanet", {"precision": "int8"}, "needs a calibration set"),
         ("mask-rcnn", {"precision": "int8"}, "has no int8"),
-        ("mask-rcnn", {"precision": "fp16"}, "steps of half a pixel"),
+        ("mask-rcnn", {"precision": "fp16"}, "was not measured in fp16"),
         ("pspnet", {"precision": "int8", "target": "tensorrt"}, "has no int8 for tensorrt"),
     ],
 )

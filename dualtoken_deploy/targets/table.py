@@ -174,7 +174,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="onnxruntime",
                 source="onnx",
                 modules=("onnxruntime",),
-                precisions=by_name(_FP32, _FP16, _INT8),
+                precisions=by_name(_FP32, _FP16_WEIGHTS, _INT8),
                 aliases=("onnx",),
                 any_size=True,
                 heads=_ALL_DENSE,
@@ -198,7 +198,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="openvino",
                 source="onnx",
                 modules=("openvino",),
-                precisions=by_name(_FP32, _FP16, _BF16, _INT8),
+                precisions=by_name(_FP32, _FP16_WEIGHTS, _BF16, _INT8),
                 any_size=True,
                 heads=_ALL_DENSE,
                 product_kinds=(
@@ -395,8 +395,8 @@ def check_head(target: Target, head: str, form: str, precision: str) -> None:
         raise UsageError(f"{head} is exported in {' or '.join(HEAD_PRECISIONS)}, not in {precision}")
     if precision == "fp16" and form == "detections" and target.name == "onnxruntime":
         raise UsageError(
-            f"{target.name} computes in float16, which has steps of half a pixel from 512 on, so {head} has no "
-            "detections in it; give --precision fp32, or for RetinaNet leave --suppress out"
+            f"{head} with detections was not measured in fp16 on {target.name}; give --precision fp32, or for "
+            "RetinaNet leave --suppress out"
         )
     if precision == "int8" and (target.name not in HEAD_INT8 or head == "mask-rcnn"):
         raise UsageError(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 
 from dualtoken_deploy import numerics
@@ -39,7 +40,8 @@ SIMPLIFIED_AGREEMENT = 0.98
 # onnxsim would turn each linear layer over (B, N, C) into Reshape, Gemm, Reshape: no gain, and harder to quantize.
 SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
 
-# Kept in float32 by precision fp16: statistics and exponentials lose or overflow in half precision.
+# Kept in float32 by `to_float16`: statistics and exponentials lose or overflow in half precision.
+WEIGHTED = ("Conv", "MatMul", "Gemm")  # operators with weights of two axes and more
 FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
 
 
@@ -64,7 +66,7 @@ class OnnxExport:
 
 
 def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset: int, tell: Tell) -> OnnxExport:
-    """The deploy form of `model` as a checked ONNX model in the precision asked for.
+    """The deploy form of `model` as a checked ONNX model in float32.
 
     Raises UsageError on an opset outside of OPSETS, ConversionError where an exporter, the simplifier or the checker
     fails, or where simplifying changed the result.
@@ -84,10 +86,6 @@ def export_onnx(model: nn.Module, request: Request, rules: Iterable[str], opset:
     name_joined(simplified)
     pool_whole_maps(simplified)
     operators = {"exported": operator_counts(exported), "simplified": operator_counts(simplified)}
-    if request.precision == "fp16":
-        tell("converting to float16")
-        simplified = to_float16(simplified)
-        operators["float16"] = operator_counts(simplified)
     _finish(simplified, request)
     return OnnxExport(simplified, applied, operators)
 
@@ -262,6 +260,29 @@ def drop_repeated_casts(model: onnx.ModelProto) -> int:
     for node in repeated:
         model.graph.node.remove(node)
     return len(repeated)
+
+
+def store_halves(model: onnx.ModelProto) -> int:
+    """Keeps the weights of products in float16, in place, each with a Cast to float32 behind it; how many.
+
+    A runtime folds casts of constants once, when it loads the file, and then computes what it would with float32
+    weights: half the file, and as fast. Everything else, statistics, anchors, what is added, stays as exact as it was.
+    """
+    read = {name for node in model.graph.node if node.op_type in WEIGHTED for name in node.input[:2]}
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.name not in read or tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        weight = numpy_helper.to_array(tensor)
+        if weight.ndim < 2 or float(np.abs(weight).max(initial=0.0)) > np.finfo(np.float16).max:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(weight.astype(np.float16), f"{name}/half"))
+        casts.append(helper.make_node("Cast", [f"{name}/half"], [name], f"{name}/cast", to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return len(casts)
 
 
 def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
