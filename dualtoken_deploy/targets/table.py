@@ -145,7 +145,7 @@ _RAW_DENSE = MappingProxyType({"retinanet": ("raw",), **_SEGMENTERS})  # NonMaxS
 _ALL_DENSE = MappingProxyType({"retinanet": ("raw", "detections"), "mask-rcnn": ("detections",), **_SEGMENTERS})
 
 HEAD_PRECISIONS = ("fp32", "fp16", "int8")  # in which heads were measured
-HEAD_INT8 = ("onnxruntime", "openvino")  # whose files run here, so that AP and mean IoU of them are known
+HEAD_INT8 = ("onnxruntime", "openvino", "litert")  # whose files run here, so that AP and mean IoU of them are known
 
 # The bundles of this project keep 110, 45, 15 and 12 dB at their worst layer.
 _LOOKS = MappingProxyType({"fp32": 80.0, "fp16": 35.0, "bf16": 10.0, "int8": 8.0})

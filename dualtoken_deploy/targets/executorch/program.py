@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ HEADER = b"eh00"  # with it a .pte says how long it is
 XNNPACK = "XnnpackBackend"
 GRAPH = b"XH00"  # of what the delegate is given
 PRODUCTS = ("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply")
+_BARE = re.compile(r"(?<=: )(-?inf|nan)\b")  # as flatc writes what JSON has no word for: a ReLU's upper end
+_NUMBERS = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "qint8": "int8", "quint8": "uint8", "qcint8": "int8", "qcint4": "int4",
            "qdint8": "int8", "qpint8": "int8", "qint32": "int32", "qcint32": "int32", "qbint4": "int4"}  # fmt: skip
 
@@ -113,7 +116,8 @@ def _graph(blob: bytes) -> Mapping[str, Any]:
         file = Path(folder) / "graph.bin"
         file.write_bytes(blob[start : start + size])
         _flatc_decompile(folder, str(schema), str(file))
-        found: dict[str, Any] = dict(json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
+        text = file.with_suffix(".json").read_text(encoding="utf-8")
+        found: dict[str, Any] = dict(json.loads(_BARE.sub(lambda m: _NUMBERS[m[0]], text)))
         return found
 
 
