@@ -74,7 +74,9 @@ def validate(
 def evaluate(
     source: Annotated[
         str,
-        typer.Argument(help="Bundle folder, or weights: of a run, or digits, shapes, scenes-detect, scenes-segment."),
+        typer.Argument(
+            help="Bundle folder, or weights: of a run, or digits, shapes, scenes-detect, scenes-segment, lorenz."
+        ),
     ],
     data: Annotated[
         str, typer.Option(help="Labelled folder (its val part where it has two), or digits, shapes; dense: scenes.")

@@ -36,6 +36,7 @@ BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
         "shapes": _FOLDER / "shapes-t-mix.safetensors",
         "scenes-detect": _FOLDER / "scenes-detect-t-mix.safetensors",
         "scenes-segment": _FOLDER / "scenes-segment-t-mix.safetensors",
+        "lorenz": _FOLDER / "lorenz-tsm2.safetensors",
     }
 )
 
