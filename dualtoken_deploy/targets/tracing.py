@@ -94,7 +94,7 @@ def find_operator(text: str, program: torch.export.ExportedProgram, module: nn.M
     """ "aten.lgamma in stem.0 (net.py:7 in forward)" of the first operator of a traced module that a converter's words
     name; "" where they name none."""
     for node in program.graph.nodes:
-        if node.op == "call_function" and re.search(rf"\b{re.escape(str(node.target))}(?![\w.])", text):
+        if node.op == "call_function" and re.search(rf"\b{re.escape(str(node.target))}(?!\w)", text):
             operator, path, place = _of_node(node)
             path = path_below(path, own_path(module))
             return f"{operator} in {path}{f' ({place})' if place else ''}"
