@@ -258,7 +258,7 @@ def test_the_schema_has_every_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
-    """ONNX, OpenVINO's IR and Core ML's package, golden, labels and manifest: nothing of when or where."""
+    """ONNX and OpenVINO's IR, golden, labels and manifest: nothing of when or where, nor of the order of sets."""
     import sys
 
     code = (
@@ -268,7 +268,7 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
         "from dualtoken_deploy import export; "
         "[export(target=t, output=f'{sys.argv[1]}/{t}', **SMALL) for t in sys.argv[2:]]"
     )
-    targets = ("onnxruntime", "openvino", "coreml")
+    targets = ("onnxruntime", "openvino")
     root = Path(__file__).parent.parent
     for number, hash_seed in (("one", "1"), ("two", "2")):  # orders of sets differ between the two
         command = [sys.executable, "-c", code, str(tmp_path / number), *targets]
@@ -280,7 +280,7 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
         {p.relative_to(made): p.read_bytes() for t in targets for p in (made / t).rglob("*") if p.is_file()}
         for made in (tmp_path / "one", tmp_path / "two")
     )
-    assert len(first) >= 3 * 4
+    assert len(first) == 4 + 5  # OpenVINO's model is two files
     assert [name for name in {**first, **second} if first.get(name) != second.get(name)] == []
 
 

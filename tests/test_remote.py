@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import inspect
+import json
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ import pytest
 
 from dualtoken_deploy import Bundle
 from dualtoken_deploy.bundle.store import sha256
+from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import InputError, MissingError, UsageError
 from dualtoken_deploy.remote.devices import Device, find_device, read_devices
 from dualtoken_deploy.remote.link import Link
@@ -271,12 +273,14 @@ def test_an_environment_is_made_once_from_a_wheelhouse_and_one_that_fails_is_not
     assert "no-such-package-here" in line
     assert list(environments.iterdir()) == []
     named(environment="made", wheelhouse=str(make_wheel(tmp_path / "whole")))
-    found = prints(capsys, "inspect", own_bundle, "--on", "loop", "--json")
+    main(["inspect", str(own_bundle), "--on", "loop", "--json"])  # whose answer is the tiny program's own
+    found = json.loads(capsys.readouterr().out)
     assert found["asked"] == ["inspect", str(own_bundle), "--json"]  # there by its name there
     assert found["on"]["machine"] == {"cpu": "tiny"}
     (made,) = environments.iterdir()
     before = made.stat().st_ctime_ns
-    assert prints(capsys, "inspect", own_bundle, "--on", "loop", "--json")["asked"]
+    main(["inspect", str(own_bundle), "--on", "loop", "--json"])
+    assert json.loads(capsys.readouterr().out)["asked"]
     assert [p.stat().st_ctime_ns for p in environments.iterdir()] == [before]
 
 

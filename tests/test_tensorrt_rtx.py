@@ -512,7 +512,7 @@ def test_an_engine_of_another_version_is_named_without_a_driver(
         main(["inspect", str(engine)])
     assert caught.value.code == 3
     here = load_library(RTX).__version__
-    assert f"TensorRT for RTX 1.2.3.4 compiled it, here is {here}: dualtoken export anew" in capsys.readouterr().err
+    assert f"TensorRT for RTX 1.2.3.4 compiled it, here is {here}: export it anew" in capsys.readouterr().err
 
 
 def test_an_engine_that_is_cut_behind_its_header_is_refused(engine: Path, device: Device) -> None:
