@@ -128,6 +128,15 @@ def test_without_the_rules_it_falls_apart(made: Bundle, tmp_path: Path) -> None:
     assert pieces[1] == (1, 0)
 
 
+def test_a_graph_with_a_relu_is_read(tmp_path: Path) -> None:
+    """Its upper end is infinite, which flatc writes as no JSON reader has it."""
+    with torch.no_grad():
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+        exporter.lower(torch.export.export(model, (torch.ones(1, 4),)), tmp_path / MODEL)
+    (graph,) = read(tmp_path / MODEL).delegates
+    assert "XNNFullyConnected" in {node.kind for node in graph}
+
+
 def test_a_product_outside_the_delegate_is_a_promise_not_kept(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     found = read(made.path / MODEL)
     monkeypatch.setattr(program, "read", lambda _: replace(found, outside=("aten::bmm.out", *found.outside)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +14,9 @@ from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
-from dualtoken_deploy.targets.executorch.export import trace
-from dualtoken_deploy.targets.executorch.quantize import PteBackend, quantize
-from dualtoken_deploy.targets.mobile.torch_program import Source
+from dualtoken_deploy.targets.executorch.quantize import PteBackend, prepare, quantize
 from dualtoken_deploy.targets.request import Request
+from dualtoken_deploy.tasks.table import TASKS
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.contracts import make_contract
 
@@ -29,25 +27,25 @@ INT8 = Int8Options("digits", size=16, metric="agreement", max_drop=60.0)  # rand
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("executorch") / "bundle"
-    export("tiny-mix", "executorch", "int8", output=folder, image_size=64, num_classes=10, int8=INT8)
+    few = {**TASKS, "classify": replace(TASKS["classify"], held_out=24)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualtoken_deploy.tasks.table.TASKS", few)
+        export("tiny-mix", "executorch", "int8", output=folder, image_size=64, num_classes=10, int8=INT8)
     return Bundle.open(folder)
 
 
 @pytest.fixture(scope="module")
-def source(made: Bundle) -> Source:
-    request = Request("fp32", made.manifest.input, made.manifest.outputs, None, {"variant": "t"})
-    return trace(rebuild(made.manifest), request, lambda _: None)
-
-
-@pytest.fixture(scope="module")
-def backend(made: Bundle, source: Source) -> PteBackend:
+def backend(made: Bundle) -> PteBackend:
+    """Over the program that the export traced, which is still remembered."""
     inputs = np.repeat(made.golden["input"], 10, 0)
     pictures = CalibrationSet.of_arrays("golden", inputs, made.manifest.input)
     request = Request("int8", made.manifest.input, made.manifest.outputs, None, {"variant": "t"})
-    return PteBackend(source, request, pictures, "static", "minmax", lambda _: None)
+    found = prepare(rebuild(made.manifest), request, pictures, "static", "minmax", lambda _: None).backend
+    assert isinstance(found, PteBackend)
+    return found
 
 
-def test_integers_execute_in_one_piece(made: Bundle, small_bundle: Callable[..., Path]) -> None:
+def test_integers_execute_in_one_piece(made: Bundle) -> None:
     with load_runner(made) as runner:
         logits = runner.run({"image": made.golden["input"]})["logits"]
     assert compare(made.golden["logits"], logits).sqnr_db >= 15
@@ -56,7 +54,7 @@ def test_integers_execute_in_one_piece(made: Bundle, small_bundle: Callable[...,
     assert inspection.int8_mac_share >= 0.94
     assert inspection.executed_precision["XNNConv2d"] == "int8"
     assert any("in 1 pieces" in note for note in inspection.notes)
-    assert made.size_bytes < 0.36 * Bundle.open(small_bundle("executorch")).size_bytes
+    assert made.size_bytes < 0.36 * 4 * sum(p.numel() for p in rebuild(made.manifest).parameters())
 
 
 def test_multiplications_are_torchs(made: Bundle) -> None:
@@ -67,21 +65,21 @@ def test_multiplications_are_torchs(made: Bundle) -> None:
     assert sum(macs.values()) == pytest.approx(count_macs(rebuild(made.manifest), (64, 64)), rel=0.04)
 
 
-def test_noise_is_predicted(backend: PteBackend, source: Source, made: Bundle) -> None:
+def test_noise_is_predicted(backend: PteBackend, made: Bundle) -> None:
     """By one pass over the torch program, within 4 dB of what PT2E's own arithmetic loses."""
     predicted = -10 * np.log10(backend.sensitivity().noise())
     products = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
     chosen = {name for name, node in backend._nodes.items() if node.target in products}
-    image = torch.from_numpy(made.golden["input"])
+    image, source = torch.from_numpy(made.golden["input"]), backend._source
     with torch.no_grad():
         want, got = (p.module()(image) for p in (source.program, quantize(source.program, chosen, backend._ranges)))
     assert predicted == pytest.approx(compare(want.numpy(), got.numpy()).sqnr_db, abs=4)
 
 
-def test_layers_in_float_have_no_pairs(backend: PteBackend, source: Source) -> None:
+def test_layers_in_float_have_no_pairs(backend: PteBackend) -> None:
     """And the ranges in the pairs of the others are ours."""
     one = next(name for name, node in backend._nodes.items() if node.target is torch.ops.aten.conv2d.default)
-    program = quantize(source.program, {one}, backend._ranges)
+    program = quantize(backend._source.program, {one}, backend._ranges)
     pairs = [
         n for n in program.graph.nodes if "quantize_per_tensor" in str(n.target) and "dequantize" not in str(n.target)
     ]

@@ -25,6 +25,7 @@ from dualtoken_deploy.targets.litert import flat
 from dualtoken_deploy.targets.litert.quantize import FloatFile, LiteRtBackend, collect_ranges
 from dualtoken_deploy.targets.recorder import Recorder
 from dualtoken_deploy.targets.request import Request
+from dualtoken_deploy.tasks.table import TASKS
 from dualtoken_deploy.use.inspect import Inspection, check_promise, inspect_bundle, int8_share
 from tests.contracts import make_contract
 
@@ -46,7 +47,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, litert_converter: Path) -> Ca
         if key not in known:
             folder = tmp_path_factory.mktemp("litert") / "bundle"
             int8 = None if precision == "fp32" else dataclasses.replace(INT8, quantizer=quantizer)
-            export("tiny-mix", "litert", precision, output=folder, image_size=64, num_classes=10, int8=int8)
+            few = {**TASKS, "classify": dataclasses.replace(TASKS["classify"], held_out=24)}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("dualtoken_deploy.tasks.table.TASKS", few)
+                export("tiny-mix", "litert", precision, output=folder, image_size=64, num_classes=10, int8=int8)
             known[key] = Bundle.open(folder)
         return known[key]
 

@@ -64,14 +64,8 @@ def test_convolutions_are_all_there(made: Callable[..., Bundle]) -> None:
     assert sum(kind in ("Convolution", "ConvolutionDepthWise") for kind in kinds) == convolutions
 
 
-def test_what_pnnx_drops_is_an_error(tmp_path: Path) -> None:
-    """DualFormer's buckets are made by comparisons, which ncnn has not; pnnx ends with 0 all the same."""
-    with pytest.raises(ConversionError, match=r"ncnn has no .*torch\.ge.*without failing"):
-        export("tiny-dualformer", "ncnn", output=tmp_path / "b", image_size=64, num_classes=10)
-    assert not (tmp_path / "b").exists()
-
-
 def test_what_pnnx_says_is_read() -> None:
+    """DualFormer's comparisons, of which ncnn has none; pnnx ends with 0 all the same."""
     check_converted("ignored lines do not begin so\nFLOPS = 1\n", 0)
     with pytest.raises(ConversionError, match=r"no torch\.ge, which"):
         check_converted("x\nignore torch.ge torch.ge_0 param other=0\n", 0)
