@@ -260,7 +260,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [("cut", "cut short or damaged|cannot load"), ("empty", "no .tflite"), ("not a model", "no .tflite"),
-     ("newer", "version 4"), ("custom", "CUSTOM FlexErf"), ("other names", "not the manifest's logits")],
+     ("newer", "version 4"), ("custom", "CUSTOM FlexErf"), ("other names", "the manifest says logits")],
 )  # fmt: skip
 def test_a_file_that_cannot_run_is_one_line(own: Path, how: str, words: str) -> None:
     damage(own / MODEL, how)
