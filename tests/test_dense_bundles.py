@@ -359,7 +359,7 @@ def test_drawings_that_cannot_be_made(
     cases: list[tuple[int, str, list[Path]]] = [
         (2, "does not end in .png", [bundle, picture, tmp_path / "a.jpg"]),
         (4, "no folder", [bundle, picture, tmp_path / "none" / "a.png"]),
-        (2, "give one", [bundle, picture, picture, tmp_path / "a.png"]),
+        (2, "name a folder", [bundle, picture, picture, tmp_path / "a.png"]),
         (2, "leave --output out", [small_bundle(), picture, tmp_path / "a.png"]),
         (4, "no picture", [bundle, tmp_path / "lacking.png", tmp_path / "a.png"]),
     ]
@@ -373,7 +373,7 @@ def test_drawings_that_cannot_be_made(
 @pytest.mark.parametrize(
     ("command", "hint"),
     [
-        (("visualize", "BUNDLE", "PICTURE", "--output", "a.png"), "predict --output"),
+        (("visualize", "BUNDLE", "PICTURE", "--output", "a.png"), "dualtoken predict"),
         (("validate", "CLASSIFIER", "--min-ap", "0.5"), "a measure of the task detect"),
         (("evaluate", "BUNDLE", "--data", "scenes", "--limit", "1", "--confusion", "a.png"), "no confusion matrix"),
     ],

@@ -127,7 +127,7 @@ def changed(**fields: Any) -> bytes:
         (b'{"schema_version": NaN}', "not JSON"),
         (b'{"schema_version": "1"}', "Expected `int`"),
         (b'{"schema_version": 1}', "missing required field"),
-        (b'{"schema_version": 99}', "upgrade it: pip install"),
+        (b'{"schema_version": 99}', "upgrade it"),
         (b'{"schema_version": 1' + b"0" * 5000 + b"}", "not JSON"),
         (changed(weights=None), r"\$\.weights"),
         (changed(weights={"source": 3, "sha256": ""}), r"\$\.weights\.source"),

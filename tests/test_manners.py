@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def test_nohup_is_kept() -> None:
 
 def test_a_terminal_that_goes_ends_a_command_tidily(own_bundle: Path) -> None:
     command = [*PROGRAM, "export", "--variant", "t-mix", "--target", "onnx", "--force", "--output", str(own_bundle)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a shell under nohup hands on that the signal is ignored, which the command respects
+    default = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     assert process.stderr is not None
     for line in process.stderr:
         if "tracing" in line:

@@ -50,7 +50,14 @@ def test_the_table_of_targets_shows_the_extra_to_install() -> None:
 
     from dualtoken_deploy.use.report import targets_tables
 
-    row = {"target": "t", "precisions": ["fp32"], "can_export": True, "can_run": False, "install": "pip install 'x[y]'"}
+    row = {
+        "target": "t",
+        "precisions": ["fp32"],
+        "can_export": True,
+        "can_run": False,
+        "runs_as": "no",
+        "install": "pip install 'x[y]'",
+    }
     drawn = io.StringIO()
     Console(width=200, file=drawn).print(targets_tables([{**row, "devices": []}]))
     assert "pip install 'x[y]'" in drawn.getvalue()

@@ -19,24 +19,29 @@ MOVES = frozenset({"Reshape", "Transpose", "Split", "Cast", "Squeeze", "Unsqueez
 
 def onnx_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
     """Every value of the graph but moved data, computed by ONNX Runtime without optimisation."""
-    graph = float_graph(bundle.manifest, tell)
+    file = bundle.path / "model.onnx"  # attention is one operator or three by its opset
+    opset = int(onnx.load(file).opset_import[0].version) if file.is_file() else None
+    graph = float_graph(bundle.manifest, tell, opset)
     kinds = {n.output[0]: n.op_type for n in graph.graph.node if n.op_type not in MOVES}
     tell("running the float graph")
     values = Prober(graph, list(kinds)).run_each(inputs)
     return Insides(kinds, values, [(n.input, n.output) for n in graph.graph.node], lambda value: value)
 
 
-def float_graph(manifest: Manifest, tell: Tell) -> onnx.ModelProto:
-    """The float32 ONNX graph of a bundle's model, traced anew from its weights, with the names that the bundle has."""
-    opset = ATTENTION_OPSET if manifest.precision == "fp32" else DECOMPOSED_OPSET
+def float_graph(manifest: Manifest, tell: Tell, opset: int | None = None) -> onnx.ModelProto:
+    """The float32 ONNX graph of a bundle's model, traced anew from its weights, with the names that the bundle has.
+
+    `opset`: of the bundle's file, where it has one.
+    """
+    chosen = opset or (ATTENTION_OPSET if manifest.precision == "fp32" else DECOMPOSED_OPSET)
 
     def trace() -> onnx.ModelProto:
         request = Request(
             "fp32", manifest.input, manifest.outputs, None, {"variant": manifest.variant}, task=manifest.task
         )
-        return export_onnx(rebuild(manifest), request, DEFAULT_RULES, opset, tell).model
+        return export_onnx(rebuild(manifest), request, DEFAULT_RULES, chosen, tell).model
 
-    return _GRAPHS.get(manifest, [opset], trace)
+    return _GRAPHS.get(manifest, [chosen], trace)
 
 
 _GRAPHS: Last[onnx.ModelProto] = Last()
