@@ -20,6 +20,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ ATTACKS: Mapping[str, Callable[[Aim], Awaitable[None]]] = MappingProxyType(
         ),
         "64 silent gRPC streams": lambda aim: silent_streams(aim, 64),
         "4 JPEGs of 12,000 scans": lambda aim: again(4, lambda: send_and_read(aim, whole("classify", scans()))),
-        "4 JPEGs of 24 megapixels": lambda aim: again(4, lambda: send_and_read(aim, whole("classify", large()))),
+        "4 JPEGs of 24 megapixels": lambda aim: again(4, lambda: send_and_read(aim, whole("classify", LARGE[0]))),
         "60 bodies of 15 MiB whose clients leave": lambda aim: again(
             60, lambda: leave(aim, whole("classify", b"\xff\xd8\xff" + bytes(15 * 2**20)))
         ),
@@ -239,6 +240,7 @@ ATTACKS: Mapping[str, Callable[[Aim], Awaitable[None]]] = MappingProxyType(
         ),
     }
 )
+LARGE: list[bytes] = []  # the picture of 24 megapixels, which takes seconds to make
 TRAILER = b"x-trailer: " + b"a" * 60_000 + b"\r\n"
 
 
@@ -331,14 +333,25 @@ def tree_seconds(pid: int) -> float:
 def one(name: str, bundle: Path, seconds: float, rounds: int, priority: int) -> dict[str, Any]:
     """One attack: alone and attacked by turns, ended."""
     opened, quiet, attacked = Bundle.open(bundle), Half(), Half()
-    with server(bundle, 1, "--drain-seconds", str(DRAIN_SECONDS)) as running:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server(bundle, 1, "--drain-seconds", str(DRAIN_SECONDS)) as running,
+    ):
         asyncio.run(honest(running, opened, 1.5))  # everything that starts late has started
         idle_mib = running.memory_mib()
         command = [sys.executable, __file__, str(bundle), "--attack", name, "--at", f"{running.port},{running.grpc}"]
+        picture = Path(folder) / "large.jpg"
+        if "megapixels" in name:
+            picture.write_bytes(large())
+            command += ["--large", str(picture)]
         for number in range(rounds):
             quiet.run(running, opened, seconds)
-            attackers = subprocess.Popen(["nice", "-n", str(priority), *command], stderr=subprocess.DEVNULL)
+            attackers = subprocess.Popen(
+                ["nice", "-n", str(priority), *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
             try:
+                assert attackers.stdout is not None  # noqa: S101  # a pipe was asked for
+                attackers.stdout.readline()  # it has what it sends
                 time.sleep(CONNECT_SECONDS)
                 attacked.run(running, opened, seconds, attackers.pid)
                 if number == rounds - 1:
@@ -394,6 +407,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--attack", help=argparse.SUPPRESS)
+    parser.add_argument("--large", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--at", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not 0 < arguments.seconds * arguments.rounds <= 60 or arguments.rounds < 1:
@@ -401,6 +415,9 @@ def main() -> None:
     if arguments.attack:
         port, _, address = arguments.at.partition(",")
         work = ATTACKS[arguments.attack](Aim(int(port), address))
+        if arguments.large is not None:
+            LARGE.append(arguments.large.read_bytes())
+        print("ready", flush=True)
         with contextlib.suppress(TimeoutError):
             asyncio.run(asyncio.wait_for(work, LIFE_SECONDS))
         return
