@@ -92,7 +92,7 @@ function draw(boxes, [height, width]) {
   over.setAttribute("preserveAspectRatio", "none");
   over.replaceChildren(
     ...boxes.map(([left, top, right, bottom]) => {
-      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      const rect = document.createElementNS(over.namespaceURI, "rect");
       const sides = { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) };
       for (const [key, value] of Object.entries(sides)) rect.setAttribute(key, value);
       return rect;
