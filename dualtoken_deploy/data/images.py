@@ -66,7 +66,11 @@ FORMATS: Mapping[str, str] = MappingProxyType(  # Pillow's name -> how a person 
 AVIF_BRANDS, HEIF_BRANDS = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
 
 # What Pillow's decoders raise on damaged data: seen in a million damaged files, or raised in their source.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
+# libavif and libheif say RuntimeError for all of it.
+DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
+    RuntimeError,
+)  # fmt: skip
 
 TURNS: Mapping[Any, Image.Transpose] = MappingProxyType(  # EXIF 2.32, tag 274: how to show what is stored
     {

@@ -23,8 +23,9 @@ def encoded(kind: str) -> bytes:
     return out.getvalue()
 
 
+Image.init()
 SEEDS = [
-    *map(encoded, FORMATS),
+    *(encoded(kind) for kind in FORMATS if kind in Image.SAVE),  # HEIF is an extra
     hostile.jpeg_of_scans(3, side=16),
     hostile.tiff_of_strips(9),
     hostile.gif_of_comments(2),

@@ -148,8 +148,12 @@ class AotInductorRunner(Bordered):
                 raise BundleError(f"{self._path} does not run: {first_line(error)}; export it again") from error
         arrays = [r.cpu().numpy() for r in (results if isinstance(results, (tuple, list)) else (results,))]
         found = {spec.name: array for spec, array in zip(self._outputs, arrays, strict=False)}
-        # a package declares nothing, so what it gives is held against the manifest
-        declared = {name: Declared(array.dtype.name, array.shape) for name, array in found.items()}
+        # a package declares nothing, so what it gives is held against the manifest, but for sizes that are open there
+        declared = {
+            spec.name: Declared(found[spec.name].dtype.name, _open_where(spec, found[spec.name].shape))
+            for spec in self._outputs
+            if spec.name in found
+        }
         check_declared(self._path, "output", self._outputs, declared)
         return found
 
@@ -159,6 +163,13 @@ class AotInductorRunner(Bordered):
         with zipfile.ZipFile(self._path) as package:
             sources = [package.read(name).decode() for name in package.namelist() if name.endswith(".wrapper.cpp")]
         return read_calls("\n".join(sources))
+
+
+def _open_where(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    """The shape with None for every size that the manifest leaves open."""
+    if len(shape) != len(spec.shape):
+        return shape
+    return tuple(side if isinstance(said, int) else None for said, side in zip(spec.shape, shape, strict=True))
 
 
 def read_calls(source: str) -> Execution:
