@@ -4,7 +4,7 @@ Two depths of one backbone become two vocabularies: the maps of stage 1 are pixe
 picture from, and those of stage 3 semantic codes. Both are quantized residually (RQ-VAE, Lee et al., arXiv:2203.01941):
 the nearest code, then the nearest to what that one left, `depth` times from one codebook. The codebooks follow the
 running mean of the vectors that chose them (van den Oord et al., arXiv:1711.00937, appendix A), and codes that nobody
-chooses restart as vectors of the batch. What was chosen here, and why: docs/decisions/014-tokenizer.md.
+chooses restart as vectors of the batch. What was chosen here, and why: docs/decisions/016-tokenizer.md.
 """
 
 from __future__ import annotations
