@@ -11,6 +11,7 @@ def teach() -> None:
     """Registers the operations below with coremltools' torch front end."""
     _channel_norm()
     _named_linear()
+    _alias()
 
 
 def _channel_norm() -> None:
@@ -38,3 +39,15 @@ def _named_linear() -> None:
     def linear(context: Any, node: Any) -> None:
         original(context, node)
         context[node.name].op.name = node.name
+
+
+def _alias() -> None:
+    """Passes on what torch gives a second name: what an operation of our own (the scan of ViM2) returns unchanged is
+    traced as `aten.alias`, which coremltools 9.0 does not know."""
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+
+    @register_torch_op  # type: ignore[untyped-decorator]
+    def alias(context: Any, node: Any) -> None:
+        (x,) = _get_inputs(context, node, expected=1)
+        context.add(x, torch_name=node.name)
