@@ -588,7 +588,7 @@ def test_settings_that_do_not_fit(chains: tuple[Path, Path], settings: dict[str,
 
 
 def test_no_bundle_or_no_products(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="dualtoken export"):
+    with pytest.raises(UsageError, match="no bundle to bench"):
         bench([])
     bare = Bundle.open(make_bundle(tmp_path / "bare", products=()))
     assert [e.name for e in enter([bare], None)[0]] == ["bare"]
