@@ -14,7 +14,7 @@ import numpy as np
 from dualtoken_deploy.bench.run import GEMM, bench
 from dualtoken_deploy.bundle.decode import decode, parse, plain
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.errors import InputError
+from dualtoken_deploy.errors import InputError, install_command
 from dualtoken_deploy.files import read_bytes, write_atomically
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.targets.load import why_no_latency
@@ -102,7 +102,7 @@ class Report:
         if found.schema_version > SCHEMA_VERSION:
             raise InputError(
                 f"{path} has schema version {found.schema_version}, this program reads up to {SCHEMA_VERSION}; "
-                "upgrade it: pip install -U dualtoken-deploy"
+                f"upgrade it (this one was installed by: {install_command()})"
             )
         return found
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from dualtoken_deploy.bundle.blocks import RANDOM
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle
-from dualtoken_deploy.errors import BundleError, DualTokenError, MissingError, UsageError
+from dualtoken_deploy.errors import BundleError, DualTokenError, MissingError, UsageError, install_command
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import logs
 from dualtoken_deploy.serve.admission import Gate
@@ -290,9 +290,7 @@ def check_servable(bundle: Bundle) -> None:
     manifest = bundle.manifest
     target = get_target(manifest.target)
     if target.missing():
-        raise MissingError(
-            f"{bundle.path} needs the extra [{target.extra}]; run: pip install 'dualtoken-deploy[{target.extra}]'"
-        )
+        raise MissingError(f"{bundle.path} needs the extra [{target.extra}]; run: {install_command(target.extra)}")
     check_native(bundle)
     for spec in (manifest.input.tensor, *manifest.outputs):
         if spec.dtype not in DATATYPES:

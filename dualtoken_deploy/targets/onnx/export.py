@@ -40,8 +40,8 @@ SIMPLIFIED_AGREEMENT = 0.98
 # onnxsim would turn each linear layer over (B, N, C) into Reshape, Gemm, Reshape: no gain, and harder to quantize.
 SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
 
-# Kept in float32 by `to_float16`: statistics and exponentials lose or overflow in half precision.
 WEIGHTED = ("Conv", "MatMul", "Gemm")  # operators with weights of two axes and more
+# Kept in float32 by `to_float16`: statistics and exponentials lose or overflow in half precision.
 FLOAT32_OPERATORS = ("LayerNormalization", "Softmax", "ReduceMean", "Sigmoid")
 
 
