@@ -192,6 +192,10 @@ def test_a_pace_says_what_is_left() -> None:
     assert pace.left() == ""
     assert pace.add("tracing")
     assert pace.left() == ""
+    for part in (1, 2, 3):  # a part of an epoch is no count, and training says by itself what is left
+        now[0] += 10.0
+        pace.add(f"epoch 0.{part}5 of 12: loss 7.1, about 22 min left")
+        assert pace.left() == ""
 
 
 def test_lines_come_every_ten_seconds_and_at_each_step() -> None:

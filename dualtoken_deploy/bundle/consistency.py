@@ -85,9 +85,8 @@ def _model(manifest: Manifest) -> Iterator[str]:
         yield "weights are random and have no seed"
     if (bad := strange_option(manifest.options)) is not None:
         yield f"options has {bad!r}, which is no option of a model"
-    classes = manifest.options.get("num_classes")
-    width = manifest.outputs[0].shape[-1] if manifest.outputs and manifest.outputs[0].shape else None
-    if manifest.task == CLASSIFY and isinstance(classes, int) and isinstance(width, int) and classes != width:
+    classes, width = manifest.options.get("num_classes"), _logits(manifest)
+    if isinstance(classes, int) and width is not None and classes != width:
         yield f"options say {classes} classes, the output {manifest.outputs[0].name} has {width}"
 
 
@@ -104,7 +103,10 @@ def _plain_name(name: str) -> bool:
 def count_classes(manifest: Manifest) -> int | None:
     """How many names labels.txt has to have; None where the manifest does not say."""
     classes = (manifest.dense or {}).get("classes")
-    if manifest.task != CLASSIFY:
-        return classes if isinstance(classes, int) and not isinstance(classes, bool) else None
-    last = manifest.outputs[0].shape[-1] if manifest.outputs and manifest.outputs[0].shape else None
-    return last if isinstance(last, int) else None
+    return classes if isinstance(classes, int) and not isinstance(classes, bool) else _logits(manifest)
+
+
+def _logits(manifest: Manifest) -> int | None:
+    """How many a classifier has, by its output's shape; None where that does not say, and of other tasks."""
+    shape = manifest.outputs[0].shape if manifest.task == CLASSIFY and manifest.outputs else ()
+    return shape[-1] if shape and isinstance(shape[-1], int) else None

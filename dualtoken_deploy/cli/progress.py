@@ -16,7 +16,7 @@ from dualtoken_deploy.use.text import printable
 
 LINE_EVERY_S = 10.0  # where stderr is no terminal
 GUESS_AFTER = 0.05  # of a count: before that its rate says little
-_COUNT = re.compile(r"(\d+)\s*(?:/|of)\s*(\d+)")
+_COUNT = re.compile(r"(?<![\d.])(\d+)\s*(?:/|of)\s*(\d+)")  # whole ones: training says itself what is left
 
 
 @dataclass

@@ -150,7 +150,7 @@ def _turned(part: fx.Node) -> fx.Node | None:
     if len(part.users) != 1:
         return None
     view = next(iter(part.users))
-    if view.target not in _VIEWS or len(view.users) != 1 or len(_shape(view)) != 4:
+    if not _is_view(view) or len(view.users) != 1 or len(_shape(view)) != 4:
         return None
     turn = next(iter(view.users))
     return turn if turn.target is aten.transpose.int and set(_arguments(turn)[1:]) == {1, 2} else None
@@ -201,7 +201,7 @@ def join_views(graph: fx.Graph) -> int:
     count = 0
     for node in _calls(graph, *_VIEWS):
         source = first = _arguments(node)[0]
-        while source.target in _VIEWS:
+        while _is_view(source):
             source = _arguments(source)[0]
         if _shape(source) == _shape(node):
             node.replace_all_uses_with(source)
@@ -211,6 +211,10 @@ def join_views(graph: fx.Graph) -> int:
         node.target, node.args = aten.reshape.default, (source, _shape(node))
     graph.eliminate_dead_code()
     return count
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target in _VIEWS
 
 
 def _calls(graph: fx.Graph, *targets: Any) -> list[fx.Node]:

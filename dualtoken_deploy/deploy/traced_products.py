@@ -76,9 +76,9 @@ def add_buffer(program: Program, name: str, value: Tensor) -> fx.Node:
     """The node of a constant of that name, made where there is none: a buffer of the program's root module."""
     nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     specs = program.graph_signature.input_specs
-    for spec in specs:
-        if spec.target == name:
-            return nodes[spec.arg.name]
+    known = {spec.target: nodes[spec.arg.name] for spec in specs}
+    if name in known:
+        return known[name]
     before = next((place for place, spec in enumerate(specs) if spec.kind not in _WEIGHTS), len(specs))
     with program.graph.inserting_before(nodes[specs[before].arg.name]):
         node: fx.Node = program.graph.placeholder(f"b_{name}")

@@ -54,6 +54,11 @@ def get_system(name: str) -> System:
     return SYSTEMS[name]
 
 
+def systems_of(task: str) -> tuple[str, ...]:
+    """The names of the rows for a task."""
+    return tuple(row.name for row in SYSTEMS.values() if row.task == task)
+
+
 def system_config(name: str, **options: Any) -> Any:
     """The configuration with options changed. Raises UsageError on an unknown option, or a number that is none."""
     row = get_system(name)

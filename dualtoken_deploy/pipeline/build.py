@@ -100,9 +100,8 @@ def build_bundle(
 
 
 def _check_buildable(bundle: Bundle, rebuild: bool) -> None:
-    built = [name for name, row in TARGETS.items() if row.built_by == "build"]
-    if bundle.manifest.target not in built:
-        names = " and ".join(built)
+    if get_target(bundle.manifest.target).built_by != "build":
+        names = " and ".join(name for name, row in TARGETS.items() if row.built_by == "build")
         raise UsageError(f"{bundle.path} is a bundle for {bundle.manifest.target}; only {names} bundles are built")
     if bundle.manifest.state == COMPLETE and not rebuild:
         raise UsageError(f"{bundle.path} has an engine already; give --rebuild to build it anew from its ONNX")

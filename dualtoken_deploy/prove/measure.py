@@ -117,6 +117,7 @@ def subject_of(bundle: Bundle) -> Subject:
 def measure(bundle: Bundle, setting: Setting, command: str = "", progress: Tell | None = None) -> Report:
     """Validates, inspects and times a bundle. Raises what those raise."""
     tell = progress or (lambda _: None)
+    target = get_target(bundle.manifest.target)
     tell("reading what executes")
     inspection = inspect_bundle(bundle, setting.device)
     (checked,) = validate(
@@ -128,10 +129,10 @@ def measure(bundle: Bundle, setting: Setting, command: str = "", progress: Tell 
     if checked.agreement is not None:
         figures["agreement"] = checked.agreement
     figures |= {name: value for name, value in (checked.scores or {}).items() if name in get_task(checked.task).metrics}
-    if bundle.manifest.precision == "int8" and bundle.manifest.calibration is not None:
+    if target.precision(bundle.manifest.precision).integers:
         figures["int8_mac_share"] = inspection.int8_mac_share
     latency, notes = _time(bundle, setting, tell)
-    libraries = ("dualtoken-deploy", "numpy", *get_target(bundle.manifest.target).libraries)
+    libraries = ("dualtoken-deploy", "numpy", *target.libraries)
     return Report(
         subject=subject_of(bundle),
         setting=setting,

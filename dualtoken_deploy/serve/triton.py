@@ -18,7 +18,6 @@ from dualtoken_deploy.bundle.store import LABELS, Bundle
 from dualtoken_deploy.errors import OutputError, UsageError
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.staging import staged_folder, swap
-from dualtoken_deploy.targets.openvino.runner import float_dtype
 from dualtoken_deploy.targets.table import TARGETS, get_target
 from dualtoken_deploy.tasks.table import get_task
 
@@ -95,8 +94,8 @@ def config(bundle: Bundle) -> str:
         labels = spec.layout == "NC" and get_task(manifest.task).classes
         lines += _tensor("output", spec, open_batch, f"  label_filename: {_quoted(LABELS)}" if labels else None)
     lines += ["dynamic_batching {", "}"] if open_batch else []
-    if manifest.target == "openvino" and float_dtype(manifest.precision) == "bf16":
-        lines += ["parameters {", '  key: "HINT_BF16"', '  value { string_value: "YES" }', "}"]
+    for key in get_target(manifest.target).triton_switches.get(manifest.precision, ()):
+        lines += ["parameters {", f"  key: {_quoted(key)}", '  value { string_value: "YES" }', "}"]
     return "\n".join(lines) + "\n"
 
 

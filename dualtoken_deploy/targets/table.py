@@ -26,8 +26,9 @@ class Target:
     options of export that are this target's own. `check_images`: photographs that export checks on, where
     the runtime is too slow here for all of them. `heads`: those of this package with the forms of their outputs that
     are on offer. `product_kinds`: what the runtime calls operators that hold a model's matrix products. `libraries`:
-    whose versions a manifest keeps. `triton`: the backend that takes the files, and their names there. `quantizers`:
-    for precisions that search, the default first. `looks`: of a target whose bundles can be looked into, by precision
+    whose versions a manifest keeps. `triton`: the backend that takes the files, and their names there.
+    `triton_switches`: of the backend, by precision, those that are on. `quantizers`: for precisions that search, the
+    default first. `looks`: of a target whose bundles can be looked into, by precision
     the dB below which a layer counts as drifted. `devices`: the kinds of device that it is for.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
@@ -58,6 +59,7 @@ class Target:
     product_kinds: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     triton: tuple[str, Mapping[str, str]] | None = None
+    triton_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     quantizers: tuple[str, ...] = ()
     looks: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[Device, ...] = ()
@@ -207,6 +209,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 ),
                 libraries=("openvino", "nncf"),
                 triton=("openvino", {"model.xml": "model.xml", "model.bin": "model.bin"}),
+                triton_switches={"bf16": ("HINT_BF16",)},
                 quantizers=("qdq", "nncf"),
                 looks=_LOOKS,
                 devices=(Device("CPU or GPU of Intel", "fp16", "export anywhere"),),

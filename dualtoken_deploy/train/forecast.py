@@ -16,7 +16,7 @@ from dualtoken_deploy.data.samples import SampleSet
 from dualtoken_deploy.data.series import open_series
 from dualtoken_deploy.errors import DatasetError, UsageError
 from dualtoken_deploy.models.registry import load_weights
-from dualtoken_deploy.models.systems import create_system, get_system, system_config
+from dualtoken_deploy.models.systems import create_system, system_config, systems_of
 from dualtoken_deploy.models.weights import weights_path
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.learned import Batch
@@ -51,8 +51,8 @@ class Forecast:
     shares: tuple[str, ...] = ()
 
     def __init__(self, config: TrainConfig) -> None:
-        if get_system(config.variant).task != "forecast":
-            raise UsageError(f"{config.variant} does not forecast; give --variant tsm2")
+        if config.variant not in (known := systems_of("forecast")):
+            raise UsageError(f"{config.variant} does not forecast; give --variant {' or '.join(known)}")
         train, val = (open_series(config.data, part) for part in ("train", "val"))
         self.data, self.labels = train.name, train.labels or ()
         self.digest = train.digest + val.digest

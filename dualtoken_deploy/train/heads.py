@@ -32,7 +32,7 @@ from dualtoken_deploy.train.matching import UNDECIDED, match
 
 # Photometric jitter of SSD (arXiv:1512.02325) in kornia's terms: brightness, contrast, saturation, hue (turns)
 JITTER = (0.125, 0.5, 0.5, 0.05)
-TRAINABLE = ("retinanet", "deeplabv3", "pspnet")
+TRAINABLE = MappingProxyType({"detect": ("retinanet",), "segment": ("deeplabv3", "pspnet")})
 Truth = tuple[NDArray[Any], ...]
 
 
@@ -143,9 +143,9 @@ class HeadTask:
 
     def __init__(self, config: TrainConfig) -> None:
         head = str(config.head)
-        if head not in TRAINABLE or get_head(head).task != config.task:
-            valid = ", ".join(name for name in TRAINABLE if get_head(name).task == config.task)
-            raise UsageError(f"head {head!r} cannot be trained to {config.task}; heads that can: {valid}")
+        known = TRAINABLE[config.task]
+        if head not in known:
+            raise UsageError(f"head {head!r} cannot be trained to {config.task}; heads that can: {', '.join(known)}")
         self.config, self.head = config, get_head(head)
         self.task = get_task(config.task)
         self.shares = self.task.metrics

@@ -19,7 +19,7 @@ from dualtoken_deploy.data.folders import open_parts
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.heads.neck import Backbone
 from dualtoken_deploy.models.registry import create_model, make_config
-from dualtoken_deploy.models.systems import create_system, get_system
+from dualtoken_deploy.models.systems import create_system, systems_of
 from dualtoken_deploy.models.tokenizer import Tokenizer, Told
 from dualtoken_deploy.models.weights import describe_weights
 from dualtoken_deploy.tasks.quality import psnr_db, ssim
@@ -38,8 +38,8 @@ class Tokenize:
     shares: tuple[str, ...] = ("probe_top1", "ssim")
 
     def __init__(self, config: TrainConfig) -> None:
-        if get_system(config.variant).task != "tokenize":
-            raise UsageError(f"{config.variant} is no tokenizer; give --variant dualtoken-tokenizer-s")
+        if config.variant not in (known := systems_of("tokenize")):
+            raise UsageError(f"{config.variant} is no tokenizer; give --variant {' or '.join(known)}")
         if config.init is None:
             raise UsageError("a tokenizer begins with a trained backbone, which teaches it; give --init shapes")
         self.config = config

@@ -194,7 +194,8 @@ def _row(
 ) -> Row:
     manifest = bundle.manifest
     row = get_target(manifest.target)
-    floats = [b for b in bundles if b.manifest.target == row.name and row.precision(b.manifest.precision).exact]
+    alike = [b for b in bundles if get_target(b.manifest.target) is row]
+    floats = [b for b in alike if row.precision(b.manifest.precision).exact]
     fp32 = floats[0] if floats and floats[0] is not bundle else None
     own, base = _timed(report, bundle), None if fp32 is None else _timed(report, fp32)
     faster = None if own is None or base is None else _over(base, own)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.bundle.labels import check_labels, format_labels, read_labels
-from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.bundle.store import LABELS, MANIFEST, SIGNATURE, Bundle, new_folder, sha256
 from dualtoken_deploy.bundle.trust import check_trusted, remember
 from dualtoken_deploy.errors import BundleError, InputError, UsageError
@@ -41,7 +40,7 @@ def relabel(bundle: Bundle | str | Path, labels: str | Path | Sequence[str]) -> 
     manifest, before = opened.manifest, opened.labels
     names = read_labels(Path(labels)) if isinstance(labels, (str, Path)) else tuple(labels)
     check_labels(names, "labels")
-    if get_target(manifest.target).labels_inside and manifest.task == CLASSIFY:
+    if get_target(manifest.target).labels_inside and manifest.dense is None:
         raise UsageError(
             f"{opened.path} is for {manifest.target}, whose file holds the class names itself; export it anew with "
             "--labels"
