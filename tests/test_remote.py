@@ -26,7 +26,7 @@ from dualtoken_deploy.errors import InputError, MissingError, UsageError
 from dualtoken_deploy.remote.devices import Device, find_device, read_devices
 from dualtoken_deploy.remote.link import Link
 from dualtoken_deploy.remote.session import Session
-from tests.commands import fails, prints
+from tests.commands import check_schema, fails, prints
 
 SSHD = shutil.which("sshd") or next((p for p in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if Path(p).exists()), None)
 MISSING = [name for name, path in (("sshd", SSHD), ("ssh", shutil.which("ssh"))) if path is None]
@@ -427,3 +427,79 @@ def test_what_writes_on_the_machine_that_measures_is_refused(
     assert (code, "with --on take --json" in line) == (2, True)
     code, line = fails(capsys, "evaluate", "digits", "--data", "digits", "--on", "ssh://nowhere")
     assert (code, "--on takes bundles along" in line) == (2, True)
+
+
+# --- several devices in one table ---
+
+
+@needs_sshd
+def test_several_devices_are_one_table_and_one_that_fails_is_a_row_of_it(
+    sshd: Sshd, named: Callable[..., str], small_bundle: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A device without torch gives the figures that compare gives here; another has no Python."""
+    bundle = small_bundle()
+    barred = tmp_path / "barred"
+    barred.mkdir()
+    (barred / "torch.py").write_text("raise ModuleNotFoundError('barred', name='torch')\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={barred} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    named(python=str(python))
+    file = tmp_path / "config" / "dualtoken" / "devices.toml"
+    broken = f'[broken]\nurl = "{sshd.device.url}"\nconfig = "{sshd.config}"\npython = "/no/p"\n'
+    file.write_text(file.read_text() + broken)
+    options = ("--data", "digits", "--limit", "12", "--rounds", "1", "--seconds", "0.05", "--threads", "1")
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", str(bundle), *options, "--on", "loop", "--on", "broken", "--json"])
+    assert caught.value.code == 3
+    found = json.loads(capsys.readouterr().out)
+    check_schema("compare", found)
+    good, bad = found["rows"]
+    assert (good["device"], good["bundle"], good["error"]) == ("loop", str(bundle), None)
+    assert good["machine"]["cpu"]
+    assert good["p50_ms"] > 0
+    assert good["against_eager"] is None  # which is not there
+    from dualtoken_deploy.use.compare import expect
+    from dualtoken_deploy.use.evaluate import evaluate
+    from dualtoken_deploy.use.validate import validate
+
+    (here,) = validate([bundle], "digits", 12, "eager")
+    assert good["sqnr_db"] == pytest.approx(here.sqnr_db)
+    assert good["score"] == pytest.approx(evaluate(bundle, "digits", 12).scores["top1"])
+    assert found["eager_score"] == pytest.approx((here.eager_scores or {})["top1"])
+    assert bad == {"device": "broken", "machine": {}, "error": {"code": 3, "message": bad["error"]["message"]}}
+    assert "there is no /no/p" in bad["error"]["message"]
+    assert found["error"]["message"].startswith("1 of 2 devices failed: broken: there is no /no/p")
+    assert [d["other_pixels"] for d in found["devices"]] == [0, None]
+    assert left_over(sshd) == []
+    # the same as a table, and a file of other pictures is refused
+    from dualtoken_deploy.use.report import across_table
+
+    assert across_table(found).row_count == 2
+    assert expect([bundle], "digits", tmp_path / "e.npz", 5) == "digits (val)"
+    code, line = fails(capsys, "compare", bundle, *options, "--expected", tmp_path / "e.npz")
+    assert code == 4
+    assert "run compare --on again" in line
+
+
+def test_pictures_that_a_device_decodes_otherwise_are_counted(
+    small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dualtoken_deploy.data.folders import open_dataset
+    from dualtoken_deploy.use.compare import compare, expect
+
+    (tmp_path / "1").mkdir()
+    pictures = [tmp_path / "1" / "a.png", tmp_path / "1" / "b.png"]
+    for path, source in zip(pictures, open_dataset("digits").images, strict=False):
+        shutil.copy(source, path)
+    named = [f"class {i}" for i in range(10)]
+    for name in named:
+        (tmp_path / "set" / name).mkdir(parents=True)
+    for name, path in zip(named, pictures, strict=False):
+        path.rename(tmp_path / "set" / name / path.name)
+    expect([small_bundle()], tmp_path / "set", tmp_path / "e.npz")
+    monkeypatch.setattr("dualtoken_deploy.use.compare.bench", lambda *_: None)
+    assert compare([small_bundle()], tmp_path / "set", expected=tmp_path / "e.npz").other_pixels == 0
+    shutil.copy(tmp_path / "set" / named[0] / "a.png", tmp_path / "set" / named[1] / "b.png")
+    assert compare([small_bundle()], tmp_path / "set", expected=tmp_path / "e.npz").other_pixels == 1

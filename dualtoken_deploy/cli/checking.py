@@ -202,17 +202,35 @@ def compare(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the bench.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 1.0,
     picture: Annotated[Path | None, typer.Option(help="Draw accuracy against latency here (.png, .svg, .pdf).")] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(help="On this device, each in rows of its own: ssh://HOST or a name of devices.toml. Repeat it."),
+    ] = None,
     threads: Threads = None,
+    expected: Annotated[
+        Path | None, typer.Option(hidden=True, help="Eager's outputs in a file that --on wrote, in place of eager.")
+    ] = None,
     allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
-    """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each."""
+    """Holds bundles of one model against each other: accuracy, size, latency, and a verdict on each.
+
+    With several --on each device is measured in turn; one that fails is a row with its error.
+    """
     from dualtoken_deploy.bundle.trust import permit_native
 
     permit_native(allow_native)
     module = with_torch("comparing with eager", importing("use.compare"))
+    if on:
+        from dualtoken_deploy.cli.remote import compare_on
+
+        more = ["--rounds", str(rounds), "--seconds", str(seconds), *(["--allow-native"] if allow_native else [])]
+        compare_on(on, find_bundles(bundles), data, limit, threads, more, picture, json_output)
+        return
     with progress() as tell:
-        found = module.compare(find_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell)
+        found = module.compare(
+            find_bundles(bundles), data, limit, threads, rounds, seconds, progress=tell, expected=expected
+        )
     show(json_output, found.to_json(), lambda r: r.comparison_table(found))
     for note in () if found.bench is None else found.bench.notes:
         remark(f"note: {note}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -112,6 +112,35 @@ def _option(key: str, parameter: inspect.Parameter) -> str:
             if isinstance(word, str) and word.startswith("--"):
                 return str(word)
     return f"--{key.replace('_', '-')}"
+
+
+def compare_on(
+    on: Sequence[str],
+    bundles: Sequence[Path],
+    data: str,
+    limit: int | None,
+    threads: int | None,
+    words: Sequence[str],
+    picture: Path | None,
+    json_output: bool,
+) -> None:
+    """One table over devices; ends with the worst of their exit codes."""
+    from dualtoken_deploy.remote.devices import find_device
+    from dualtoken_deploy.remote.several import compare_across
+
+    if picture is not None:
+        raise UsageError("--picture draws the bundles of one machine; with --on take --json, and draw it here")
+    found = [find_device(each) for each in dict.fromkeys(on)]
+    with progress() as tell:
+        across = compare_across(found, bundles, data, tell, words, limit, threads)
+    show(json_output, across.to_json(), lambda r: r.across_table(across.to_json()))
+    for each in across.devices:
+        if each.found is not None and each.found["other_pixels"]:
+            remark(
+                f"note: {each.device.name} decodes {each.found['other_pixels']} pictures to other pixels than this "
+                "machine, whose eager outputs it is held against"
+            )
+    across.gate()
 
 
 def devices(

@@ -80,7 +80,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "evaluate": ("dualtoken evaluate bundles/t-mix-digits-onnxruntime-int8 --data digits",),
         "inspect": ("dualtoken inspect bundles/t-mix-digits-onnxruntime-int8",),
         "bench": ("dualtoken bench bundles/t-mix-digits-onnxruntime-int8 --against eager",),
-        "compare": ("dualtoken compare bundles/t-mix-digits-onnxruntime-* --data digits",),
+        "compare": (
+            "dualtoken compare bundles/t-mix-digits-onnxruntime-* --data digits",
+            "dualtoken compare bundles/t-mix-digits-onnxruntime-* --data digits --on jetson --on pi",
+        ),
         "diagnose": ("dualtoken diagnose bundles/t-mix-digits-onnxruntime-int8",),
         "predict": ("dualtoken predict bundles/efficientnet-lite0-onnxruntime-fp32 photo.jpg",),
         "label": ("dualtoken label bundles/t-mix-digits-onnxruntime-int8 names.txt",),

@@ -50,11 +50,13 @@ class Outcome:
 
 @dataclass
 class Session:
-    """One command on one device. `folders`: what travels, by the name that it has there."""
+    """One command on one device. `folders`: what travels, by the name that it has there. `machine`: the device's own
+    record, once it was asked."""
 
     device: Device
     tell: Tell
     folders: dict[str, Path] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.link = Link(self.device)
@@ -76,12 +78,12 @@ class Session:
         try:
             root = self._copy()
             python = self._python(here, tuple(sorted(set(extras))))
-            machine = self._about(python)
+            self.machine = self._about(python)
             self.tell(f"{self.device.name}: dualtoken {' '.join(arguments)}")
             code, out, error = self._execute([python, "-m", "dualtoken_deploy", *arguments])
             if code == 0 and back is not None:
                 self._bring_back(back)
-            return Outcome(code, self._local(out, root), error and self._local(error, root, plain=True), machine)
+            return Outcome(code, self._local(out, root), error and self._local(error, root, plain=True), self.machine)
         finally:
             with suppress(DualTokenError):
                 self.link.ask("clean", work=self.work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.data.samples import SampleSet, readable
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.targets import eager
-from dualtoken_deploy.targets.load import Runner, RunnerOptions, engine_of, load_runner, why_no_latency
-from dualtoken_deploy.targets.runner import run_each
+from dualtoken_deploy.targets.load import RunnerOptions, engine_of, load_runner, why_no_latency
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.base import Outputs, Pair, Task
 from dualtoken_deploy.tasks.table import get_task
+from dualtoken_deploy.use.expected import Expected, read_expected, run_all
 from dualtoken_deploy.use.intervals import jackknife, paired_difference, wilson
 from dualtoken_deploy.use.plots import COLOURS, GREY, label_points, save_figure
-from dualtoken_deploy.use.validate import chunks, open_for, read
+from dualtoken_deploy.use.validate import open_for, read
 
 WORTH_DROP = 0.5  # points: more than this is not worth any speed without being asked for
 WORTH_SPEED = 1.05  # the slowest round's ratio to fp32 from which on speed is a gain
@@ -75,7 +75,8 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """`metric` and `eager_score` are None where the data lacks the truth, `bench` where no bundle could be timed.
-    `reference`: what stands for eager, a key of manifest.REFERENCES."""
+    `reference`: what stands for eager, a key of manifest.REFERENCES. `other_pixels`: pictures that this machine decodes
+    to other pixels than the one that computed eager's outputs."""
 
     data: str
     images: int
@@ -84,6 +85,7 @@ class Comparison:
     rows: tuple[Row, ...]
     bench: BenchReport | None
     reference: str = EAGER
+    other_pixels: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -94,6 +96,7 @@ class Comparison:
             "eager_score": self.eager_score,
             "eager_top1": self.eager_score if self.metric == "top1" else None,
             "rows": [asdict(r) | {"top1": r.score if self.metric == "top1" else None} for r in self.rows],
+            "other_pixels": self.other_pixels,
             "bench": None if self.bench is None else self.bench.to_json(),
         }
 
@@ -106,34 +109,35 @@ def compare(
     rounds: int = 5,
     seconds: float = 1.0,
     progress: Tell | None = None,
+    expected: Path | None = None,
 ) -> Comparison:
     """Accuracy of bundles of one model on `data` and their latency, all in one interleaved bench with eager.
 
+    `expected`: a file of expect() with eager's outputs, in the place of eager itself, which then is not timed either.
     Raises UsageError (bundles of different weights), DatasetError, BundleError, WeightsError, MissingError.
     """
     tell = progress or (lambda _: None)
-    opened = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
-    if not opened:
-        raise UsageError("no bundle to compare")
-    if len({b.manifest.weights.sha256 for b in opened}) > 1:
-        raise UsageError("the bundles are of different weights; compare those of one model")
-    if len({b.manifest.task for b in opened}) > 1:
-        raise UsageError("the bundles are for different tasks; compare those of one model")
+    opened = _of_one_model(bundles)
     task, images = get_task(opened[0].manifest.task), readable(open_for(opened[0], data, limit))
     measure = task.metrics[0] if task.metrics and task.known(images) else None
-    with eager.load(opened[0], RunnerOptions(threads=threads)) as model:
-        expected = _outputs(opened[0], images, model, opened[0].manifest.reference, tell)
-    truth = None if measure is None else _answered(opened[0], task, images, expected)
+    if expected is None:
+        reference = _eager(opened[0], images, threads, tell)
+    else:
+        reference = read_expected(expected, opened[0], len(images))
+    truth = None if measure is None else _answered(opened[0], task, images, reference.outputs)
     eager_score = None if truth is None else task.score(truth, len(opened[0].labels))[measure or ""]
     found: dict[int, dict[str, Any]] = {}
+    other_pixels = 0
     for i, bundle in enumerate(opened):
         with load_runner(bundle, None, threads) as runner:
-            engine, actual = engine_of(runner), _outputs(bundle, images, runner, bundle.name, tell)
+            engine, actual = engine_of(runner), run_all(bundle, images, runner, bundle.name, tell)
+        if i == 0:
+            other_pixels = int((actual.digests != reference.digests).any(axis=1).sum())
         meter = task.meter()
-        for want, got in zip(expected, actual, strict=True):
+        for want, got in zip(reference.outputs, actual.outputs, strict=True):
             meter.add(want, got)
         likeness = meter.likeness()
-        pairs = None if measure is None else _answered(bundle, task, images, actual)
+        pairs = None if measure is None else _answered(bundle, task, images, actual.outputs)
         score = None if pairs is None else task.score(pairs, len(bundle.labels))[measure or ""]
         if pairs is None or truth is None or measure is None:
             lost = _lost_agreement(likeness.agreement, len(images))
@@ -141,17 +145,47 @@ def compare(
             lost = _lost_score(task, measure, truth, pairs, len(bundle.labels))
         found[i] = {"score": score, "lost": lost, "sqnr_db": likeness.sqnr_db, "engine": engine}
     timed = [b for b in opened if why_no_latency(b) is None]
-    report = bench(timed, "eager", threads, None, rounds, seconds, None, tell) if timed else None
+    baseline = EAGER if expected is None else None
+    report = bench(timed, baseline, threads, None, rounds, seconds, None, tell) if timed else None
     rows = tuple(_row(b, found[i], opened, report, len(images)) for i, b in enumerate(opened))
-    return Comparison(images.name, len(images), measure, eager_score, rows, report, opened[0].manifest.reference)
+    if expected is not None:  # the baseline is the first bundle
+        rows = tuple(replace(row, against_eager=None) for row in rows)
+    named = opened[0].manifest.reference
+    return Comparison(images.name, len(images), measure, eager_score, rows, report, named, other_pixels)
 
 
-def _outputs(bundle: Bundle, images: SampleSet, runner: Runner, who: str, tell: Tell) -> list[Outputs]:
-    contract, found = bundle.manifest.input, list[Outputs]()
-    for _, inputs in chunks(images, contract, get_task(bundle.manifest.task)):
-        tell(f"running {who}: {len(found)}/{len(images)} images")
-        found += run_each(runner, contract, inputs)
-    return found
+def expect(
+    bundles: Sequence[Bundle | str | Path],
+    data: str | Path,
+    path: Path,
+    limit: int | None = None,
+    threads: int | None = None,
+    progress: Tell | None = None,
+) -> str:
+    """Writes what compare() takes as `expected` on a machine without torch; the name of the data.
+
+    Raises what compare() raises.
+    """
+    opened = _of_one_model(bundles)
+    images = readable(open_for(opened[0], data, limit))
+    _eager(opened[0], images, threads, progress or (lambda _: None)).write(path)
+    return images.name
+
+
+def _of_one_model(bundles: Sequence[Bundle | str | Path]) -> list[Bundle]:
+    opened = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
+    if not opened:
+        raise UsageError("no bundle to compare")
+    if len({b.manifest.weights.sha256 for b in opened}) > 1:
+        raise UsageError("the bundles are of different weights; compare those of one model")
+    if len({b.manifest.task for b in opened}) > 1:
+        raise UsageError("the bundles are for different tasks; compare those of one model")
+    return opened
+
+
+def _eager(bundle: Bundle, images: SampleSet, threads: int | None, tell: Tell) -> Expected:
+    with eager.load(bundle, RunnerOptions(threads=threads)) as model:
+        return run_all(bundle, images, model, bundle.manifest.reference, tell)
 
 
 def _answered(bundle: Bundle, task: Task, images: SampleSet, outputs: Sequence[Outputs]) -> list[Pair]:

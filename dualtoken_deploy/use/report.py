@@ -375,6 +375,43 @@ def comparison_table(found: Comparison) -> Table:
     return table(columns, cells, title + machine)
 
 
+def across_table(found: Mapping[str, Any]) -> Table:
+    """Bundles over devices, a device's machine in its first row; one that failed is a row with its error."""
+    metric = found["metric"] or "score"
+    columns = ("device", "bundle", metric, "lost", "SQNR (dB)", "MiB", "p50 (ms)", "vs fp32", "verdict, or error")
+    cells = []
+    for row in found["rows"]:
+        if row["error"] is not None:
+            cells.append((row["device"], *("-",) * (len(columns) - 2), row["error"]["message"]))
+            continue
+        faster = row["against_fp32"]
+        cells.append(
+            (
+                *(row["device"], row["bundle"], figure(metric, row["score"])),
+                "-" if row["drop"] is None else f"{row['drop']:.2f} ({row['drop_low']:.2f} to {row['drop_high']:.2f})",
+                *(f"{row['sqnr_db']:.1f}", f"{row['size_mib']:.1f}"),
+                "-" if row["p50_ms"] is None else f"{row['p50_ms']:.2f}",
+                "-" if faster is None else f"{faster['median']:.2f}x ({faster['low']:.2f}-{faster['high']:.2f})",
+                row["verdict"],
+            )
+        )
+    machines = "".join(
+        f"\n{d['device']}: {d['machine'].get('cpu')}, {d['machine'].get('cores')} cores, {d['machine'].get('os')}, "
+        f"Python {d['machine'].get('python')}"
+        for d in found["devices"]
+        if d["machine"]
+    )
+    against = (
+        ""
+        if found["reference"] is None
+        else (
+            f", {found['images']} images; {REFERENCES[found['reference']]}, computed here: "
+            f"{figure(metric, found['eager_score'])}; lost: points, 95 % interval"
+        )
+    )
+    return table(columns, cells, f"{found['data']}{against}{machines}", left=2)
+
+
 def verification_table(found: Verification) -> Table:
     """One row each, the verdict last."""
     cells = [(row.name, _cell(row.baseline), _cell(row.now), row.allowed, row.verdict) for row in found.rows]
