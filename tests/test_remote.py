@@ -489,17 +489,12 @@ def test_pictures_that_a_device_decodes_otherwise_are_counted(
     from dualtoken_deploy.data.folders import open_dataset
     from dualtoken_deploy.use.compare import compare, expect
 
-    (tmp_path / "1").mkdir()
-    pictures = [tmp_path / "1" / "a.png", tmp_path / "1" / "b.png"]
-    for path, source in zip(pictures, open_dataset("digits").images, strict=False):
-        shutil.copy(source, path)
-    named = [f"class {i}" for i in range(10)]
-    for name in named:
-        (tmp_path / "set" / name).mkdir(parents=True)
-    for name, path in zip(named, pictures, strict=False):
-        path.rename(tmp_path / "set" / name / path.name)
+    pictures = open_dataset("digits").images
+    for i in range(10):  # the bundle's own classes
+        (tmp_path / "set" / f"class {i}").mkdir(parents=True)
+        shutil.copy(pictures[i], tmp_path / "set" / f"class {i}" / "0.png")
     expect([small_bundle()], tmp_path / "set", tmp_path / "e.npz")
     monkeypatch.setattr("dualtoken_deploy.use.compare.bench", lambda *_: None)
     assert compare([small_bundle()], tmp_path / "set", expected=tmp_path / "e.npz").other_pixels == 0
-    shutil.copy(tmp_path / "set" / named[0] / "a.png", tmp_path / "set" / named[1] / "b.png")
+    shutil.copy(pictures[10], tmp_path / "set" / "class 3" / "0.png")
     assert compare([small_bundle()], tmp_path / "set", expected=tmp_path / "e.npz").other_pixels == 1

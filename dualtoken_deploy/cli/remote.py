@@ -16,7 +16,7 @@ from dualtoken_deploy.errors import DualTokenError, UsageError
 
 On = Annotated[
     str | None,
-    typer.Option(help="Run it on this device: ssh://[USER@]HOST[:PORT], or a name of devices.toml (docs/ci.md)."),
+    typer.Option(help="Run it on this device: ssh://[USER@]HOST[:PORT], adb://SERIAL or a name of devices.toml."),
 ]
 BUNDLES = ("bundles", "bundle", "source")  # positional, and carried where they are folders here
 CARRIED = ("data", "against")  # options whose value may be a folder or file here
@@ -49,6 +49,9 @@ def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, 
         if values.get(key) is not None:
             raise UsageError(f"--{key} writes on the machine that measures; with --on take --json, and draw it here")
     device = find_device(on)
+    if device.android:
+        _send_to_phone(name, {key: p.default for key, p in signature.parameters.items()}, values, device)
+        return
     bundles = _bundles(values)
     extras = extras_of([*bundles, *([Path(values["against"])] if _is_folder(values.get("against")) else [])])
     with progress() as tell:
@@ -65,6 +68,53 @@ def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, 
         write_out(outcome.out.rstrip("\n"))
         remark(f"note: on {device.name}: {outcome.machine.get('cpu')}, {outcome.machine.get('os')}")
     outcome.gate(device.name)
+
+
+# what the runtimes' own programs on Android can be asked
+ON_ANDROID = {
+    "bench": ("bundles", "against", "threads", "rounds", "seconds", "device", "allow_native", "json_output"),
+    "validate": (
+        *("bundles", "reference", "min_agreement", "min_top1", "min_sqnr", "min_ap", "min_miou", "allow_native"),
+        "json_output",
+    ),
+}
+
+
+def _send_to_phone(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any], device: Any) -> None:
+    """Raises UsageError on what no program there can be asked."""
+    from dualtoken_deploy.remote.phone import bench_on, validate_on
+    from dualtoken_deploy.use.validate import gate
+
+    if name not in ON_ANDROID:
+        raise UsageError(
+            f"{name} does not run on Android, where there is no Python: {' and '.join(ON_ANDROID)} do, by the "
+            "runtimes' own programs"
+        )
+    for key, value in values.items():
+        if key not in ON_ANDROID[name] and value != defaults[key]:
+            option = f"--{key.replace('_', '-')}"
+            raise UsageError(f"{option} is not known to the programs on Android; leave it out with --on {device.name}")
+    if values.get("reference") not in (None, "golden"):
+        raise UsageError("--reference: on Android the one input stored in the bundle is fed, so it is golden")
+    bundles = find_bundles(values["bundles"])
+    as_json = values["json_output"]
+    if name == "validate":
+        with progress() as tell:
+            results, machine = validate_on(device, bundles, tell)
+        on = {"device": device.name, "url": device.url, "machine": machine}
+        show(as_json, {"results": [r.to_json() for r in results], "on": on}, lambda r: r.validation_table(results))
+        figures = {key.removeprefix("min_"): value for key, value in values.items() if key.startswith("min_")}
+        gate(results, **{{"sqnr": "sqnr_db"}.get(key, key): value for key, value in figures.items()})
+        return
+    with progress() as tell:
+        report = bench_on(
+            device, bundles, tell, values["against"], values["threads"], values["rounds"], values["seconds"],
+            values["device"],
+        )  # fmt: skip
+    on = {"device": device.name, "url": device.url, "machine": dict(report.machine)}
+    show(as_json, report.to_json() | {"on": on}, lambda r: r.phone_table(report.to_json()))
+    for note in report.notes:
+        remark(f"note: {note}")
 
 
 def _bundles(values: Mapping[str, Any]) -> list[Path]:
@@ -148,8 +198,17 @@ def devices(
     json_output: Json = False,
 ) -> None:
     """Lists the devices of devices.toml, and whether they answer."""
+    from dualtoken_deploy.remote.adb import Adb
     from dualtoken_deploy.remote.devices import devices_file, read_devices
     from dualtoken_deploy.remote.link import Link
+
+    def asked(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {"answers": True, **{k: found[k] for k in ("python", "system", "architecture")},
+                "free_mib": found["free"] >> 20, "environments": len(found["environments"])}  # fmt: skip
+
+    def asked_phone(found: Mapping[str, Any]) -> dict[str, Any]:
+        free = {} if found["free"] is None else {"free_mib": found["free"] >> 20}
+        return {"answers": True, "system": found["os"], "architecture": found["architecture"], **free}
 
     rows: list[dict[str, Any]] = []
     with progress() as tell:
@@ -158,9 +217,7 @@ def devices(
             if check:
                 tell(f"asking {device.name}")
                 try:
-                    found = Link(device).ask("hello")
-                    row |= {"answers": True, **{k: found[k] for k in ("python", "system", "architecture")},
-                            "free_mib": found["free"] >> 20, "environments": len(found["environments"])}  # fmt: skip
+                    row |= asked_phone(Adb(device).hello()) if device.android else asked(Link(device).ask("hello"))
                 except DualTokenError as error:
                     row |= {"answers": False, "why": str(error)}
             rows.append(row)

@@ -1,4 +1,5 @@
-"""Which machine is meant: ssh://user@host:port, or a name of devices.toml; OpenSSH's configuration says the rest."""
+"""Which machine is meant: ssh://user@host:port, adb://serial, or a name of devices.toml; OpenSSH's configuration says
+the rest."""
 
 from __future__ import annotations
 
@@ -17,14 +18,19 @@ MAX_FILE = 1 << 20
 ADDRESS = re.compile(
     r"ssh://(?:(?P<user>[^@/:\s-][^@/:\s]*)@)?(?P<host>[\w.][\w.-]*|\[[0-9a-fA-F:]+\])(?::(?P<port>\d{1,5}))?/?$"
 )
+ANDROID = re.compile(r"adb://(?P<serial>[\w.][\w.:-]*)/?$")
 OWN, MADE = "own", "made"
+SSH_ALONE = ("python", "environment", "wheelhouse", "config")
 
 
 @dataclass(frozen=True)
 class Device:
     """`python`: the interpreter there. `environment` "made": one is made of the wheel and the extra; "own": `python`
     has the package already. `wheelhouse`: wheels here that travel along, for a device without a network. `folder`:
-    where copies and environments are kept there; ~/.cache/dualtoken/remote unless given. `config`: for `ssh -F`."""
+    where copies and environments are kept there; ~/.cache/dualtoken/remote unless given. `config`: for `ssh -F`.
+
+    Of Android (adb://SERIAL) `programs`: a folder here with the runtimes' own programs, built for the device; without
+    it they are /data/local/tmp/NAME there already. `folder`: /data/local/tmp/dualtoken unless given."""
 
     name: str
     url: str
@@ -33,12 +39,27 @@ class Device:
     wheelhouse: str | None = None
     folder: str | None = None
     config: str | None = None
+    programs: str | None = None
 
     def __post_init__(self) -> None:
-        if ADDRESS.match(self.url) is None:
-            raise UsageError(f"{self.url!r} is no ssh://[USER@]HOST[:PORT]")
+        if ADDRESS.match(self.url) is None and ANDROID.match(self.url) is None:
+            raise UsageError(f"{self.url!r} is no ssh://[USER@]HOST[:PORT] and no adb://SERIAL")
+        for field in fields(self):
+            foreign = field.name in SSH_ALONE if self.android else field.name == "programs"
+            if foreign and getattr(self, field.name) != field.default:
+                raise UsageError(f"device {self.name}: {field.name} is for {'ssh' if self.android else 'adb'}:// alone")
         if self.environment not in (OWN, MADE):
             raise UsageError(f"device {self.name}: environment {self.environment!r} is neither {MADE!r} nor {OWN!r}")
+
+    @property
+    def android(self) -> bool:
+        return self.url.startswith("adb://")
+
+    @property
+    def serial(self) -> str:
+        found = ANDROID.match(self.url)
+        assert found is not None  # noqa: S101 (asked for of Android alone)
+        return found["serial"]
 
     @property
     def ssh(self) -> list[str]:
@@ -99,10 +120,10 @@ def _line(file: Path, text: str, key: str) -> str:
 
 def find_device(said: str) -> Device:
     """Raises UsageError that lists the devices that there are."""
-    if said.startswith("ssh://"):
+    if said.startswith(("ssh://", "adb://")):
         return Device(said, said)
     if "://" in said:
-        raise UsageError(f"{said!r} is no device: ssh://[USER@]HOST[:PORT] or a name of {devices_file()}")
+        raise UsageError(f"{said!r} is no device: ssh://[USER@]HOST[:PORT], adb://SERIAL or a name of {devices_file()}")
     known = read_devices()
     if said not in known:
         names = ", ".join(known) or "none"

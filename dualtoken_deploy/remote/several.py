@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.data.built_in import BUILT_IN, built_in_folder
-from dualtoken_deploy.errors import DualTokenError, InputError
+from dualtoken_deploy.errors import DualTokenError, InputError, UsageError
 from dualtoken_deploy.remote.devices import Device
 from dualtoken_deploy.remote.session import Session, Tell, extras_of
 from dualtoken_deploy.use.compare import expect
@@ -113,6 +113,8 @@ def _one(
 ) -> OnDevice:
     session = Session(device, tell)
     try:
+        if device.android:
+            raise UsageError(f"{device.name}: there is no Python on Android; bench and validate take --on adb://")
         words = ["compare", *(session.add(path) for path in bundles)]
         words += ["--data", data if carried is None else session.add(carried), "--expected", session.add(expected)]
         outcome = session.run([*words, *more, "--json"], extras_of(bundles))

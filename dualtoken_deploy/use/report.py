@@ -375,6 +375,29 @@ def comparison_table(found: Comparison) -> Table:
     return table(columns, cells, title + machine)
 
 
+def phone_table(found: Mapping[str, Any]) -> Table:
+    """What the runtimes' programs on Android say; "-" where they do not."""
+    columns = ("contestant", "program", "p50 ms", "mean ms", "min ms", "max ms", "runs", "vs baseline", "size MiB")
+
+    def ms(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+    cells = [
+        (
+            *(c["name"], c["program"], *(ms(c[key]) for key in ("p50_ms", "mean_ms", "min_ms", "max_ms"))),
+            *(str(c["runs"]), f"{c['ratio']['median']:.2f}x ({c['ratio']['low']:.2f}-{c['ratio']['high']:.2f})"),
+            f"{c['size_mib']:.1f}",
+        )
+        for c in found["contestants"]
+    ]
+    m, threads = found["machine"], found["threads"] or "as the program chooses"
+    title = (
+        f"{m['model']} ({m['cpu']}, {m['architecture']}), {m['cores']} cores, {m['os']}; {found['device']}, "
+        f"threads {threads}, {found['rounds']} interleaved rounds of {found['seconds']:g} s; ratios of means"
+    )
+    return table(columns, cells, title, left=2)
+
+
 def across_table(found: Mapping[str, Any]) -> Table:
     """Bundles over devices, a device's machine in its first row; one that failed is a row with its error."""
     metric = found["metric"] or "score"
@@ -424,12 +447,17 @@ def devices_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = [
         (
             *(r["device"], r["url"], "not asked" if r["answers"] is None else _yes(r["answers"])),
-            *(r.get("python", "-"), r.get("architecture", "-"), "-" if "free_mib" not in r else str(r["free_mib"])),
+            *(
+                r.get("system", "-"),
+                r.get("python", "-"),
+                r.get("architecture", "-"),
+                "-" if "free_mib" not in r else str(r["free_mib"]),
+            ),
             r["why"] or "",
         )
         for r in rows
     ]
-    return table(("device", "url", "answers", "Python", "architecture", "free MiB", "why"), cells, left=7)
+    return table(("device", "url", "answers", "system", "Python", "architecture", "free MiB", "why"), cells, left=8)
 
 
 def plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
