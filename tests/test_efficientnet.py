@@ -29,7 +29,7 @@ CLASSES = {
 }
 NAMES = {282: "tiger cat", 285: "Egyptian cat", 665: "moped", 872: "tripod", 967: "espresso"}
 CELLS = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("coreml", "fp16"))
-INT8 = Int8Options("photographs", metric="agreement", max_drop=0.5)
+INT8 = Int8Options("photographs", metric="agreement", max_drop=0.5, race=False)
 PARAMETERS = 4_652_008  # EfficientNet-Lite0, TensorFlow's model card: 4.7 M
 
 

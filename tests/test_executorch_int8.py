@@ -21,7 +21,9 @@ from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.contracts import make_contract
 
 CONTRACT = make_contract("image", (64, 64), 1)
-INT8 = Int8Options("digits", size=16, metric="agreement", max_drop=60.0)  # random weights: any agreement will do
+INT8 = Int8Options(
+    "digits", size=16, metric="agreement", max_drop=60.0, race=False
+)  # random weights: any agreement will do
 
 
 @pytest.fixture(scope="module")

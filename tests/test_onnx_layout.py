@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.targets.onnxruntime.layout import attention_over_tokens, drop_unit_batch
+from dualtoken_deploy.targets.onnxruntime.layout import attention_over_tokens, drop_unit_batch, transpose_first
 
 
 def run(model: onnx.ModelProto, optimized: Path | None = None) -> list[np.ndarray[Any, Any]]:
@@ -165,3 +165,29 @@ def test_others_keep_theirs_and_read_what_they_did(nodes: list[onnx.NodeProto]) 
 def test_a_batch_of_two_is_left_alone() -> None:
     model = graph([node("MatMul", "x w", "y"), node("Gelu", "y", "out")], {"x": [2, 6, 8]}, [2, 6, 8], w=weight(8, 8))
     assert laid_out(model, drop_unit_batch)[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["Sub", "Mul"])
+def test_a_picture_is_transposed_before_it_is_normalised(kind: str) -> None:
+    nodes = [
+        node("Mul", "x gain", "scaled"),
+        node(kind, "shift scaled", "moved"),
+        node("Transpose", "moved", "planes", perm=[0, 3, 1, 2]),
+        node("Conv", "planes kernel", "out"),
+    ]
+    model = graph(
+        nodes, {"x": [1, 8, 6, 3]}, [1, 4, 8, 6], gain=weight(3), shift=weight(1, 1, 1, 3), kernel=weight(4, 3, 1, 1)
+    )
+    changed, count = laid_out(model, transpose_first)
+    assert count == 2
+    assert [n.op_type for n in changed.graph.node] == ["Transpose", "Mul", kind, "Conv"]
+
+
+def test_a_picture_that_is_read_elsewhere_too_is_not_turned() -> None:
+    nodes = [
+        node("Mul", "x gain", "scaled"),
+        node("Transpose", "scaled", "planes", perm=[0, 3, 1, 2]),
+        node("Transpose", "scaled", "again", perm=[0, 3, 1, 2]),
+        node("Add", "planes again", "out"),
+    ]
+    assert laid_out(graph(nodes, {"x": [1, 8, 6, 3]}, [1, 3, 8, 6], gain=weight(3)), transpose_first)[1] == 0

@@ -29,7 +29,7 @@ from tests.commands import fails, prints
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 CLASSES = 20
-ATTEMPTS = Int8Options("photographs", 100, metric="sqnr", max_drop=10.0)
+ATTEMPTS = Int8Options("photographs", 100, metric="sqnr", max_drop=10.0, race=False)
 
 
 def value(name: str, shape: Sequence[int | str] | None, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:

@@ -47,7 +47,9 @@ from tests.contracts import make_contract
 LABELS = tuple("0123456789")
 CONTRACT = make_contract("image", (64, 64), 1)
 STYLES = (NEUTRAL, Style("U8/S8", True, False, True), Style("U8/S8, 7 bits", True, True, True))
-INT8 = Int8Options("digits", size=16, metric="agreement", max_drop=60.0)  # random weights: any agreement will do
+INT8 = Int8Options(
+    "digits", size=16, metric="agreement", max_drop=60.0, race=False
+)  # random weights: any agreement will do
 
 
 @pytest.fixture(scope="module")

@@ -90,11 +90,32 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A quantized bundle beside the target's own float files (`against`), raced on the machine that made it.
+
+    `ratio`: the float files' time over this one's, above 1 where this one is faster; the median of `rounds`, and `low`
+    to `high` hold it with 90 %. `verdict`: by that interval. `max_slowdown`: what was asked for, if anything was.
+    """
+
+    against: str
+    ratio: float
+    low: float
+    high: float
+    verdict: Literal["faster", "slower", "cannot tell"]
+    p50_ms: float
+    against_p50_ms: float
+    threads: int
+    batch: int
+    rounds: int
+    max_slowdown: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """Counted on the model, and measured on the saved files before the bundle got its name.
 
     `checked_by`: the target that ran the files in place of their own. `engine`: what stood in for the target's own
-    runtime; of a built bundle the figures of its engine on golden.
+    runtime; of a built bundle the figures of its engine on golden. `speed`: None where it was not raced.
     """
 
     params: int | None = None
@@ -106,6 +127,7 @@ class Measured:
     photographs: Figures | None = None
     checked_by: str | None = None
     engine: str | Figures | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,8 @@ class Calibration:
     """What ranges were taken from (`sha256` of the pictures), how, and what it costs: `drop` points of `metric` on
     pictures that calibration did not see.
 
-    `in_float`: layers that were left in float. `macs`: of every product at batch 1, by name; with
+    `in_float`: layers that were left in float for the sake of accuracy, `in_float_for_speed` those whose float kernels
+    are faster. `macs`: of every product at batch 1, by name; with
     `planned_int8_mac_share` and `search` where the layers were searched for.
     """
 
@@ -164,6 +187,7 @@ class Calibration:
     sqnr_db: float | None = None
     planned_int8_mac_share: float | None = None
     in_float: tuple[str, ...] = ()
+    in_float_for_speed: tuple[str, ...] = ()
     macs: Mapping[str, int] | None = None
     search: SearchResult | None = None
 

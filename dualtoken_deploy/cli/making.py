@@ -205,6 +205,13 @@ def export(
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="int8: qdq, qdq-symmetric, or nncf (openvino).")] = None,
     search_seconds: Annotated[float | None, typer.Option(min=1, help="int8: time limit of the search.")] = None,
+    max_slowdown: Annotated[
+        float | None,
+        typer.Option(help="int8: times fp32's latency that it may take here, exit 5 beyond; unless given it is said."),
+    ] = None,
+    no_race: Annotated[
+        bool, typer.Option("--no-race", help="int8: do not time it beside fp32; on a machine that is busy.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
@@ -242,7 +249,8 @@ def export(
         raise UsageError("--variant and --model both name the model; give one of them")
     quantizing = {
         "size": calibration_size, "method": calibrator, "metric": metric, "max_drop": max_drop,
-        "quantizer": quantizer, "time_limit_s": search_seconds,
+        "quantizer": quantizer, "time_limit_s": search_seconds, "max_slowdown": max_slowdown,
+        "race": False if no_race else None,
     }  # fmt: skip
     said_of_int8 = {name: value for name, value in quantizing.items() if value is not None}
     if calibration is None and said_of_int8:
@@ -274,7 +282,8 @@ def export(
 
 INT8_OPTIONS = {
     "size": "--calibration-size", "method": "--calibrator", "metric": "--metric", "max_drop": "--max-drop",
-    "quantizer": "--quantizer", "time_limit_s": "--search-seconds",
+    "quantizer": "--quantizer", "time_limit_s": "--search-seconds", "max_slowdown": "--max-slowdown",
+    "race": "--no-race",
 }  # fmt: skip
 
 

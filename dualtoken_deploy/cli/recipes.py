@@ -109,6 +109,7 @@ def _said(command: str, module: Any) -> Said:
         said_of_int8 = {
             "size": given["calibration_size"], "method": given["calibrator"], "metric": given["metric"],
             "max_drop": given["max_drop"], "quantizer": given["quantizer"], "time_limit_s": given["search_seconds"],
+            "race": False,  # what it is compared by is bytes
         }  # fmt: skip
         int8 = module.Int8Options(
             given["calibration"], **{name: value for name, value in said_of_int8.items() if value is not None}

@@ -37,7 +37,10 @@ PANELS: Mapping[str, str] = MappingProxyType(
             "A model of your own",
         ),
         **dict.fromkeys(
-            ("calibration", "calibration_size", "calibrator", "max_drop", "metric", "quantizer", "search_seconds"),
+            (
+                *("calibration", "calibration_size", "calibrator", "max_drop", "metric", "quantizer"),
+                *("search_seconds", "max_slowdown", "no_race"),
+            ),
             "INT8",
         ),
         **dict.fromkeys(("min_agreement", "min_top1", "min_sqnr", "min_ap", "min_miou"), "Minima, exit 5 below"),

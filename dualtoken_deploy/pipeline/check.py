@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dualtoken_deploy.bundle.blocks import Figures, Level, Measured, NearTies, Weights
+from dualtoken_deploy.bundle.blocks import Figures, Level, Measured, NearTies, Speed, Weights
 from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, EAGER, PREPARED, REFERENCES, Manifest
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.errors import ToleranceError
@@ -58,7 +58,7 @@ class ExportResult:
     `top1_agreement`: of the task, None where it has none. `state` "prepared": the bundle is whole but for a step that
     needs the device; "compiled": it is whole, and no device has run it; `next_step` says what is left and why. `drop`:
     points of the metric that int8 loses on held-out pictures. `reference`: what the figures are against, a key of
-    manifest.REFERENCES.
+    manifest.REFERENCES. `speed`: of int8 beside float files of its target, None where it was not raced.
     """
 
     bundle: str
@@ -76,6 +76,7 @@ class ExportResult:
     int8_mac_share: float = 0.0
     drop: float | None = None
     reference: str = EAGER
+    speed: Speed | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,6 +18,7 @@ from dualtoken_deploy.pipeline.build import build_bundle, build_command, why_no_
 from dualtoken_deploy.pipeline.calibrated import write_calibrated
 from dualtoken_deploy.pipeline.check import ExportResult, check_and_complete, draft_manifest
 from dualtoken_deploy.pipeline.plan import Plan
+from dualtoken_deploy.pipeline.speed import race, slow_warnings
 from dualtoken_deploy.targets.precision import NO_CALIBRATION
 from dualtoken_deploy.targets.request import Request, compile_files, run_exporter
 
@@ -44,7 +45,9 @@ def make(plan: Plan, progress: Tell | None = None) -> ExportResult:
             manifest = write_calibrated(plan, module, request, folder, tell)
         manifest = compile_files(plan.target, request, folder, manifest, tell)
         result = check_and_complete(plan, folder, manifest, module, request.labels, tell)
-    result = replace(result, bundle=str(plan.output), warnings=_warnings(plan) + result.warnings)
+        speed = race(plan, module, request, folder, tell)
+    warnings = _warnings(plan) + result.warnings + slow_warnings(plan, speed)
+    result = replace(result, bundle=str(plan.output), warnings=warnings, speed=speed)
     if plan.target.built_by:
         result = build_here(result, plan.output, tell)
     return replace(result, seconds=round(time.perf_counter() - start, 1))

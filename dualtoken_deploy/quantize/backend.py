@@ -14,10 +14,22 @@ from dualtoken_deploy.quantize.sensitivity import Sensitivity
 
 @dataclass(frozen=True)
 class Products:
-    """The matrix products of a float graph: MACs of each at batch 1, by the name of the value it makes."""
+    """The matrix products of a float graph: MACs of each at batch 1, by the name of the value it makes. `slow`: those
+    that might be INT8 and stay in float, since the engine is faster so."""
 
     macs: dict[str, int]
     eligible: frozenset[str]
+    slow: frozenset[str] = frozenset()
+
+    def without(self, slow: Iterable[str]) -> Products:
+        """The same with some left in float for the sake of speed."""
+        left = self.eligible & frozenset(slow)
+        return Products(self.macs, self.eligible - left, self.slow | left)
+
+    @property
+    def slow_layers(self) -> tuple[str, ...]:
+        """By name, in the order of the graph."""
+        return tuple(dict.fromkeys(layer_of(value) for value in self.macs if value in self.slow))
 
     @property
     def total(self) -> int:

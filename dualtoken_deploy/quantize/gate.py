@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -34,7 +35,8 @@ RunFolder = Callable[[Path, Array], Iterator[Outputs]]
 @dataclass(frozen=True)
 class Int8Options:
     """What was asked for. `metric` None: that of the task where the held-out pictures have their truth, else agreement,
-    or sqnr where outputs have none."""
+    or sqnr where outputs have none. `race`: the bundle is timed beside float files of its target; `max_slowdown`: how
+    many times their latency it may have, None: any, and it is said."""
 
     calibration: str
     size: int = 300
@@ -43,12 +45,18 @@ class Int8Options:
     max_drop: float = 0.5
     quantizer: str | None = None
     time_limit_s: float | None = None
+    race: bool = True
+    max_slowdown: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"unknown calibrator {self.method!r}; valid calibrators: {', '.join(METHODS)}")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"a max drop of {self.max_drop} points is outside of 0..100")
+        if self.max_slowdown is not None and not 0 < self.max_slowdown < math.inf:
+            raise UsageError(f"a max slowdown of {self.max_slowdown} is no factor; 1 allows no slower than float")
+        if self.max_slowdown is not None and not self.race:
+            raise UsageError("a max slowdown needs the race; leave --no-race out")
 
 
 def quantize_within_budget(
@@ -90,6 +98,7 @@ def quantize_within_budget(
         sqnr_db=final.sqnr_db,
         planned_int8_mac_share=result.int8_share,
         in_float=result.in_float,
+        in_float_for_speed=backend.products.slow_layers,
         macs=backend.products.macs,
         search=result,
     )

@@ -52,6 +52,8 @@ class Int8Table(_Table, frozen=True):
     max_drop: float = 0.5
     quantizer: str | None = None
     time_limit_s: float | None = None
+    race: bool = True
+    max_slowdown: float | None = None
 
 
 class ExportTable(_Table, frozen=True):

@@ -211,6 +211,7 @@ def export_table(results: Sequence[ExportResult | Failed]) -> Table:
     """One row a target, those that gave no bundle with their reason in place of the figures."""
     columns: tuple[str, ...] = (
         *("bundle", "target", "precision", "state", "executes", "INT8 MACs", "lost", "SQNR (dB)", "alike", "MiB", "s"),
+        "beside float",
     )
     cells: list[tuple[str, ...]] = []
     for r in results:
@@ -226,8 +227,11 @@ def export_table(results: Sequence[ExportResult | Failed]) -> Table:
                 *(made.executed_precision, share(made.int8_mac_share if row.integers else None)),
                 "-" if made.drop is None else f"{made.drop:.2f}",
                 *(f"{made.sqnr_db:.1f}", share(made.top1_agreement), f"{made.size_mib:.1f}", f"{made.seconds:.0f}"),
+                "-" if made.speed is None else f"{made.speed.verdict}, {made.speed.ratio:.2f}x of {made.speed.against}",
             )
         )
+    if all(cell[-1] in ("", "-") for cell in cells):  # nothing was raced
+        columns, cells = columns[:-1], [cell[:-1] for cell in cells]
     if len({cell[3] for cell in cells}) == 1 and cells[0][3] == "complete":
         columns, cells = (*columns[:3], *columns[4:]), [(*cell[:3], *cell[4:]) for cell in cells]
     against = dict.fromkeys(REFERENCES[made] for r in results if (made := getattr(r, "reference", None)) is not None)

@@ -7,7 +7,7 @@ pictures that the ranges are of, so ranges are taken from a part of them first, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +30,7 @@ def choose_methods(
     method: str,
     tell: Callable[[str], None],
     candidates: Sequence[Methods] | None = None,
+    slow: Collection[str] = (),
 ) -> Methods:
     """The candidate with the least noise."""
     if candidates is None:  # weights of eight bits gain too little by second order for what it costs
@@ -41,7 +42,7 @@ def choose_methods(
     noises = []
     for number, candidate in enumerate(candidates, 1):
         tell(f"choosing how to quantize: {number} of {len(candidates)}")
-        quantized = QdqQuantizer(model, part, style, method, methods=candidate).quantize()
+        quantized = QdqQuantizer(model, part, style, method, methods=candidate, slow=slow).quantize()
         noises.append(_noise(exact, Prober(quantized, ends).run_each(judges)))
     return candidates[int(np.argmin(noises))]
 

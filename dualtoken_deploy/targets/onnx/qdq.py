@@ -135,11 +135,13 @@ class QdqQuantizer:
         method: str = "minmax",
         tell: Callable[[str], None] | None = None,
         methods: Methods = ALL_METHODS,
+        slow: Collection[str] = (),
     ) -> None:
-        """`method`: one of ranges.METHODS. Raises UsageError on another."""
+        """`method`: one of ranges.METHODS; `slow`: products that stay in float since their engine is faster so. Raises
+        UsageError on another method."""
         check_method(method)
         self.model, self.style, self._inputs = _named(model), style, calibration.inputs
-        self.products = read_products(self.model)
+        self.products = read_products(self.model).without(slow)
         self._nodes = [n.name for n in self.model.graph.node if n.output[0] in self.products.eligible]
         axes = channel_axes(self.model)
         graph = hashlib.sha256(self.model.SerializeToString(deterministic=True)).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,10 +46,17 @@ class OnnxBackend:
     """model.onnx with Q/DQ pairs."""
 
     def __init__(
-        self, model: onnx.ModelProto, calibration: CalibrationSet, method: str, style: Style, tell: Tell
+        self,
+        model: onnx.ModelProto,
+        calibration: CalibrationSet,
+        method: str,
+        style: Style,
+        tell: Tell,
+        slow: Collection[str] = (),
     ) -> None:
-        methods = choose_methods(model, calibration, style, method, tell)
-        self._quantizer = QdqQuantizer(model, calibration, style, method, tell, methods)
+        """`slow`: products that stay in float since the engine is faster so."""
+        methods = choose_methods(model, calibration, style, method, tell, slow=slow)
+        self._quantizer = QdqQuantizer(model, calibration, style, method, tell, methods, slow)
         self.products = self._quantizer.products
         self.described = f"Q/DQ {style.name}, {method}, {methods}"
         # ranges too, for what was measured with others says nothing of these

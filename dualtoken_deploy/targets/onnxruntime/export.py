@@ -18,7 +18,7 @@ from dualtoken_deploy.targets.onnx.export import (
     operator_counts,
     store_halves,
 )
-from dualtoken_deploy.targets.onnxruntime.layout import attention_over_tokens, drop_unit_batch
+from dualtoken_deploy.targets.onnxruntime.layout import attention_over_tokens, drop_unit_batch, transpose_first
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
 
 RULES = DEFAULT_RULES  # docs/decisions/003-rules-per-target.md
@@ -38,7 +38,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
         return Artifact(exported.rules, exported.operators)
     tell("laying tensors out for ONNX Runtime")
     graph = copy.deepcopy(exported.model)
-    counts = {"attention_over_tokens": attention_over_tokens(graph)}
+    counts = {"transpose_first": transpose_first(graph), "attention_over_tokens": attention_over_tokens(graph)}
     if request.contract.tensor.shape[0] == 1:
         counts["drop_unit_batch"] = drop_unit_batch(graph)
     check_same(exported.model, graph, request, "the layout for ONNX Runtime")

@@ -6,7 +6,7 @@ Measured on S in docs/decisions/003-rules-per-target.md. Other targets lay tenso
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 _ROWWISE = frozenset(
     {"MatMul", "Add", "Mul", "Gelu", "Sigmoid", "LayerNormalization", "ReduceMean", "Split", "Reshape"}
 )
-_HEADS_LAST = [0, 2, 1, 3]  # (B, heads, N, d) <-> (B, N, heads, d)
+HEADS_LAST = [0, 2, 1, 3]  # (B, heads, N, d) <-> (B, N, heads, d)
 
 
 def attention_over_tokens(model: onnx.ModelProto) -> int:
@@ -24,7 +24,7 @@ def attention_over_tokens(model: onnx.ModelProto) -> int:
 
     Only where the heads are split by a Reshape to a constant shape. Returns how many it changed.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     count = 0
     for node in [n for n in model.graph.node if n.op_type == "Attention"]:
         splits = [graph.source(graph.source(name, "Transpose"), "Reshape") for name in node.input[:3]]
@@ -40,16 +40,16 @@ def attention_over_tokens(model: onnx.ModelProto) -> int:
         node.attribute.append(helper.make_attribute("kv_num_heads", shapes[1][2]))  # type: ignore[index]
         node.output[0] = joined.output[0]
         model.graph.node.remove(joined)
-        graph = _Graph(model)
+        graph = Graph(model)
         count += 1
-    _drop_unused(model)
+    drop_unused(model)
     return count
 
 
 def drop_unit_batch(model: onnx.ModelProto) -> int:
     """Tokens of one image as (N, C): ONNX Runtime makes a Gemm with bias of such a layer, and of one over (1, N, C)
     a Gemm between two Reshapes. Returns how many operators now work on (N, C)."""
-    graph = _Graph(model)
+    graph = Graph(model)
     tokens = {v for v, s in graph.shapes.items() if len(s) == 3 and s[0] == 1 and all(s)}
     tokens -= {v.name for v in (*model.graph.input, *model.graph.output)}
     flat = [n for n in model.graph.node if tokens & {*n.input, *n.output} and _is_rowwise(n, graph, tokens)]
@@ -72,11 +72,69 @@ def drop_unit_batch(model: onnx.ModelProto) -> int:
         if node.output[0] in inside:
             _flatten(node, graph)
     del model.graph.value_info[:]
-    _drop_unused(model)
+    drop_unused(model)
     return len(inside)
 
 
-def _is_rowwise(node: onnx.NodeProto, graph: _Graph, tokens: set[str]) -> bool:
+def transpose_first(model: onnx.ModelProto) -> int:
+    """A picture (B, H, W, 3) is transposed before it is cast and normalised: a row of three is too short for vectors,
+    and its bytes are a quarter of what floats are. Returns how many operators now come after the Transpose."""
+    graph = Graph(model)
+    pictures = {value.name for value in model.graph.input}
+    for turn in [n for n in model.graph.node if n.op_type == "Transpose"]:
+        if graph.attribute(turn, "perm", None) != CHANNELS_FIRST:
+            continue
+        chain: list[onnx.NodeProto] = []
+        value = turn.input[0]
+        while value not in pictures and (node := graph.maker(value)) is not None and _pointwise(node, graph):
+            if len(graph.readers[node.output[0]]) != 1:
+                break
+            chain.append(node)
+            value = next(name for name in node.input if name not in graph.weights)
+        if chain and value in pictures:
+            _turn(model, graph, turn, chain[::-1], value)
+            del model.graph.value_info[:]
+            drop_unused(model)
+            return len(chain)
+    return 0
+
+
+CHANNELS_FIRST = [0, 3, 1, 2]
+
+
+def _pointwise(node: onnx.NodeProto, graph: Graph) -> bool:
+    """Whether a node is a cast, or one value with a constant for each channel or for all."""
+    if node.op_type == "Cast":
+        return True
+    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
+        return False
+    constants = [graph.weights[name] for name in node.input if name in graph.weights]
+    return len(constants) == 1 and all(side == 1 for side in list(constants[0].dims)[:-1])
+
+
+def _turn(
+    model: onnx.ModelProto, graph: Graph, turn: onnx.NodeProto, chain: Sequence[onnx.NodeProto], picture: str
+) -> None:
+    """Puts the Transpose in front of a chain that ends in it; values keep their names, and are as the chain has them
+    now."""
+    ends = turn.output[0]
+    for node in chain:
+        for place, name in enumerate(node.input):
+            if name in graph.weights and list(graph.weights[name].dims) not in ([], [1]):
+                array = numpy_helper.to_array(graph.weights[name]).reshape(-1, 1, 1)
+                node.input[place] = graph.add(array, f"{name}/channels")
+    first = f"{picture}/channels"
+    for place, name in enumerate(chain[0].input):
+        if name == picture:
+            chain[0].input[place] = first
+    nodes = list(model.graph.node)
+    moved = helper.make_node("Transpose", [picture], [first], name=turn.name, perm=CHANNELS_FIRST)
+    chain[-1].output[0] = ends
+    model.graph.node.insert(nodes.index(chain[0]), moved)
+    model.graph.node.remove(turn)
+
+
+def _is_rowwise(node: onnx.NodeProto, graph: Graph, tokens: set[str]) -> bool:
     """Whether the operator does the same over (N, C), and everything it reads can be had so."""
     if node.op_type not in _ROWWISE:
         return False
@@ -96,7 +154,7 @@ def _is_rowwise(node: onnx.NodeProto, graph: _Graph, tokens: set[str]) -> bool:
     return axis in (-1, 2)
 
 
-def _flatten(node: onnx.NodeProto, graph: _Graph) -> None:
+def _flatten(node: onnx.NodeProto, graph: Graph) -> None:
     """Makes an operator over (1, N, C) one over (N, C)."""
     if node.op_type == "Reshape":
         node.input[1] = graph.add(graph.shapes[node.output[0]], f"{node.output[0]}/rows/shape")
@@ -114,7 +172,7 @@ def _flatten(node: onnx.NodeProto, graph: _Graph) -> None:
             node.input[place] = graph.add(numpy_helper.to_array(weight)[0], f"{name}/{node.output[0]}")
 
 
-class _Graph:
+class Graph:
     """Look-ups in a model, and additions to it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -137,15 +195,23 @@ class _Graph:
         name = value.input[0] if isinstance(value, onnx.NodeProto) else value
         return None if name is None else self._checked(self._sources.get(name), kind)
 
+    def made_by(self, value: str, kind: str) -> onnx.NodeProto | None:
+        """The node of that kind that makes a value, whatever its attributes."""
+        node = self._sources.get(value)
+        return node if node is not None and node.op_type == kind else None
+
     def only_reader(self, node: onnx.NodeProto | None, kind: str) -> onnx.NodeProto | None:
         """The node of that kind, if it alone reads a node's first output."""
         readers = [] if node is None else self.readers[node.output[0]]
         return self._checked(readers[0], kind) if len(readers) == 1 else None
 
+    def maker(self, value: str) -> onnx.NodeProto | None:
+        return self._sources.get(value)
+
     def _checked(self, node: onnx.NodeProto | None, kind: str) -> onnx.NodeProto | None:
         if node is None or node.op_type != kind:
             return None
-        return None if kind == "Transpose" and self.attribute(node, "perm", None) != _HEADS_LAST else node
+        return None if kind == "Transpose" and self.attribute(node, "perm", None) != HEADS_LAST else node
 
     def constant(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
         return numpy_helper.to_array(self.weights[name]) if name in self.weights else None
@@ -188,7 +254,7 @@ class _Graph:
         return self._made[key]
 
 
-def _drop_unused(model: onnx.ModelProto) -> None:
+def drop_unused(model: onnx.ModelProto) -> None:
     """Removes nodes and constants that nothing reads."""
     graph = model.graph
     kept = {v.name for v in graph.output}

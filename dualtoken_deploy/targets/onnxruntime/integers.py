@@ -1,0 +1,248 @@
+"""What ONNX Runtime's CPU kernels like of a graph with Q/DQ pairs; no value's numbers change but by rounding.
+
+Measured on T (mix) and S in docs/int8.md: pairs as a quantizer leaves them cost more than integers gain there.
+
+    linear:     DQ(x) DQ(w) -> MatMul -> Add b     =>  MatMulIntegerToFloat(x, w, b), one pass over the outputs, not two
+    attention:  MatMul -> Softmax -> MatMul        =>  Attention, without the four transposes around it
+    readers:    Q -> DQ -> what has no integers    =>  reads the float value, and the pair goes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper, numpy_helper
+
+from dualtoken_deploy.targets.onnx.export import ATTENTION_OPSET
+from dualtoken_deploy.targets.onnx.qdq import PRODUCTS
+from dualtoken_deploy.targets.onnxruntime.layout import Graph, drop_unused, transpose_first
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+NO_KERNEL = frozenset({"RoiAlign"})  # at the opset that has Attention
+BETWEEN = frozenset({"Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "LeakyRelu"})
+
+
+def lay_out(model: onnx.ModelProto, newer: bool = True) -> onnx.ModelProto:
+    """A copy of a quantized graph with all of the above, and its picture transposed before it is normalised. `newer`:
+    the opset may become that of Attention."""
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    sort = ONNXModel(out).topological_sort  # the quantizer puts its nodes at the end
+    sort()
+    transpose_first(out)
+    read_floats(out)
+    if newer:
+        join_attention(out)
+    join_biases(out)
+    del out.graph.value_info[:]  # of values that are laid out otherwise now
+    sort()
+    return out
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """An attention in its parts: `products` make the scores and the result, `inputs` are (B, N, heads * d)."""
+
+    products: tuple[onnx.NodeProto, onnx.NodeProto]
+    inputs: tuple[str, str, str]
+    heads: int
+    joined: onnx.NodeProto  # the Reshape that ends it
+
+
+def attentions(model: onnx.ModelProto) -> list[_Attention]:
+    """Those that the operator computes: without a mask, the scale in the queries. None where the graph has an operator
+    that ONNX Runtime lacks at the opset of Attention."""
+    if NO_KERNEL & {n.op_type for n in model.graph.node}:
+        return []
+    graph = Graph(model)
+    return [found for node in model.graph.node if node.op_type == "Softmax" and (found := _attention(node, graph))]
+
+
+def _attention(softmax: onnx.NodeProto, graph: Graph) -> _Attention | None:
+    scores, result = graph.source(softmax.input[0], "MatMul"), graph.only_reader(softmax, "MatMul")
+    joined = graph.only_reader(graph.only_reader(result, "Transpose"), "Reshape")
+    if scores is None or result is None or joined is None or graph.attribute(softmax, "axis", -1) not in (-1, 3):
+        return None
+    queries = graph.source(graph.source(scores.input[0], "Transpose"), "Reshape")
+    values = graph.source(graph.source(result.input[1], "Transpose"), "Reshape")
+    keys = _keys(scores.input[1], graph)
+    if queries is None or keys is None or values is None:
+        return None
+    shapes = [graph.heads_of(split) for split in (queries, keys, values)]
+    inputs = (queries.input[0], keys.input[0], values.input[0])
+    for name, shape in zip(inputs, shapes, strict=True):
+        if shape is None or graph.shapes.get(name, [])[2:] != [shape[2] * shape[3]] or shape[2] != (shapes[0] or [])[2]:
+            return None
+    return _Attention((scores, result), inputs, (shapes[0] or [])[2], joined)
+
+
+def _keys(name: str, graph: Graph) -> onnx.NodeProto | None:
+    """The Reshape that split the keys' heads. torch transposes them with their heads joined to the batch."""
+    plain = graph.made_by(name, "Transpose")
+    if plain is not None and graph.attribute(plain, "perm", None) == [0, 2, 3, 1]:
+        return graph.source(plain.input[0], "Reshape")
+    inner = graph.made_by(name, "Reshape")
+    turned = None if inner is None else graph.made_by(inner.input[0], "Transpose")
+    outer = None if turned is None else graph.made_by(turned.input[0], "Reshape")
+    if turned is None or outer is None or graph.attribute(turned, "perm", None) != [0, 2, 1]:
+        return None
+    return graph.source(graph.source(outer.input[0], "Transpose"), "Reshape")
+
+
+def join_attention(model: onnx.ModelProto) -> int:
+    """Puts the operator in the place of its parts; the opset becomes the first that has it. Returns how many."""
+    found = attentions(model)
+    quantized = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    count = 0
+    for one in found:
+        if quantized & {v for product in one.products for v in product.input}:
+            continue  # runs in integers
+        node = helper.make_node(
+            "Attention", one.inputs, [one.joined.output[0]], name=one.products[1].output[0],
+            q_num_heads=one.heads, kv_num_heads=one.heads, scale=1.0,
+        )  # fmt: skip
+        model.graph.node.insert(list(model.graph.node).index(one.joined), node)
+        model.graph.node.remove(one.joined)
+        count += 1
+    if count:
+        for opset in model.opset_import:
+            opset.version = max(opset.version, ATTENTION_OPSET) if not opset.domain else opset.version
+        drop_unused(model)
+    return count
+
+
+def read_floats(model: onnx.ModelProto) -> int:
+    """What has no integer kernel reads a value that was in float before its pair. Returns how many pairs went."""
+    made = {value: node for node in model.graph.node for value in node.output}
+    whole = _whole(model, made)
+    pairs = 0
+    for node in model.graph.node:
+        if node.op_type in (*PRODUCTS, "QuantizeLinear", "DequantizeLinear"):
+            continue
+        for place, name in enumerate(node.input):
+            value = _before_pair(name, made)
+            if value is not None and value not in whole:
+                node.input[place] = value
+                pairs += 1
+    drop_unused(model)
+    return pairs
+
+
+def _before_pair(name: str, made: dict[str, onnx.NodeProto]) -> str | None:
+    end = made.get(name)
+    start = None if end is None or end.op_type != "DequantizeLinear" else made.get(end.input[0])
+    return start.input[0] if start is not None and start.op_type == "QuantizeLinear" else None
+
+
+def _whole(model: onnx.ModelProto, made: dict[str, onnx.NodeProto]) -> set[str]:
+    """Values that kernels write in integers: of convolutions over integers, and what is done to those in between."""
+    found: set[str] = set()
+    for node in model.graph.node:
+        read = [name for name in node.input if name in made]
+        pairs = [value for name in read if (value := _before_pair(name, made)) is not None]
+        if node.op_type == "Conv" and len(pairs) == 1 and made[read[0]].op_type == "DequantizeLinear":
+            found.add(node.output[0])
+        elif (
+            node.op_type in BETWEEN
+            and read
+            and all(name in found or _before_pair(name, made) in found for name in read)
+        ):
+            found.update(node.output)
+    return found
+
+
+def join_biases(model: onnx.ModelProto) -> int:
+    """Products of integers with a weight become the operator that ONNX Runtime makes of them, with the bias that it
+    does not take along. Returns how many."""
+    made = {value: node for node in model.graph.node for value in node.output}
+    weights = {t.name: t for t in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    own = {output.name for output in model.graph.output}
+    count = 0
+    for node in [n for n in model.graph.node if n.op_type == "MatMul"]:
+        left, right = (made.get(name) for name in node.input)
+        if left is None or right is None or {left.op_type, right.op_type} != {"DequantizeLinear"}:
+            continue
+        if right.input[0] not in weights or len(weights[right.input[0]].dims) != 2 or left.input[0] in weights:
+            continue
+        add = _bias_add(node, readers, weights) if node.output[0] not in own else None
+        bias, out = "", node.output[0]
+        if add is not None:
+            term, out = next(name for name in add.input if name in weights), add.output[0]
+            bias = f"{term}/row"
+            if bias not in weights:
+                weights[bias] = numpy_helper.from_array(numpy_helper.to_array(weights[term]).reshape(-1), bias)
+                model.graph.initializer.append(weights[bias])
+            model.graph.node.remove(add)
+        read = [left.input[0], right.input[0], left.input[1], right.input[1], _zero(left), _zero(right), bias]
+        joined = helper.make_node("MatMulIntegerToFloat", read, [out], name=node.output[0], domain=MICROSOFT)
+        model.graph.node.insert(list(model.graph.node).index(node), joined)
+        model.graph.node.remove(node)
+        count += 1
+    if count and MICROSOFT not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    drop_unused(model)
+    return count
+
+
+def _zero(node: onnx.NodeProto) -> str:
+    return node.input[2] if len(node.input) > 2 else ""
+
+
+def _bias_add(
+    product: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]], weights: Mapping[str, onnx.TensorProto]
+) -> onnx.NodeProto | None:
+    """The Add of a constant row that alone reads a product."""
+    found = readers.get(product.output[0], [])
+    if len(found) != 1 or found[0].op_type != "Add":
+        return None
+    constants = [weights[name] for name in found[0].input if name in weights]
+    rows = len(constants) == 1 and all(side == 1 for side in list(constants[0].dims)[:-1])
+    return found[0] if rows and len(constants[0].dims) else None
+
+
+def slow_in_integers(model: onnx.ModelProto, newer: bool = True) -> frozenset[str]:
+    """Products of a float graph whose integer kernels take longer on x86 than their float ones, pairs included; by
+    table:
+
+    - an attention's two products, if its operator may be had (`newer`), which has no integers;
+    - a convolution that nothing gives integers to and nobody takes them from, if it is depth-wise or sums up few
+      products: writing and reading the pairs takes longer than the sums do.
+    """
+    slow = {product.output[0] for one in attentions(model) for product in one.products} if newer else set()
+    graph = Graph(model)
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in graph.weights and _stands_alone(node, graph):
+            dims = graph.weights[node.input[1]].dims
+            if dims[1] == 1 or math.prod(dims[1:]) < FEW_SUMS:
+                slow.add(node.output[0])
+    return frozenset(slow)
+
+
+FEW_SUMS = 32  # products that one output of a convolution adds up: the first one of a network has 27
+
+
+def _stands_alone(node: onnx.NodeProto, graph: Graph) -> bool:
+    """Whether no other convolution is behind or in front of one, or nothing but what keeps integers lies between."""
+    before, after = [node.input[0]], [node.output[0]]
+    while before:
+        source = graph.maker(before.pop())
+        if source is not None and source.op_type == "Conv":
+            return False
+        if source is not None and source.op_type in BETWEEN:
+            before.extend(name for name in source.input if name not in graph.weights)
+    while after:
+        for reader in graph.readers[after.pop()]:
+            if reader.op_type == "Conv":
+                return False
+            if reader.op_type in BETWEEN:
+                after.extend(reader.output)
+    return True
