@@ -21,8 +21,9 @@ from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibrati
 from dualtoken_deploy.targets.load import load_runner
 from dualtoken_deploy.targets.onnx.inner import float_graph
 from dualtoken_deploy.targets.onnx.qdq import Methods, QdqQuantizer, Style
+from dualtoken_deploy.targets.onnx.slow import slow_in_integers
 from dualtoken_deploy.targets.onnx.values import Prober
-from dualtoken_deploy.targets.onnxruntime.integers import lay_out, slow_in_integers
+from dualtoken_deploy.targets.onnxruntime.integers import lay_out
 from dualtoken_deploy.tasks.classify import CLASSIFY
 from tests.contracts import make_contract
 
@@ -204,7 +205,7 @@ def attention(scaled: bool = False, masked: bool = False) -> onnx.ModelProto:
 def test_an_attention_is_one_operator_in_float() -> None:
     model = attention()
     assert slow_in_integers(model) == {"scores", "read"}
-    assert slow_in_integers(model, newer=False) == set()
+    assert slow_in_integers(model, attention=False) == set()
     changed = lay_out(model)
     assert kinds(changed) == {"Split": 1, "Attention": 1}
     x = np.random.default_rng(0).normal(size=(1, 12, 96)).astype(np.float32)

@@ -11,8 +11,9 @@ from torch import nn
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, onnxruntime_style
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend, artifact_of, float_graph
+from dualtoken_deploy.targets.onnx.slow import slow_in_integers
 from dualtoken_deploy.targets.onnxruntime.export import RULES
-from dualtoken_deploy.targets.onnxruntime.integers import lay_out, slow_in_integers
+from dualtoken_deploy.targets.onnxruntime.integers import lay_out
 from dualtoken_deploy.targets.request import Prepared, Request, Tell
 
 

@@ -14,6 +14,7 @@ from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style, onnxruntime_style, without_zero_points
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend, artifact_of, float_graph, graph_sha256
+from dualtoken_deploy.targets.onnx.slow import slow_in_integers
 from dualtoken_deploy.targets.openvino.ir import save_ir
 from dualtoken_deploy.targets.request import Prepared, Request, Tell
 
@@ -60,5 +61,6 @@ def prepare(
     else:
         found = onnxruntime_style()
         style = Style(found.name, found.unsigned, found.reduce_range, conv_outputs=False)
-        backend = OpenVinoBackend(exported.model, calibration, method, style, tell)
+        slow = slow_in_integers(exported.model) if style.unsigned else ()  # measured on x86 alone
+        backend = OpenVinoBackend(exported.model, calibration, method, style, tell, slow)
     return Prepared(backend, artifact_of(exported))
