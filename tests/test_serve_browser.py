@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from dualtoken_deploy import predict
+from dualtoken_deploy.tasks.draw import colour
 from tests.serving import Server, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -118,6 +119,12 @@ def server(small_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
+def dense_server(dense_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("dense") / "log", f"areas={dense_bundle('pspnet', argmax=True)}") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")
@@ -183,3 +190,35 @@ def test_a_photo_is_classified_by_keyboard_and_by_drop(
     assert not [e for e in browser.events if e.get("method") == "Runtime.exceptionThrown"]
     entries = [e["params"]["entry"] for e in browser.events if e.get("method") == "Log.entryAdded"]
     assert [e for e in entries if e["level"] == "error" and "400" not in e["text"]] == []
+
+
+def test_areas_lie_over_a_photo_and_random_weights_and_waiting_are_said(
+    dense_server: Server, browser: Browser, tmp_path: Path
+) -> None:
+    """A picture smaller than its place is shown larger, and what is drawn over it covers all of it."""
+    Image.fromarray(np.random.default_rng(3).integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    browser.send("Page.navigate", url=dense_server.addresses["http"])
+    browser.until("document.getElementById('model').value === 'areas:1'")
+    assert browser.js("document.getElementById('random').checkVisibility()")
+    assert "random weights" in browser.js("document.getElementById('random').textContent")
+    browser.js(
+        "window.busy = []; new MutationObserver(() => busy.push(document.getElementById('busy').checkVisibility()))"
+        ".observe(document.getElementById('busy'), {attributes: true})"
+    )
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    browser.js(
+        f"{{const bytes = Uint8Array.from(atob('{data}'), c => c.charCodeAt(0)); const d = new DataTransfer();"
+        "d.items.add(new File([bytes], 'a.png', {type: 'image/png'})); document.getElementById('drop')"
+        ".dispatchEvent(new DragEvent('drop', {dataTransfer: d, cancelable: true}))}"
+    )
+    browser.until("document.getElementById('areas').naturalWidth > 0 && !document.getElementById('result').hidden")
+    assert browser.until("busy.length === 2 && busy") == [True, False]
+    photo, areas = (
+        browser.js(f"(r => [r.x, r.y, r.width, r.height])(document.getElementById('{name}').getBoundingClientRect())")
+        for name in ("photo", "areas")
+    )
+    assert photo == areas
+    assert photo[2] >= 200
+    painted = browser.js("[...document.querySelectorAll('.painted')].map(e => e.style.getPropertyValue('--class'))")
+    found = dense_server.ask("POST", "/v2/models/areas/classify?top=5", (tmp_path / "a.png").read_bytes()).json
+    assert painted == ["rgb({} {} {})".format(*colour(one["index"])) for one in found["predictions"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -26,6 +27,7 @@ from dualtoken_deploy.serve.triton import TYPES, config
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.tasks.base import Ask
 from dualtoken_deploy.tasks.boxes import mask_of, paste_mask
+from dualtoken_deploy.tasks.draw import colour
 from dualtoken_deploy.tasks.table import TASKS, get_task
 from tests.serving import Server, serving
 
@@ -123,7 +125,35 @@ def test_random_weights_are_said(server: Server, bundles: Mapping[str, Path], pi
     assert {row.get("weights") for row in listed.values()} == {"random", None}
 
 
-@pytest.mark.parametrize("query", ["min_score=2", "min_score=x", "min_score=-1", "min_score=nan", "top=0"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_belongs_to_the_answers_comes_as_a_picture_where_it_is_asked_for(
+    name: str, server: Server, bundles: Mapping[str, Path], picture: Path
+) -> None:
+    """Of areas each colour covers the share that the answer says; of masks the best one covers all of its pixels."""
+    reply = server.ask("POST", f"/v2/models/{name}/classify?top=3&min_score=0.01&overlay=true", picture.read_bytes())
+    assert reply.code == 200, reply.body
+    got = reply.json
+    if name not in ("segment", "logits", "masks"):
+        assert got["overlay"] is None
+        return
+    kind, _, data = got["overlay"].partition(",")
+    assert kind == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        over = np.array(image.convert("RGBA"))
+    assert over.shape == (90, 130, 4)
+    shown = over[..., 3] > 0
+    for rank, one in enumerate(got["predictions"]):
+        own = shown & (over[..., :3] == colour(one["index"])).all(-1)
+        if name != "masks":
+            assert own.sum() == round(one["share"] * 90 * 130)
+        elif rank == 0:
+            assert own.sum() >= one["mask_pixels"] > 0
+    assert "overlay" not in server.ask("POST", f"/v2/models/{name}/classify", picture.read_bytes()).json
+
+
+@pytest.mark.parametrize(
+    "query", ["overlay=yes", "min_score=2", "min_score=x", "min_score=-1", "min_score=nan", "top=0"]
+)
 def test_what_cannot_be_asked(query: str, server: Server, picture: Path) -> None:
     reply = server.ask("POST", f"/v2/models/detect/classify?{query}", picture.read_bytes())
     assert (reply.code, query.partition("=")[0] in reply.json["error"]) == (400, True)

@@ -20,12 +20,15 @@ h2{font-size:1.15rem;margin:2.2rem 0 .5rem;padding-bottom:.2rem;border-bottom:1p
 p{margin:.5rem 0;overflow-wrap:anywhere}.lead{color:var(--soft)}
 .table{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{text-align:left;vertical-align:top;padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--edge)}
-th{color:var(--soft);font-weight:600}td:first-child{color:var(--soft)}td{overflow-wrap:anywhere}
+th{color:var(--soft);font-weight:600}td{overflow-wrap:break-word}td:nth-child(2):last-child{overflow-wrap:anywhere}
+td:first-child{color:var(--soft);min-width:7rem}
 td:not(:first-child){font-variant-numeric:tabular-nums}
 svg{width:100%;height:auto;margin:.6rem 0}
 svg text{fill:var(--ink);font-size:13px}svg .small{font-size:11px;fill:var(--soft)}
 .bar,.dot{fill:var(--mark)}.line{stroke:var(--ink);fill:none;stroke-width:1.5}.axis{stroke:var(--edge);fill:none}
-.at{stroke:var(--at);fill:none;stroke-dasharray:4 3}figure{margin:0}figcaption{color:var(--soft);font-size:.9rem}
+.at{stroke:var(--at);fill:none;stroke-dasharray:4 3}figure{margin:0;overflow-x:auto}
+@media(max-width:40rem){.bars{width:36rem}.points text{font-size:22px}.points .small{font-size:20px}}
+figcaption{color:var(--soft);font-size:.9rem}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 

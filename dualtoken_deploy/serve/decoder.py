@@ -109,11 +109,13 @@ def message(data: bytes, job: Job) -> Answer:
 
 def outputs(data: bytes, job: Job) -> Answer:
     """What a model found in a picture."""
-    from dualtoken_deploy.serve.answers import Question, answers, unpacked
+    from dualtoken_deploy.serve.answers import Question, read, unpacked
     from dualtoken_deploy.tasks.base import Ask
 
-    asked = Question(job["task"], job["labels"], tuple(job["model_size"]), tuple(job["picture"]), Ask(*job["ask"]))
-    return {"answers": answers(unpacked(data, job["parts"]), asked)}, None
+    sizes = tuple(job["model_size"]), tuple(job["picture"])
+    asked = Question(job["task"], job["labels"], *sizes, Ask(*job["ask"]), job["overlay"])
+    found, over = read(unpacked(data, job["parts"]), asked)
+    return {"answers": found, "overlay": over}, None
 
 
 def _request(found: protocol.InferRequest) -> Answer:

@@ -140,9 +140,12 @@ class Handler:
                 raise BadRequest(f"unknown output {want.name[:60]!r}; this model has {', '.join(sorted(names))}")
         return await model.engine.run(request.inputs[model.spec.name])
 
-    async def classify(self, model: Model, body: bytes, content_type: str, ask: Ask) -> dict[str, Any]:
+    async def classify(
+        self, model: Model, body: bytes, content_type: str, ask: Ask, overlay: bool = False
+    ) -> dict[str, Any]:
         """What the model sees in a picture, or in the one in a form, by its task: the `ask.top` likeliest classes,
-        objects of at least `ask.min_score`, areas, a vector. Raises BadRequest for what is no picture."""
+        objects of at least `ask.min_score`, areas, a vector; with `overlay` masks and areas as a picture, too.
+        Raises BadRequest for what is no picture."""
         if not 1 <= ask.top <= MAX_TOP:
             raise BadRequest(f"top is {ask.top}; give 1 to {MAX_TOP}")
         if not 0 <= ask.min_score <= 1:
@@ -150,8 +153,8 @@ class Handler:
         start = time.perf_counter()
         batch, size = await self._decode(body, content_type, model)
         decoded = time.perf_counter()
-        question = Question(model.task.name, model.labels, model.contract.size, size, ask)
-        answer, found = await self._run_and_read(model, batch, question)
+        question = Question(model.task.name, model.labels, model.contract.size, size, ask, overlay)
+        answer, found, over = await self._run_and_read(model, batch, question)
         return {
             "model_name": model.name,
             "model_version": model.version,
@@ -160,6 +163,7 @@ class Handler:
             "bundle": _about(model),
             "size": list(size),
             "predictions": found,
+            **({"overlay": over} if overlay else {}),
             "timing_ms": {
                 "decode": _ms(decoded - start),
                 "queue": _ms(answer.queue_seconds),
@@ -170,20 +174,22 @@ class Handler:
 
     async def _run_and_read(
         self, model: Model, batch: Array, question: Question
-    ) -> tuple[Answer, list[dict[str, Any]]]:
-        """Runs a picture and reads its outputs: small ones here, the others in a decoder, and only a few at a time."""
-        if model.reads_quickly:
+    ) -> tuple[Answer, list[dict[str, Any]], str | None]:
+        """Runs a picture and reads its outputs: small ones here, the others and what is to be drawn in a decoder, and
+        only a few at a time."""
+        if model.reads_quickly and not (question.overlay and model.task.paint):
             answer = await model.engine.run(batch)
-            return answer, answers(_first(answer.outputs, len(batch)), question)
+            return answer, answers(_first(answer.outputs, len(batch)), question), None
         async with self._large_outputs:
             answer = await model.engine.run(batch)
             data, parts = packed(_first(answer.outputs, len(batch)))
             job = {
                 "kind": "outputs", "parts": parts, "task": question.task, "labels": question.labels,
                 "model_size": question.model_size, "picture": question.size, "ask": astuple(question.ask),
+                "overlay": question.overlay,
             }  # fmt: skip
             found, _ = await self.decoders.run(job, data)
-            return answer, found["answers"]
+            return answer, found["answers"], found["overlay"]
 
     def start_drain(self) -> None:
         """Not ready from now on; admits nobody."""

@@ -238,13 +238,13 @@ class Endpoints:
 
     async def classify(self, request: Request) -> Response:
         model = self._model(request)
-        ask = _asked(request)
+        ask, overlay = _asked(request), _truth(request, "overlay")
         with self._handler.enter(model), self._handler.arriving.one() as arriving:
             limit = int(self._settings.max_image_mib * 2**20)
             body = await read_body(request, limit, self._settings.body_seconds, arriving)
             content_type = request.headers.get("content-type", "")
             with self._handler.place(model):
-                result = await unless_gone(request, self._handler.classify(model, body, content_type, ask))
+                result = await unless_gone(request, self._handler.classify(model, body, content_type, ask, overlay))
         request.scope["dualtoken"] |= {"model": f"{model.name}:{model.version}"} | {
             f"{name}_ms": value for name, value in result["timing_ms"].items()
         }
@@ -303,6 +303,14 @@ def _asked(request: Request) -> Ask:
     if not NUMBER.fullmatch(score):
         raise BadRequest("min_score is not a number")
     return Ask(int(top), float(score))
+
+
+def _truth(request: Request, name: str) -> bool:
+    """A word of the query that is true or false; false unless given. Raises BadRequest."""
+    said = request.query_params.get(name, "false")
+    if said not in ("true", "false"):
+        raise BadRequest(f"{name} is neither true nor false")
+    return said == "true"
 
 
 def _same_origin(origin: str | None, host: str | None) -> bool:

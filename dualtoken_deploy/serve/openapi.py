@@ -117,6 +117,13 @@ def _classify(parameters: list[Json]) -> Json:
         "description": "of the objects that a detector answers with",
         "schema": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5},
     }
+    overlay = {
+        "name": "overlay",
+        "in": "query",
+        "required": False,
+        "description": "masks and areas as a picture, too: a PNG as a data URI, or null where the task has none",
+        "schema": {"type": "boolean", "default": False},
+    }
     binary = {"schema": {"type": "string", "format": "binary"}}
     form = {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}, "required": ["image"]}
     responses = {
@@ -124,7 +131,7 @@ def _classify(parameters: list[Json]) -> Json:
         **_errors((400, 401, 404, 408, 413, 415, 500, 503)),
     }
     return _operation("What the model sees in a picture", responses) | {
-        "parameters": [*parameters, top, score],
+        "parameters": [*parameters, top, score, overlay],
         "requestBody": {
             "required": True,
             "content": {
@@ -210,7 +217,7 @@ def _schemas() -> Json:
                 "predictions": _list({"anyOf": [_ref(kind.__name__) for kind in map(_answers_of, TASKS.values())]}),
                 "timing_ms": _object({"decode": number, "queue": number, "inference": number, "total": number}),
             },
-            {"weights": random},
+            {"weights": random, "overlay": {"type": ["string", "null"]}},
         ),
         **{kind.__name__: _answer(kind) for kind in map(_answers_of, TASKS.values())},
     }

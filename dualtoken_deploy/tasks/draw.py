@@ -14,6 +14,7 @@ from dualtoken_deploy.tasks.base import Found, Pixels
 
 LEAST_TEXT, LEAST_LINE, PADDING = 13, 2, 2  # pixels
 OPACITY = 0.5  # of a mask over the picture
+MOST_AREAS = 255  # colours of a palette, beside none
 GOLDEN_RATIO = 0.618034  # of the colour circle from one class to the next: neighbours are far apart
 
 
@@ -61,6 +62,29 @@ def paint_objects(picture: Pixels, found: Found, answers: Sequence[Any]) -> Pixe
         pen.rectangle(place, fill=colour(item.index))
         pen.text((x1 + along, y1 + down), text, fill=ink(colour(item.index)), font=font, anchor="lb")
     return np.array(image)
+
+
+def areas(found: Found, answers: Sequence[Any], longest: int) -> Image.Image | None:
+    """What belongs to the answers, each class in its colour, over nothing: every n-th pixel, so that no side is longer
+    than `longest`. None where there is neither a label map nor a mask."""
+    whole = found.label_map
+    if whole is None and found.masks is not None:
+        whole = found.masks.shapes
+    if whole is None or not answers:
+        return None
+    height, width = whole.shape[-2:]
+    step = -(-max(height, width) // longest)
+    marks = np.zeros((-(-height // step), -(-width // step)), np.uint8)
+    palette = [0, 0, 0]
+    for number, item in reversed(list(enumerate(answers[:MOST_AREAS], 1))):  # the best on top
+        one = whole == item.index if found.label_map is not None else whole[number - 1]
+        marks[one[::step, ::step]] = number
+    for item in answers[:MOST_AREAS]:
+        palette += colour(item.index)
+    image = Image.fromarray(marks, "P")
+    image.putpalette(palette)
+    image.info["transparency"] = bytes([0]) + bytes([round(255 * OPACITY)]) * len(answers[:MOST_AREAS])
+    return image
 
 
 def _lay(picture: NDArray[np.float64], mask: NDArray[np.bool_], index: int) -> None:

@@ -67,11 +67,25 @@ const WORDS = {
   ],
 };
 
-function row([name, value, share]) {
+// The colour of a class as `dualtoken predict --output` paints it: HSV with the golden ratio's part of the circle.
+function colour(index) {
+  const [hue, saturation, value] = [((index * 0.618034) % 1) * 6, 0.85, 0.95];
+  const channel = (n) => {
+    const k = (n + hue) % 6;
+    return Math.round(255 * (value - value * saturation * Math.max(0, Math.min(k, 4 - k, 1))));
+  };
+  return `rgb(${channel(5)} ${channel(3)} ${channel(1)})`;
+}
+
+function row([name, value, share], painted) {
   const item = document.createElement("li");
   const line = document.createElement("div");
   line.className = "name";
   line.append(document.createElement("span"), document.createElement("span"));
+  if (painted !== undefined) {
+    line.firstChild.className = "painted";
+    line.firstChild.style.setProperty("--class", colour(painted));
+  }
   line.firstChild.textContent = name;
   line.lastChild.textContent = value;
   item.append(line);
@@ -85,28 +99,38 @@ function row([name, value, share]) {
   return item;
 }
 
-// Boxes (x1, y1, x2, y2) in the picture's pixels, over the photo, which the browser scales.
-function draw(boxes, [height, width]) {
+// Boxes (x1, y1, x2, y2) in the picture's pixels, over the photo, which the browser scales; the best one on top.
+function draw(objects, [height, width]) {
   const over = find("boxes");
   over.setAttribute("viewBox", `0 0 ${width} ${height}`);
   over.setAttribute("preserveAspectRatio", "none");
   over.replaceChildren(
-    ...boxes.map(([left, top, right, bottom]) => {
+    ...[...objects].reverse().map(({ box: [left, top, right, bottom], index }) => {
       const rect = document.createElementNS(over.namespaceURI, "rect");
       const sides = { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) };
       for (const [key, value] of Object.entries(sides)) rect.setAttribute(key, value);
+      rect.style.stroke = colour(index);
       return rect;
     }),
   );
-  over.toggleAttribute("hidden", !boxes.length);
+  over.toggleAttribute("hidden", !objects.length);
+}
+
+// Masks and areas: a picture of the server's, which the browser scales over the photo.
+function lay(source) {
+  find("areas").hidden = !source;
+  if (source) find("areas").src = source;
+  else find("areas").removeAttribute("src");
 }
 
 function show(result, elapsed) {
   const [heading, words] = WORDS[result.task] ?? [result.task, (one) => [JSON.stringify(one), ""]];
   find("what").textContent = heading;
-  find("classes").replaceChildren(...result.predictions.map((one) => row(words(one))));
+  const painted = result.overlay || result.predictions.some((one) => one.box);
+  find("classes").replaceChildren(...result.predictions.map((one) => row(words(one), painted ? one.index : undefined)));
   find("nothing").hidden = result.predictions.length > 0;
-  draw(result.predictions.flatMap((one) => (one.box ? [one.box] : [])), result.size);
+  draw(result.predictions.filter((one) => one.box), result.size);
+  lay(result.overlay);
   warn(result);
   const { bundle, timing_ms: time } = result;
   const facts = [
@@ -135,12 +159,14 @@ async function classify(picture) {
   photo.alt = `The photo: ${picture.name ?? "pasted"}`;
   photo.hidden = false;
   draw([], [1, 1]);
+  lay(null);
   find("drop-text").textContent = "Another one? Drop, paste or choose it";
   result.setAttribute("aria-busy", "true");
+  find("busy").hidden = false;
   try {
     const started = performance.now();
     const name = model.value.split(":").map(encodeURIComponent);
-    const path = `/v2/models/${name[0]}/versions/${name[1]}/classify?top=5`;
+    const path = `/v2/models/${name[0]}/versions/${name[1]}/classify?top=5&overlay=true`;
     const data = await ask(path, { method: "POST", body: picture, headers: { "Content-Type": "application/octet-stream" } });
     if (mine !== asked) return;
     show(data, performance.now() - started);
@@ -151,8 +177,15 @@ async function classify(picture) {
     say(error.message);
   }
   result.setAttribute("aria-busy", "false");
+  find("busy").hidden = true;
 }
 
+// A small photo is shown larger, so that what is drawn over it can be seen.
+photo.addEventListener("load", () => {
+  const grown = Math.min(240 / photo.naturalWidth, 280 / photo.naturalHeight);
+  if (grown > 1) photo.width = Math.round(photo.naturalWidth * grown);
+  else photo.removeAttribute("width");
+});
 drop.addEventListener("click", (event) => event.target !== file && file.click());
 drop.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" && event.key !== " ") return;
