@@ -1,12 +1,16 @@
 """Hostile clients against a server of its own on loopback, under honest load: what the honest ones still get.
 
-    python benchmarks/serve_hostile.py BUNDLE [--seconds 2] [--rounds 4] [--only NAME ...] [--markdown FILE]
+    python benchmarks/serve_hostile.py BUNDLE [--seconds 2.5] [--rounds 3] [--only NAME ...] [--rows FILE]
+                                              [--markdown FILE]
 
-For each attack a fresh server, and rounds on it: honest clients alone, then the same with the attackers, who are a
-process of their own. Goodput is what was answered with 200 or OK in all attacked halves, of that in all quiet ones:
-what else the machine does falls on both. Attackers work at a low priority (--nice), since in life they have machines of
-their own, and what they take of this one is said; so is the server's CPU time for an honest answer. The last ones are
+For each attack a fresh server, and rounds on it: honest clients alone; the same beside a stand-in that burns as much
+CPU time as the attackers do and sends nothing; the same with the attackers. In life attackers have machines of their
+own: what theirs cost this one is in the second phase as in the third, and the server's answer to them in the third.
+Goodput is what was answered with 200 or OK within the attacked phases, of that within those beside the stand-in (and of
+that alone, which is said as well); what else the machine does falls on all. Attackers and stand-in are a process each,
+of one priority (--nice). What the stand-in burns was measured just before: first in a rehearsal. The last attackers are
 still at it when SIGTERM comes. Nothing but 127.0.0.1 is connected to; attackers are bounded in number, bytes and time.
+--rows keeps each attack's row when it is done, and a later run takes it from there.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
@@ -44,6 +49,9 @@ LIFE_SECONDS = 90.0  # after which an attacker ends by itself
 PAUSE_SECONDS = 0.05  # between an attacker's requests on a connection
 DRAIN_SECONDS = 5
 CONNECT_SECONDS = 1.0  # in which attackers, who are many, connect
+REHEARSAL_SECONDS = 1.5
+SETTLE_SECONDS = 1.0  # after attackers were killed
+BURST_SECONDS = 0.002  # of the stand-in
 SAMPLE_SECONDS = 0.05
 WITHIN_SECONDS = 30.0  # one request's time-out, of an honest client
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -246,7 +254,7 @@ TRAILER = b"x-trailer: " + b"a" * 60_000 + b"\r\n"
 
 @dataclass
 class Honest:
-    """What the honest clients got in one phase."""
+    """What the honest clients got in one phase: answers before its end, and the longest wait for one."""
 
     answered: dict[str, int] = field(default_factory=dict)
     other: dict[str, int] = field(default_factory=dict)
@@ -272,7 +280,8 @@ async def honest(running: Running, bundle: Bundle, seconds: float) -> Honest:
                 code = await asyncio.wait_for(made.ask(requests[kind]), WITHIN_SECONDS)
             found.longest = max(found.longest, time.monotonic() - began)
             if code in ("200", "OK"):
-                found.answered[kind] = found.answered.get(kind, 0) + 1
+                if time.monotonic() < end:
+                    found.answered[kind] = found.answered.get(kind, 0) + 1
             else:
                 found.other[f"{kind} {code}"] = found.other.get(f"{kind} {code}", 0) + 1
                 if kind != "grpc":
@@ -294,28 +303,33 @@ async def watched(running: Running, work: Awaitable[Honest]) -> tuple[Honest, fl
 
 
 @dataclass
-class Half:
-    """All quiet or all attacked phases of an attack."""
+class Phase:
+    """All phases of one kind: alone, beside the stand-in, or attacked."""
 
     honest: Honest = field(default_factory=Honest)
     most_mib: float = 0.0
     cpu_seconds: float = 0.0  # of the server and all its processes
-    attackers_share: float = 0.0  # of all cores, at most
+    seconds: float = 0.0
+    others_seconds: float = 0.0  # CPU time of who else was there
 
-    def run(self, running: Running, bundle: Bundle, seconds: float, attackers: int | None = None) -> None:
+    def run(self, running: Running, bundle: Bundle, seconds: float, other: int | None = None) -> None:
         began, cpu = time.monotonic(), tree_seconds(running.process.pid)
-        theirs = 0.0 if attackers is None else tree_seconds(attackers)
+        theirs = 0.0 if other is None else tree_seconds(other)
         found, most = asyncio.run(watched(running, honest(running, bundle, seconds)))
         self.honest.add(found)
         self.most_mib = max(self.most_mib, most)
         self.cpu_seconds += tree_seconds(running.process.pid) - cpu
-        if attackers is not None:
-            took = (tree_seconds(attackers) - theirs) / (time.monotonic() - began) / (os.cpu_count() or 1)
-            self.attackers_share = max(self.attackers_share, took)
+        self.seconds += time.monotonic() - began
+        if other is not None:
+            self.others_seconds += tree_seconds(other) - theirs
 
     @property
     def ms_an_answer(self) -> float:
         return 1000 * self.cpu_seconds / max(1, sum(self.honest.answered.values()))
+
+    @property
+    def others_cores(self) -> float:
+        return self.others_seconds / max(self.seconds, 1e-9)
 
 
 def tree_seconds(pid: int) -> float:
@@ -330,56 +344,85 @@ def tree_seconds(pid: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+@contextmanager
+def beside(priority: int, arguments: list[str], connect: float = 0.0) -> Iterator[int]:
+    """Attackers or their stand-in, from when they have what they send until they are killed: their process id."""
+    command = ["nice", "-n", str(priority), sys.executable, __file__, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout is not None  # noqa: S101  # a pipe was asked for
+        process.stdout.readline()
+        time.sleep(connect)
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def burn(cores: float) -> None:
+    """Takes so much CPU time of each second, in short bursts; what it could not get it takes later."""
+    began = time.monotonic()
+    while (now := time.monotonic() - began) < LIFE_SECONDS:
+        if time.process_time() < cores * now:
+            end = time.process_time() + BURST_SECONDS
+            while time.process_time() < end:
+                pass
+        else:
+            time.sleep(BURST_SECONDS)
+
+
 def one(name: str, bundle: Path, seconds: float, rounds: int, priority: int) -> dict[str, Any]:
-    """One attack: alone and attacked by turns, ended."""
-    opened, quiet, attacked = Bundle.open(bundle), Half(), Half()
+    """One attack: alone, beside the stand-in and attacked by turns, ended."""
+    opened, alone, beside_burner, attacked = Bundle.open(bundle), Phase(), Phase(), Phase()
     with (
         tempfile.TemporaryDirectory() as folder,
         server(bundle, 1, "--drain-seconds", str(DRAIN_SECONDS)) as running,
     ):
         asyncio.run(honest(running, opened, 1.5))  # everything that starts late has started
         idle_mib = running.memory_mib()
-        command = [sys.executable, __file__, str(bundle), "--attack", name, "--at", f"{running.port},{running.grpc}"]
+        attack = [str(bundle), "--attack", name, "--at", f"{running.port},{running.grpc}"]
         picture = Path(folder) / "large.jpg"
         if "megapixels" in name:
             picture.write_bytes(large())
-            command += ["--large", str(picture)]
+            attack += ["--large", str(picture)]
+        rehearsal = Phase()
+        with beside(priority, attack, CONNECT_SECONDS) as pid:
+            rehearsal.run(running, opened, REHEARSAL_SECONDS, pid)
+        cores = rehearsal.others_cores
         for number in range(rounds):
-            quiet.run(running, opened, seconds)
-            attackers = subprocess.Popen(
-                ["nice", "-n", str(priority), *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-            try:
-                assert attackers.stdout is not None  # noqa: S101  # a pipe was asked for
-                attackers.stdout.readline()  # it has what it sends
-                time.sleep(CONNECT_SECONDS)
-                attacked.run(running, opened, seconds, attackers.pid)
+            time.sleep(SETTLE_SECONDS)
+            alone.run(running, opened, seconds)
+            with beside(priority, [str(bundle), "--burn", f"{cores:.4f}"]) as pid:
+                beside_burner.run(running, opened, seconds, pid)
+            with beside(priority, attack, CONNECT_SECONDS) as pid:
+                attacked.run(running, opened, seconds, pid)
+                cores = attacked.others_cores
                 if number == rounds - 1:
                     began = time.monotonic()
                     running.process.send_signal(signal.SIGTERM)
                     code = running.process.wait(60)
                     ended = time.monotonic() - began
-            finally:
-                attackers.kill()
-                attackers.wait()
-    before, after = quiet.honest, attacked.honest
+    phases = {"alone": alone, "beside the stand-in": beside_burner, "attacked": attacked}
+    before, after = beside_burner.honest.answered, attacked.honest.answered
     return {
         "attack": name,
-        "goodput": {kind: after.answered.get(kind, 0) / max(1, n) for kind, n in before.answered.items()},
-        "quiet_answers": before.answered,
-        "not_answered": after.other,
-        "longest_s": [before.longest, after.longest],
-        "cpu_ms_an_answer": [quiet.ms_an_answer, attacked.ms_an_answer],
-        "attackers_cpu_share": attacked.attackers_share,
-        "memory_mib": [idle_mib, max(quiet.most_mib, attacked.most_mib)],
+        "goodput": {kind: after.get(kind, 0) / max(1, count) for kind, count in before.items()},
+        "goodput_all": sum(after.values()) / max(1, sum(before.values())),
+        "goodput_all_of_alone": sum(after.values()) / max(1, sum(alone.honest.answered.values())),
+        "answers": {phase: found.honest.answered for phase, found in phases.items()},
+        "not_answered": {phase: found.honest.other for phase, found in phases.items()},
+        "longest_s": {phase: found.honest.longest for phase, found in phases.items()},
+        "cpu_ms_an_answer": {phase: found.ms_an_answer for phase, found in phases.items()},
+        "others_cores": {phase: found.others_cores for phase, found in phases.items()},
+        "memory_mib": [idle_mib, max(rehearsal.most_mib, *(found.most_mib for found in phases.values()))],
         "exit_code": code,
         "exit_s": ended,
     }
 
 
 HEADS = (
-    *("attackers", "goodput HTTP", "JPEG", "gRPC", "longest answer, s (alone)"),
-    *("server's CPU, ms an honest answer (alone)", "attackers' share of the CPUs", "memory over idle"),
+    *("attackers", "goodput HTTP", "JPEG", "gRPC", "all", "all, of alone", "longest answer, s (alone)", "not answered"),
+    *("attackers' CPU, cores (stand-in)", "server's CPU, ms an answer (alone)", "memory over idle"),
     "SIGTERM to exit, s",
 )
 
@@ -387,11 +430,15 @@ HEADS = (
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
     for row in rows:
-        (before, after), (alone, under) = row["longest_s"], row["cpu_ms_an_answer"]
+        longest, cores, cpu_ms = row["longest_s"], row["others_cores"], row["cpu_ms_an_answer"]
         idle_mib, most = row["memory_mib"]
+        waited = f"{longest['attacked']:.1f} ({longest['alone']:.1f})"
         cells = [
             *(row["attack"], *(f"{row['goodput'].get(kind, 0):.2f}" for kind in ("http", "jpeg", "grpc"))),
-            *(f"{after:.1f} ({before:.1f})", f"{under:.0f} ({alone:.0f})", f"{row['attackers_cpu_share']:.0%}"),
+            *(f"{row['goodput_all']:.2f}", f"{row['goodput_all_of_alone']:.2f}"),
+            *(waited, str(sum(row["not_answered"]["attacked"].values()))),
+            f"{cores['attacked']:.2f} ({cores['beside the stand-in']:.2f})",
+            f"{cpu_ms['attacked']:.0f} ({cpu_ms['alone']:.0f})",
             *(f"{most / idle_mib:.2f}", f"{row['exit_s']:.1f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -401,17 +448,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--nice", type=int, default=10, help="priority of the attackers")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of each phase of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nice", type=int, default=10, help="priority of attackers and stand-in")
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--rows", type=Path, help="JSON lines: rows that are there are kept, others are added")
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--burn", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--large", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--at", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not 0 < arguments.seconds * arguments.rounds <= 60 or arguments.rounds < 1:
         parser.error("a run is bounded: --seconds times --rounds to 60")
+    if arguments.burn is not None:
+        print("ready", flush=True)
+        burn(arguments.burn)
+        return
     if arguments.attack:
         port, _, address = arguments.at.partition(",")
         work = ATTACKS[arguments.attack](Aim(int(port), address))
@@ -421,13 +474,19 @@ def main() -> None:
         with contextlib.suppress(TimeoutError):
             asyncio.run(asyncio.wait_for(work, LIFE_SECONDS))
         return
-    rows = []
+    rows = {}
+    if arguments.rows is not None and arguments.rows.exists():
+        rows = {row["attack"]: row for row in map(json.loads, arguments.rows.read_text("utf-8").splitlines())}
     for name in ATTACKS:
-        if not arguments.only or any(part in name for part in arguments.only):
-            rows.append(one(name, arguments.bundle, arguments.seconds, arguments.rounds, arguments.nice))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if name not in rows and (not arguments.only or any(part in name for part in arguments.only)):
+            rows[name] = one(name, arguments.bundle, arguments.seconds, arguments.rounds, arguments.nice)
+            print(json.dumps(rows[name]), file=sys.stderr, flush=True)
+            if arguments.rows is not None:
+                with arguments.rows.open("a", encoding="utf-8") as file:
+                    print(json.dumps(rows[name]), file=file)
+    found = [rows[name] for name in ATTACKS if name in rows]
     head = f"`python {' '.join(sys.argv)}`\n\n{json.dumps(describe_machine())}\n\n"
-    text = head + markdown(rows) + f"\n\n```json\n{json.dumps(rows, indent=1)}\n```\n"
+    text = head + markdown(found) + f"\n\n```json\n{json.dumps(found, indent=1)}\n```\n"
     print(text)
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")

@@ -115,3 +115,9 @@ def first_line(error: Exception) -> str:
     """A vendor's exception as one line: the first of its text, or the name of its type."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def last_line(error: Exception) -> str:
+    """The last of its text, where a vendor says what went wrong behind where it did."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dualtoken_deploy.errors import DualTokenError, OutputError
 from dualtoken_deploy.staging import staged_file
@@ -79,6 +82,25 @@ def read_bytes(path: Path, limit: int, kind: type[DualTokenError], mend: str) ->
     if len(data) > limit:
         raise kind(f"{path} has more than {limit >> 20} MiB, which is no such file of ours; {mend}")
     return data
+
+
+def read_toml(path: Path, limit: int, kind: type[DualTokenError], mend: str) -> tuple[dict[str, Any], str]:
+    """A TOML file's tables, and its text. Raises `kind` where it cannot be read or is no TOML."""
+    try:
+        text = read_bytes(path, limit, kind, mend).decode("utf-8")
+        return tomllib.loads(text), text
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, TOMLDecodeError, a number of 5,000 digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise kind(f"{path} is no TOML: {why}; {mend}") from error
+
+
+def line_of(path: Path, text: str, pattern: str) -> str:
+    """Where the first line is that begins with a regular expression: "PATH, line N"; the path alone where none does."""
+    expression = re.compile(pattern)
+    for number, line in enumerate(text.split("\n"), 1):  # TOML's only end of a line; others may stand in its strings
+        if expression.match(line):
+            return f"{path}, line {number}"
+    return str(path)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], library_error: type[Exception] = OSError) -> None:

@@ -10,7 +10,10 @@ import pytest
 
 from dualtoken_deploy.errors import DualTokenError
 
-TARGETS = ("manifest", "golden", "labels", "safetensors", "checkpoint", "coco", "folders")
+TARGETS = (
+    *("manifest", "golden", "labels", "safetensors", "checkpoint", "coco", "folders"),
+    *("settings", "series", "baseline", "run_config"),
+)
 CORPUS = Path(__file__).parent / "fuzz" / "corpus"
 FOUND = [(name, file) for name in TARGETS for file in sorted((CORPUS / name).glob("*"))]
 

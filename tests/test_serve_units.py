@@ -89,7 +89,10 @@ def test_what_leaves_the_machine_unguarded_is_warned_of(host: str, options: dict
     assert len(Settings(host=host, **options).warnings()) == count
 
 
-@pytest.mark.parametrize("content", ["", "short", "with\x01control-characters", "schlüssel-mit-umlaut"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "short", "with\x01control-characters", "schlüssel-mit-umlaut", "0123456789abcdef\x0crest-of-it"],
+)
 def test_an_api_key_that_is_no_secret(content: str, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(content)
     with pytest.raises(InputError, match="16 printable ASCII"):

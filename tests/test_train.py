@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,44 @@ def test_a_damaged_checkpoint_is_one_error(finished: Path, tmp_path: Path) -> No
         resume(run)
     with pytest.raises(WeightsError, match=r"is no training run"):
         resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda _: [1], WeightsError, "no JSON object"),
+        (lambda header: header | {"progress": {"epoch": "x"}}, WeightsError, "another version"),
+        (lambda header: header | {"progress": 5}, WeightsError, "another version"),
+        (lambda header: {k: v for k, v in header.items() if k != "progress"}, WeightsError, "another version"),
+        (lambda header: {k: v for k, v in header.items() if k != "data_sha256"}, DatasetError, "files differ"),
+    ],
+    ids=["a list", "an epoch of letters", "no progress but a number", "no progress", "no data"],
+)
+def test_the_header_of_a_checkpoint_is_read_without_trust(
+    finished: Path, tmp_path: Path, change: Callable[[Any], Any], error: type[Exception], words: str
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    tensors, header = checkpoint.load_tensors(run / checkpoint.LAST)
+    checkpoint.save_tensors(run / checkpoint.LAST, tensors, change(header))
+    with pytest.raises(error, match=words):
+        resume(run, epochs=4)
+
+
+@pytest.mark.parametrize("part", ["ema", "optimiser.exp_avg"])
+def test_the_tensors_of_a_checkpoint_fit_its_model(finished: Path, tmp_path: Path, part: str) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    tensors, header = checkpoint.load_tensors(run / checkpoint.LAST)
+    name = next(key for key in tensors if key.startswith("optimiser.exp_avg."))
+    changed = {"ema.x": torch.ones(3)} if part == "ema" else {name: torch.ones(7, 7, 7)}
+    checkpoint.save_tensors(run / checkpoint.LAST, tensors | changed, header)
+    with pytest.raises(WeightsError, match="does not fit the model of its run"):
+        resume(run, epochs=4)
 
 
 def test_data_that_changed_is_not_resumed_on(finished: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from dualtoken_deploy.data.samples import Sample, SampleSet
 from dualtoken_deploy.errors import DatasetError, missing_extra
+from dualtoken_deploy.files import read_bytes
 
 SHARE = 0.8
 PAST, FUTURE = 96, 24  # steps that every sample has at least
@@ -81,14 +83,12 @@ def read_csv(path: Path) -> Series:
 
     Raises DatasetError.
     """
+    mend = f"give a .csv file, or one of: {', '.join(SERIES)}"
+    data = read_bytes(path, MAX_BYTES, DatasetError, mend)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DatasetError(f"{path} has {path.stat().st_size >> 20} MiB; at most {MAX_BYTES >> 20} are read")
-        with path.open(newline="", encoding="utf-8") as file:
-            head, *rows = list(csv.reader(file)) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        known = ", ".join(SERIES)
-        raise DatasetError(f"{path} cannot be read as CSV ({error}); give a .csv file, or one of: {known}") from error
+        head, *rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""))) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path} cannot be read as CSV ({error}); {mend}") from error
     rows = [row for row in rows if row]
     if not head or any(len(row) != len(head) for row in rows) or len(rows) * len(head) > MAX_VALUES:
         raise DatasetError(f"{path} is no table: a head line of names, and as many values in each line after it")
@@ -98,8 +98,8 @@ def read_csv(path: Path) -> Series:
             column = np.array([float(row[place]) for row in rows])
         except ValueError:
             continue
-        if not np.isfinite(column).all():
-            raise DatasetError(f"{path}: {name} has values that are no finite numbers; fill or remove them")
+        if not (np.abs(column) <= np.finfo(np.float32).max).all():  # what a model takes; NaN is not either
+            raise DatasetError(f"{path}: {name} has values that are no finite numbers of float32; fill or remove them")
         columns[name.strip() or f"column {place}"] = column
     if not columns or not rows:
         raise DatasetError(f"{path} has no column of numbers; a series needs one for each variate")

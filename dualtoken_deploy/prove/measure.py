@@ -17,6 +17,7 @@ from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import InputError, install_command
 from dualtoken_deploy.files import read_bytes, write_atomically
 from dualtoken_deploy.machine import describe_machine, library_versions
+from dualtoken_deploy.prove.tolerances import ROWS
 from dualtoken_deploy.targets.load import why_no_latency
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.table import get_task
@@ -104,6 +105,8 @@ class Report:
                 f"{path} has schema version {found.schema_version}, this program reads up to {SCHEMA_VERSION}; "
                 f"upgrade it (this one was installed by: {install_command()})"
             )
+        if unknown := [name for name in found.figures if name not in ROWS]:
+            raise InputError(f"{path} has a figure {unknown[0][:60]!r}; there are {', '.join(ROWS)}; {MEND}")
         return found
 
 

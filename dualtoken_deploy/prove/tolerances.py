@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dualtoken_deploy.errors import InputError
-from dualtoken_deploy.files import read_bytes
+from dualtoken_deploy.files import line_of, read_toml
 from dualtoken_deploy.tasks.table import TASKS
 
 MAX_FILE = 1 << 20
@@ -61,11 +61,7 @@ class Tolerances:
     @staticmethod
     def read(path: Path) -> Tolerances:
         """Raises InputError that names the line, and the keys that there are."""
-        text = read_bytes(path, MAX_FILE, InputError, "see docs/ci.md").decode("utf-8", "replace")
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path} is no TOML: {error}") from error
+        data, text = read_toml(path, MAX_FILE, InputError, "see docs/ci.md")
         where = _Where(path, text)
         tables = ("allow", "at_least", "at_most")
         for name in data:
@@ -90,11 +86,7 @@ class _Where:
     text: str
 
     def __call__(self, key: str) -> str:
-        pattern = re.compile(rf'^\s*\[?\s*["\']?{re.escape(key)}["\']?\s*[\]=.]')
-        for number, line in enumerate(self.text.splitlines(), 1):
-            if pattern.match(line):
-                return f"{self.path}, line {number}"
-        return str(self.path)
+        return line_of(self.path, self.text, rf'\s*\[?\s*["\']?{re.escape(key)}["\']?\s*[\]=.]')
 
 
 def _allowed(value: Any, where: str) -> Allowed:
@@ -107,6 +99,11 @@ def _allowed(value: Any, where: str) -> Allowed:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise InputError(f'{where}: {value!r} is no number (in [allow] also a share, as "2 %")')
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):  # nothing would pass such a limit, or everything
+        said = f"{value!r}"[:60]
+        raise InputError(f'{where}: {said} is no number (in [allow] also a share, as "2 %")')
+    return number

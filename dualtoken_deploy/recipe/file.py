@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dualtoken_deploy.errors import InputError
-from dualtoken_deploy.files import read_bytes
+from dualtoken_deploy.files import read_toml
 
 MAX_RECIPE = 1 << 20
 Names = tuple[str, ...]
@@ -130,11 +129,7 @@ TABLES = {
 
 def read_recipe(path: Path) -> Recipe:
     """Raises InputError with the line, what is wrong there, and what may stand there."""
-    text = read_bytes(path, MAX_RECIPE, InputError, "give a recipe's TOML file").decode("utf-8", "replace")
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is no TOML: {error}") from error
+    data, text = read_toml(path, MAX_RECIPE, InputError, "give a recipe's TOML file")
     try:
         return msgspec.convert(data, Recipe)
     except msgspec.ValidationError as error:
@@ -165,7 +160,7 @@ def _explain(path: Path, text: str, said: str) -> str:
 def _line(path: Path, text: str, tables: list[str], key: str) -> str:
     """The first line with the key behind the header of its table; tomllib keeps no lines."""
     inside, header = not tables, re.compile(r"^\s*\[\[?\s*([\w.\s-]+?)\s*\]\]?")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         found = header.match(line)
         if found:
             parts = found[1].split(".")

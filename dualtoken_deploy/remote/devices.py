@@ -6,13 +6,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.errors import InputError, UsageError
-from dualtoken_deploy.files import read_bytes
+from dualtoken_deploy.files import line_of, read_toml
 
 MAX_FILE = 1 << 20
 ADDRESS = re.compile(
@@ -86,11 +85,7 @@ def read_devices(path: Path | None = None) -> dict[str, Device]:
     file = path or devices_file()
     if not file.exists():
         return {}
-    text = read_bytes(file, MAX_FILE, InputError, "see docs/ci.md").decode("utf-8", "replace")
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{file} is no TOML: {error}") from error
+    data, text = read_toml(file, MAX_FILE, InputError, "see docs/ci.md")
     return {name: _device(name, table, file, text) for name, table in data.items()}
 
 
@@ -112,10 +107,7 @@ def _device(name: str, table: Any, file: Path, text: str) -> Device:
 
 
 def _line(file: Path, text: str, key: str) -> str:
-    for number, line in enumerate(text.splitlines(), 1):
-        if re.match(rf"\s*{re.escape(key)}\s*=", line):
-            return f"{file}, line {number}"
-    return str(file)
+    return line_of(file, text, rf"\s*{re.escape(key)}\s*=")
 
 
 def find_device(said: str) -> Device:

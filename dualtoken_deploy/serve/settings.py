@@ -154,10 +154,10 @@ def read_api_key(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"API key file {path} cannot be read ({error})") from error
-    key = lines[0].strip() if lines else ""
+    key = text.partition("\n")[0].strip()  # splitlines() ends a line at a form feed too, and the key with it
     if len(key) < 16 or not key.isascii() or not key.isprintable():
         raise InputError(f"API key file {path} must hold one line of at least 16 printable ASCII characters")
     return key

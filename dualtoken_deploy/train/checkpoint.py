@@ -52,6 +52,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
+            if not isinstance(header, dict):
+                raise TypeError("its header is no JSON object")
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, *DAMAGE) as error:
         raise WeightsError(f"{path} is no whole checkpoint of a training run ({error}); train anew") from error
@@ -85,9 +87,14 @@ def unpack(
         for key_and_name, tensor in parts["optimiser"].items():
             key, _, owner = key_and_name.partition(".")
             if owner == name:
+                if tensor.shape not in ((), parameter.shape):
+                    raise WeightsError(f"{path} does not fit the model of its run ({key_and_name}); train anew")
                 where = "cpu" if key == "step" else parameter.device
                 optimiser.state[parameter][key] = tensor.to(where)
-    return split_token_norms(parts["ema"])
+    average, state = split_token_norms(parts["ema"]), model.state_dict()
+    if average and {k: t.shape for k, t in average.items()} != {k: t.shape for k, t in state.items()}:
+        raise WeightsError(f"{path} does not fit the model of its run (ema); train anew")
+    return average
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -96,7 +103,7 @@ def read_config(run: Path) -> TrainConfig:
         return TrainConfig.from_json(json.loads((run / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise WeightsError(f"{run} is no training run: it has no {CONFIG}; start one with --output {run}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{run / CONFIG} cannot be read as a recipe ({error}); train anew") from error
 
 

@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
+
 from dualtoken_deploy.errors import UsageError
 
+MOST = 2**31 - 1  # of any number: what libraries below take
+MORE = f" (and at most {MOST})"
 LR_BATCH = 1024  # the batch size that `lr` is for; it scales linearly
 AUGMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # of each task
     {
@@ -91,10 +95,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            _need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "clip_grad", "workers"):
             value = getattr(self, name)
-            _need(value >= 0 and math.isfinite(value), f"{name} must be 0 or more, not {value}")
+            _need(1 <= value <= MOST, f"{name} must be at least 1{MORE}, not {str(value)[:40]}")
+        rest = ("lr", "min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "clip_grad", "workers", "seed")
+        for name in rest:
+            value = getattr(self, name)
+            _need(0 <= value <= MOST, f"{name} must be 0 or more{MORE}, not {str(value)[:40]}")
         for name in ("erasing", "flip", "ema", "label_smoothing", "drop_path"):
             value = getattr(self, name)
             _need(0 <= value <= 1, f"{name} must lie in 0..1, not {value}")
@@ -136,13 +142,11 @@ class TrainConfig:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> TrainConfig:
-        """Raises TypeError or KeyError on data that is no configuration of this version."""
-        tuples = ("image_size", "betas", "crop_scale")
+        """Raises TypeError, KeyError, ValueError or OverflowError on data that is no configuration of this version."""
         known = {f.name for f in fields(TrainConfig)}
         if unknown := set(data) - known:
             raise KeyError(f"unknown settings {', '.join(sorted(unknown))}")
-        settings: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in data.items()}
-        return TrainConfig(**settings)
+        return msgspec.convert(data, TrainConfig)  # checks the type of every value
 
 
 def make_config(**settings: Any) -> TrainConfig:

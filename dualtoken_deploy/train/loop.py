@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ def _check_changes(folder: Path, before: TrainConfig, config: TrainConfig) -> No
     _, header = checkpoint.load_tensors(folder / checkpoint.LAST)
     progress = header.get("progress")
     done = progress.get("epoch", 0) if isinstance(progress, dict) else 0
+    done = done if isinstance(done, int) else 0  # _restore says what is wrong with it
     changed = [name for name, value in config.to_json().items() if value != before.to_json()[name]]
     if changed and done >= config.epochs:
         raise UsageError(
@@ -145,13 +147,13 @@ class _Run:
             self.notes.append("no epoch was finished yet: begun anew")
             return
         tensors, header = checkpoint.load_tensors(path)
-        if header["data_sha256"] != self.task.digest:
+        if header.get("data_sha256") != self.task.digest:
             raise DatasetError(f"{self.config.data} is not what {self.folder} was trained on (files differ)")
         average = checkpoint.unpack(tensors, self.model, self.optimiser, path)
         self.average = average if self.config.ema else {}
         try:
-            self.progress = _Progress(**header["progress"])
-        except TypeError as error:
+            self.progress = msgspec.convert(header.get("progress"), _Progress)
+        except (ValueError, OverflowError) as error:  # msgspec's ValidationError is the first
             raise WeightsError(f"{path} is of another version of this program; train anew") from error
 
     def _prepare(self) -> None:

@@ -11,7 +11,7 @@ from dualtoken_deploy.bundle.consistency import check as check_itself
 from dualtoken_deploy.bundle.consistency import count_classes
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.errors import DualTokenError
-from tests.fuzz.inputs import edited
+from tests.fuzz.inputs import edited, other_values
 
 SCHEMA1 = Path(__file__).parents[1] / "data" / "schema1"
 
@@ -44,7 +44,7 @@ def one(data: bytes) -> None:
     Manifest.from_json(manifest.to_json())
 
 
-CASES = edited(seeds(), TOKENS) | st.binary(max_size=200)
+CASES = other_values(seeds()) | edited(seeds(), TOKENS) | st.binary(max_size=200)
 
 
 def check(data: bytes) -> None:

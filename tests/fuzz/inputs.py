@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -26,3 +29,37 @@ def edited(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = ()
         elif edit == "token":
             data[at:at] = draw(st.sampled_from(list(tokens)))
     return bytes(data)
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1.5, 10**400, "", "x", "\ud800", [], {}, [1], ["x", "x"], [[0]], {"x": 1}, {"x": None},
+)  # fmt: skip
+
+
+@st.composite
+def other_values(draw: st.DrawFn, seeds: Sequence[bytes], keys: Sequence[str] = ()) -> bytes:
+    """A JSON seed with up to three of its values changed, left out, or put under another name: edits of bytes seldom
+    leave JSON, and then nobody reads its values."""
+    data = json.loads(draw(st.sampled_from(list(seeds))))
+    for _ in range(draw(st.integers(1, 3))):
+        places: list[tuple[Any, Any]] = []
+        _collect(data, places)
+        if not places:
+            break
+        holder, key = draw(st.sampled_from(places))
+        edit = draw(st.sampled_from(["value", "value", "value", "none", "name"]))
+        if edit == "value":
+            other = st.sampled_from(VALUES) | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+            holder[key] = copy.deepcopy(draw(other))
+        elif edit == "none":
+            del holder[key]
+        elif isinstance(holder, dict):
+            holder[draw(st.sampled_from([*keys, "x", ""]))] = holder.pop(key)
+    return json.dumps(data).encode()
+
+
+def _collect(data: Any, places: list[tuple[Any, Any]]) -> None:
+    """Every place of a value, as what holds it and the key there."""
+    for key in list(data) if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        places.append((data, key))
+        _collect(data[key], places)

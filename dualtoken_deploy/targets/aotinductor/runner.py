@@ -129,7 +129,7 @@ class AotInductorRunner(Bordered):
         try:
             self._model: Any = torch._inductor.aoti_load_package(str(path))
         except RuntimeError as error:
-            raise BundleError(f"torch cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise BundleError(f"torch cannot load {path}: {first_line(error)}") from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

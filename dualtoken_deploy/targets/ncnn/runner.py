@@ -115,7 +115,7 @@ def layers(param: Path) -> list[Layer]:
     try:
         if param.stat().st_size > MAX_PARAM_BYTES:
             raise BundleError(f"{param} is larger than {MAX_PARAM_BYTES >> 20} MiB; export it again")
-        lines = param.read_text(encoding="utf-8").splitlines()
+        lines = param.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{param} cannot be read ({error}); copy the whole bundle") from error
     if not lines or lines[0].strip() != MAGIC:

@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dualtoken_deploy.errors import MissingError, install_command
+from dualtoken_deploy.errors import MissingError, first_line, install_command
 
 if TYPE_CHECKING:
     import tensorrt
@@ -56,7 +56,7 @@ def load_library(library: Library, lean: bool = False) -> Any:
     try:
         module = importlib.import_module(found)
     except (ImportError, OSError) as error:  # the libraries beside it are missing, or need a driver
-        raise MissingError(f"{found} is installed but does not load here: {str(error).splitlines()[0]}") from error
+        raise MissingError(f"{found} is installed but does not load here: {first_line(error)}") from error
     version = version_tuple(module.__version__)
     if version < library.oldest:
         oldest = ".".join(map(str, library.oldest))
@@ -95,4 +95,4 @@ def make_logger(trt: Any) -> Any:
 
 def complaint(logger: Any) -> str:
     """The first error that the logger kept, in one line."""
-    return logger.errors[0].splitlines()[0] if logger.errors else "it gave no reason"
+    return logger.errors[0].strip().partition("\n")[0] if logger.errors else "it gave no reason"

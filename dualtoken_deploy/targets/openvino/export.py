@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, missing_extra
+from dualtoken_deploy.errors import ConversionError, last_line, missing_extra
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, default_opset, export_onnx
 from dualtoken_deploy.targets.openvino.ir import save_ir
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
@@ -39,7 +39,7 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
         _name(converted, request)
         save_ir(converted, folder, half=request.precision in HALF)
     except RuntimeError as error:
-        raise ConversionError(f"OpenVINO cannot convert the ONNX: {str(error).strip().splitlines()[-1]}") from error
+        raise ConversionError(f"OpenVINO cannot convert the ONNX: {last_line(error)}") from error
     counts = Counter(op.get_type_name() for op in converted.get_ordered_ops())
     return Artifact(exported.rules, {**exported.operators, "openvino": dict(counts.most_common())})
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from dualtoken_deploy.bundle.store import Bundle
-from dualtoken_deploy.errors import BundleError, MissingError, missing_extra
+from dualtoken_deploy.errors import BundleError, MissingError, last_line, missing_extra
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
@@ -142,5 +142,4 @@ def _compile(path: Path, options: RunnerOptions, computes: str, profile: bool = 
     try:
         return core.compile_model(str(path), device, settings)
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1]
-        raise BundleError(f"OpenVINO cannot load {path}: {first}") from error
+        raise BundleError(f"OpenVINO cannot load {path}: {last_line(error)}") from error

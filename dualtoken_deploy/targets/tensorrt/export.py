@@ -15,7 +15,7 @@ import onnx
 from torch import nn
 
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
-from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.targets.onnx.bfloat16 import to_bfloat16
 from dualtoken_deploy.targets.onnx.export import DECOMPOSED_OPSET, export_onnx, operator_counts, to_float16
 from dualtoken_deploy.targets.request import Artifact, Request, Tell
@@ -69,5 +69,5 @@ def type_onnx(source: onnx.ModelProto, floats: str, opset: int = OPSET) -> onnx.
     try:
         onnx.checker.check_model(typed, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ConversionError(f"the typed ONNX does not check: {str(error).splitlines()[0]}") from error
+        raise ConversionError(f"the typed ONNX does not check: {first_line(error)}") from error
     return typed
