@@ -6,6 +6,7 @@ DualTokenError
 ├── InputError        4
 │   ├── WeightsError     weights that are unreadable or do not fit the model
 │   ├── ImageError       an image that cannot be decoded, or should not be
+│   │   └── LargeImageError  one of more pixels than are taken
 │   ├── DatasetError     a data folder without what was asked of it
 │   ├── BundleError      a bundle that is incomplete, changed, or newer than this program
 │   └── OutputError      a place that cannot be written to
@@ -51,6 +52,10 @@ class WeightsError(InputError):
 
 
 class ImageError(InputError):
+    pass
+
+
+class LargeImageError(ImageError):
     pass
 
 

@@ -137,6 +137,20 @@ def test_every_text_is_in_the_picture_and_none_is_over_another(name: str) -> Non
         assert apart(first, second), (one, two)
 
 
+@pytest.mark.parametrize("name", ["$\\frac$", "a$_$", "\x1b[31mred", "x" * 300, "\u732b", "<script>"])
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+@pytest.mark.filterwarnings("error")
+def test_names_of_others_are_drawn_as_they_are(name: str, suffix: str, tmp_path: Path) -> None:
+    """Not as TeX, which fails on most of what has two dollars; not as markup; and no library warns on the screen."""
+    counts, file = np.eye(2, dtype=np.int64), tmp_path / f"confusion.{suffix}"
+    plots.plot_confusion(counts, [name, "cat"], file, name, name)
+    figure = plots.make_figure((4, 4), lambda one: plots.fill_confusion(one, counts, [name, "cat"]), name, name)
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert any(text.startswith((name[:30], "\\x1b[31mred")) for text in texts)
+    if suffix == "svg":
+        assert "<script>" not in file.read_text("utf-8")
+
+
 def test_labels_that_do_not_fit_are_left_out() -> None:
     """A hundred long labels at one place: as many as there is room for, and still none over another."""
 

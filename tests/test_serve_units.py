@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from dualtoken_deploy.errors import DualTokenError, InputError, MissingError, UsageError
-from dualtoken_deploy.serve import logs
+from dualtoken_deploy.serve import decoding, logs
 from dualtoken_deploy.serve.admission import Arriving, Gate, key_fits
 from dualtoken_deploy.serve.batcher import Batcher
 from dualtoken_deploy.serve.child import ChildDied
@@ -470,3 +470,76 @@ def test_an_address_where_no_ray_listens_is_refused_at_once() -> None:
     assert caught.value.exit_code == 3
     for left_to_ray in ("auto", "local", "ray://127.0.0.1:1", "127.0.0.1:99999"):
         check_reachable(left_to_ray)
+
+
+class Lanes:
+    """Decoders that do nothing until they are let, and say who ran and how many at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, decoders: int) -> None:
+        self.running: list[str] = []
+        self.lowered = 0
+        self.go_on = asyncio.Event()
+        lanes = self
+
+        class Fake:
+            alive = True
+
+            def lower(self) -> None:
+                lanes.lowered += 1
+
+            async def run(self, job: Any, data: bytes, _room: int) -> tuple[dict[str, Any], Array | None]:
+                if job["kind"] == "picture" and job["quick_pixels"] < int(data[:9]):
+                    return {"larger": True}, None
+                lanes.running.append(job["type"])
+                try:
+                    if job["type"] == "large":
+                        await lanes.go_on.wait()
+                    return {"size": [1, 1]}, np.zeros(1)
+                finally:
+                    lanes.running.remove(job["type"])
+
+            async def close(self) -> None:
+                pass
+
+        async def start(_: int) -> Any:
+            return Fake()
+
+        monkeypatch.setattr(decoding.Decoder, "start", start)
+        self.decoders = decoding.Decoders(Settings(decoders=decoders), Metrics())
+
+    def picture(self, kind: str, pixels: int) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.decoders.picture(b"%09d" % pixels, kind, {}, 1))
+
+
+@pytest.mark.parametrize(("decoders", "at_once"), [(2, 1), (5, 2)])
+def test_large_pictures_leave_half_of_the_decoders(
+    decoders: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def go() -> None:
+        lanes = Lanes(monkeypatch, decoders)
+        large = [lanes.picture("large", 20_000_000) for _ in range(8)]
+        for _ in range(3):
+            for small in [lanes.picture("small", 250_000) for _ in range(6)]:
+                await asyncio.wait_for(small, 5)
+            assert lanes.running == ["large"] * at_once
+        lanes.go_on.set()
+        await asyncio.wait_for(asyncio.gather(*large), 5)
+        assert lanes.lowered == at_once, "a decoder for small pictures keeps its priority"
+        await lanes.decoders.close()
+
+    asyncio.run(go())
+
+
+def test_a_large_picture_that_is_given_up_leaves_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        lanes = Lanes(monkeypatch, 2)
+        first, second, third = [lanes.picture("large", 20_000_000) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        second.cancel()  # while it waits
+        await asyncio.wait({second})
+        lanes.go_on.set()
+        await asyncio.wait_for(asyncio.gather(first, third), 5)
+        assert second.cancelled()
+        await asyncio.wait_for(lanes.picture("large", 20_000_000), 5)
+
+    asyncio.run(go())

@@ -29,7 +29,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from dualtoken_deploy.data.picture_bounds import ExcessError, canvas, check_parts
 from dualtoken_deploy.data.stretch import stretch
-from dualtoken_deploy.errors import ImageError, UsageError, install_command
+from dualtoken_deploy.errors import ImageError, LargeImageError, UsageError, install_command
 from dualtoken_deploy.spec import CROP, STRETCH, InputContract
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself refuses only above 178 million
@@ -331,8 +331,8 @@ def _check_size(picture: ImageFile.ImageFile, name: str, limit: int) -> None:
         raise _too_large(name, f"{width}x{height}", limit)
 
 
-def _too_large(name: str, size: str, limit: int) -> ImageError:
-    return ImageError(f"{name} is too large ({size}); at most {limit / 1_000_000:.3g} megapixels: scale it down")
+def _too_large(name: str, size: str, limit: int) -> LargeImageError:
+    return LargeImageError(f"{name} is too large ({size}); at most {limit / 1_000_000:.3g} megapixels: scale it down")
 
 
 def _line(error: BaseException) -> str:

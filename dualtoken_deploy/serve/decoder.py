@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dualtoken_deploy.data.images import load_image, preprocess
-from dualtoken_deploy.errors import DualTokenError
+from dualtoken_deploy.errors import DualTokenError, LargeImageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.serve import protocol
 from dualtoken_deploy.serve.errors import ModelFailed
@@ -91,7 +91,12 @@ def picture(data: bytes, job: Job) -> Answer:
     """A picture, alone or in a form, as a row of the contract, without the batch axis; and its own size."""
     if is_multipart(job["type"]):
         data = picture_of(data, job["type"])
-    image = load_image(data, job["max_pixels"], job["formats"])
+    try:
+        image = load_image(data, min(job["quick_pixels"], job["max_pixels"]), job["formats"])
+    except LargeImageError:
+        if job["quick_pixels"] >= job["max_pixels"]:
+            raise
+        return {"larger": True}, None  # not for this lane
     return {"size": image.shape[:2]}, preprocess(image, InputContract.from_json(job["contract"]))
 
 

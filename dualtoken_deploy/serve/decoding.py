@@ -1,7 +1,9 @@
 """The server's end of the decoders: hands each job to a process of its own, and ends one that takes too long.
 
-At most `decoders` run at once, the rest waits in order. A place that a request holds is held until its job is gone: a
-client that leaves does not make room for another while its picture is still being decoded.
+At most `decoders` run at once, the rest waits in order. Large jobs have a lane of their own: at most half of the
+decoders are theirs, at a lower priority, so that many of them keep neither small ones nor tensors waiting for long. A
+place that a request holds is held until its job is gone: a client that leaves does not make room for another while its
+picture is still being decoded.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +28,8 @@ from dualtoken_deploy.serve.settings import Settings
 
 START_SECONDS = 60.0  # of a decoder: it imports numpy and Pillow
 HURRIED_SECONDS = 2.0  # of a job, while others wait; an ordinary picture of 24 megapixels takes a half
+LARGE_PIXELS, LARGE_BYTES = 2_000_000, 2**20  # a job of more takes longer than some 30 ms
+LARGE_NICE = 5  # about a fourth of a core that others want as well
 KEPT_BYTES = 4 * 2**20  # of shared memory that a decoder keeps between jobs
 MEMORY_BYTES = 256 * 2**20  # of a decoder, beside its pixels
 MEMORY_BYTES_A_PIXEL = 24  # a transparent picture, its white ground and both as RGB, where it is converted
@@ -77,6 +82,11 @@ class Decoder:
             raise
         return decoder
 
+    def lower(self) -> None:
+        """Takes less of a core that others want as well, from now on: a priority is not given back."""
+        with suppress(OSError):  # it ended meanwhile
+            os.setpriority(os.PRIO_PROCESS, self._child.pid, LARGE_NICE)
+
     @property
     def alive(self) -> bool:
         return not self._child.exited.done()
@@ -121,9 +131,10 @@ class Decoders:
         self._formats = settings.picture_formats
         self._metrics = metrics
         self._places = asyncio.Semaphore(settings.decoders)
-        self._idle: list[Decoder] = []
-        self._busy: dict[asyncio.Timeout, float] = {}  # deadline of each job that runs, and when it began
-        self._waiting = 0
+        self._large = asyncio.Semaphore(max(1, settings.decoders // 2))
+        self._idle: dict[bool, list[Decoder]] = {False: [], True: []}  # those for large jobs are others
+        self._busy: dict[asyncio.Timeout, tuple[float, bool]] = {}  # by its deadline: when a job began, and its lane
+        self._waiting = {False: 0, True: 0}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def picture(
@@ -139,15 +150,22 @@ class Decoders:
     async def run(self, job: Mapping[str, Any], data: bytes, room: int = 0) -> tuple[dict[str, Any], Array | None]:
         """Has a job done. Raises BadRequest for what the job's data is to blame for, Overloaded where it took too long
         for those that wait, Unavailable where no decoder can be started, ModelFailed where one failed.
+
+        Outputs are never large: there are at most as many as workers and decoders.
         """
-        if self._places.locked():
-            self._hurry()
-        self._waiting += 1
-        try:
-            await self._places.acquire()
-        finally:
-            self._waiting -= 1
-        work = asyncio.create_task(self._run(job, data, room))  # gives the place back at its end
+        large = len(data) > LARGE_BYTES and job["kind"] != "outputs"
+        answer, array = await self._in_lane({**job, "quick_pixels": LARGE_PIXELS}, data, room, large)
+        if answer.get("larger"):  # a picture of few bytes, whose header says more
+            return await self._in_lane(job, data, room, True)
+        return answer, array
+
+    async def _in_lane(
+        self, job: Mapping[str, Any], data: bytes, room: int, large: bool
+    ) -> tuple[dict[str, Any], Array | None]:
+        if large:
+            job = {**job, "quick_pixels": self._max_pixels}
+        await self._wait(large)
+        work = asyncio.create_task(self._run(job, data, room, large))  # gives the place back at its end
         self._tasks.add(work)
         work.add_done_callback(self._tasks.discard)
         del data
@@ -162,8 +180,8 @@ class Decoders:
         """Starts the first decoder, so that no picture waits for it. One that cannot start is tried again later."""
         try:
             async with self._places:  # a picture may have come meanwhile, and no more are started than there are places
-                if not self._idle:
-                    self._idle.append(await Decoder.start(self._max_pixels))
+                if not self._idle[False]:
+                    self._idle[False].append(await Decoder.start(self._max_pixels))
         except Unavailable as error:
             logs.warning("no decoder yet", reason=str(error))
 
@@ -176,18 +194,39 @@ class Decoders:
         """Ends every decoder, whatever it does."""
         self.give_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        while self._idle:
-            await self._idle.pop().close()
+        for idle in self._idle.values():
+            while idle:
+                await idle.pop().close()
 
-    async def _run(self, job: Mapping[str, Any], data: bytes, room: int) -> tuple[dict[str, Any], Array | None]:
+    async def _wait(self, large: bool) -> None:
+        """Until a job of its lane may run: a large one has two places to wait for."""
+        if self._places.locked() or (large and self._large.locked()):
+            self._hurry(large)
+        self._waiting[large] += 1
+        try:
+            if large:
+                await self._large.acquire()
+            try:
+                await self._places.acquire()
+            except BaseException:
+                if large:
+                    self._large.release()
+                raise
+        finally:
+            self._waiting[large] -= 1
+
+    async def _run(
+        self, job: Mapping[str, Any], data: bytes, room: int, large: bool
+    ) -> tuple[dict[str, Any], Array | None]:
         began = time.perf_counter()
         decoder: Decoder | None = None
         done = False
         try:
-            decoder = await self._take()
-            limit = HURRIED_SECONDS if self._waiting else self._seconds
+            decoder = await self._take(large)
+            waited_for = self._waiting[False] or (large and self._waiting[True])
+            limit = HURRIED_SECONDS if waited_for else self._seconds
             async with asyncio.timeout(min(limit, self._seconds)) as deadline:
-                self._busy[deadline] = asyncio.get_running_loop().time()
+                self._busy[deadline] = asyncio.get_running_loop().time(), large
                 try:
                     answer, array = await decoder.run(job, data, room)
                 finally:
@@ -201,10 +240,12 @@ class Decoders:
             raise ModelFailed(f"the process that read {WHAT[job['kind']]} died") from error
         finally:
             if decoder is not None and done:
-                self._idle.append(decoder)
+                self._idle[large].append(decoder)
             elif decoder is not None:
                 await asyncio.shield(decoder.close())
             self._places.release()
+            if large:
+                self._large.release()
         if "failure" in answer:
             logs.warning("decoder failed", reason=answer["failure"])
             raise ModelFailed(f"{WHAT[job['kind']]} could not be read ({answer['failure'].partition(':')[0]})")
@@ -216,20 +257,26 @@ class Decoders:
             raise BadRequest(answer["error"])
         return answer, array
 
-    async def _take(self) -> Decoder:
-        while self._idle:
-            decoder = self._idle.pop()
+    async def _take(self, large: bool) -> Decoder:
+        idle = self._idle[large]
+        while idle:
+            decoder = idle.pop()
             if decoder.alive:
                 return decoder
             self._metrics.decoders_lost.inc()
             await decoder.close()
-        return await Decoder.start(self._max_pixels)
+        decoder = await Decoder.start(self._max_pixels)
+        if large:
+            decoder.lower()
+        return decoder
 
-    def _hurry(self) -> None:
-        """Others wait from now on: what runs for long already has to make room."""
+    def _hurry(self, large: bool) -> None:
+        """Others wait from now on: what runs for long already, and is in their way, has to make room."""
         now = asyncio.get_running_loop().time()
-        for deadline, began in self._busy.items():
+        for deadline, (began, theirs) in self._busy.items():
             when = max(now, began + HURRIED_SECONDS)
+            if large and not theirs and self._large.locked():
+                continue  # it waits for one of its own lane
             if (until := deadline.when()) is not None and when < until:
                 deadline.reschedule(when)
 

@@ -5,6 +5,7 @@ A file whose name ends in `-dark`, such as compare-dark.svg, is drawn for a dark
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from dualtoken_deploy.errors import UsageError, missing_extra
 from dualtoken_deploy.files import write_atomically
+from dualtoken_deploy.use.text import printable
 
 if TYPE_CHECKING:
     from dualtoken_deploy.bundle.blocks import Calibration, SearchResult
@@ -27,6 +29,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442")
 LIMIT = "#D55E00"  # theirs too: budgets, thresholds, and what is to be looked at
 GREY = "#8b949e"  # what other things are seen against
 TITLE, LABEL, TICK, CAPTION = 11, 9, 8, 7  # points
+NAME_CHARACTERS = 40  # of a class
 CAPTION_CHARACTERS = 16  # of a caption's line, for an inch of width
 
 
@@ -59,7 +62,10 @@ def save_figure(
         from matplotlib import rc_context
     except ModuleNotFoundError as error:
         raise missing_extra("plots", f"drawing {path.name}") from error
-    with rc_context(_settings(DARK_PAGE if is_dark(path) else LIGHT_PAGE)):
+    page = DARK_PAGE if is_dark(path) else LIGHT_PAGE
+    with rc_context(_settings(page)), warnings.catch_warnings():
+        # a script that the font lacks is boxes in a PNG; in an SVG the reader's own font has it
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure = make_figure(size, draw, title, caption)
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=144))
 
@@ -71,11 +77,11 @@ def make_figure(size: tuple[float, float], draw: Callable[[Any], None], title: s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # without pyplot: no window, no state that outlives the call
 
-    wrapped = textwrap.wrap(caption, round(CAPTION_CHARACTERS * size[0]))
+    wrapped = textwrap.wrap(printable(caption, lines=True), round(CAPTION_CHARACTERS * size[0]))
     figure = Figure(figsize=(size[0], size[1] + 0.13 * len(wrapped)), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        lines = textwrap.fill(title, round(10 * size[0]))
+        lines = textwrap.fill(printable(title, lines=True), round(10 * size[0]))
         figure.suptitle(lines, fontsize=TITLE, fontweight="bold", x=0.01, ha="left")
     if wrapped:
         figure.supxlabel("\n".join(wrapped), fontsize=CAPTION, x=0.01, ha="left")
@@ -96,6 +102,7 @@ def _settings(page: Page) -> dict[str, Any]:
     return {
         **edges, **words, **paper, **sizes, **lines, "legend.fontsize": TICK, "axes.axisbelow": True,
         "axes.prop_cycle": cycler(color=COLOURS), "svg.fonttype": "none", "svg.hashsalt": "dualtoken",
+        "text.parse_math": False,  # names of others: $...$ would be TeX, or an error where it is none
     }  # fmt: skip
 
 
@@ -182,6 +189,11 @@ def fill_curves(figure: Any, rows: Sequence[Mapping[str, Any]], figures: Sequenc
             axis.legend(frameon=False)
 
 
+def shortened(text: str) -> str:
+    """A name of others, cut where it would leave no room for what it names."""
+    return text if len(text) <= NAME_CHARACTERS else f"{text[: NAME_CHARACTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
 def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: Path, title: str, caption: str = "") -> None:
     """A confusion matrix (true class down, predicted across) as shares of each true class, counts written in."""
     side = min(max(4.0, 0.34 * len(labels) + 2), 30)
@@ -194,8 +206,9 @@ def fill_confusion(figure: Any, counts: NDArray[np.int64], labels: Sequence[str]
     axis.grid(visible=False)
     axis.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     if len(labels) <= 60:
-        axis.set_xticks(range(len(labels)), labels, rotation=90)
-        axis.set_yticks(range(len(labels)), labels)
+        names = [shortened(printable(label)) for label in labels]
+        axis.set_xticks(range(len(labels)), names, rotation=90)
+        axis.set_yticks(range(len(labels)), names)
         for i, j in zip(*np.nonzero(counts), strict=True):
             colour = "black" if shares[i, j] > 0.5 else "white"
             axis.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color=colour)
