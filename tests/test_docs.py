@@ -158,6 +158,18 @@ def test_an_explained_error_is_one_of_the_program(quoted: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="the site needs the extra [docs]")
+def test_the_tests_that_a_page_names_exist() -> None:
+    """docs/hardening.md says which test guards what."""
+    named = set(
+        re.findall(r"`tests/(\w+\.py)::(test_\w+)`", (ROOT / "docs" / "hardening.md").read_text(encoding="utf-8"))
+    )
+    assert len(named) > 60
+    for file in {file for file, _ in named}:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert {name for where, name in named if where == file} <= there, file
+
+
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     def build(place: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)]

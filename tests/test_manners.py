@@ -198,6 +198,19 @@ def test_a_pace_says_what_is_left() -> None:
         assert pace.left() == ""
 
 
+def test_a_count_that_falls_begins_again() -> None:
+    """Held-out pictures are run for each assignment of a search: the last one's time is no part of the next one's."""
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    pace.add("pictures: 1/100")
+    now[0] = 99.0
+    pace.add("pictures: 100/100")
+    assert pace.add("pictures: 1/100")
+    now[0] = 108.0
+    assert not pace.add("pictures: 10/100")
+    assert pace.left() == ", about 2 min left"  # 9 took 9 s, 90 are left
+
+
 def test_lines_come_every_ten_seconds_and_at_each_step() -> None:
     now, lines = [0.0], list[str]()
     tell = Lines(lines.append, lambda: now[0])

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -221,6 +221,75 @@ def test_videos_are_answered_frame_by_frame_and_drawn(
     assert (code, "nothing to draw" in line) == (2, True)
     code, line = fails(capsys, "predict", small_bundle(), "--webcam", "63")
     assert (code, "no webcam 63" in line) == (MissingError.exit_code, True)
+
+
+class Webcam:
+    """OpenCV's capture of a device, which no machine for tests has: BGR frames from a list, each read once."""
+
+    opened: ClassVar[list[Any]] = []
+
+    def __init__(self, source: int | str) -> None:
+        type(self).opened.append(source)
+        self.left, self.released = [np.full((48, 64, 3), (number, 100, 200), np.uint8) for number in range(5)], False
+
+    def isOpened(self) -> bool:  # noqa: N802  # OpenCV's names
+        return True
+
+    def get(self, _: int) -> float:
+        return 0.0  # what a webcam says that does not know
+
+    def read(self) -> tuple[bool, Any]:
+        return (True, self.left.pop(0)) if self.left else (False, None)
+
+    def release(self) -> None:
+        self.released = True
+
+
+def test_a_webcam_is_answered_frame_by_frame(
+    small_bundle: MakeBundle, dense_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import cv2
+
+    monkeypatch.setattr(cv2, "VideoCapture", Webcam)
+    Webcam.opened.clear()
+    main(["predict", str(small_bundle()), "--webcam", "2", "--top", "1", "--every", "2"])
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [line["image"] for line in lines] == ["webcam 2#0", "webcam 2#2", "webcam 2#4"]
+    assert Webcam.opened == [2], "by its number, not by a name"
+    Image.fromarray(np.full((48, 64, 3), (200, 100, 0), np.uint8)).save(tmp_path / "rgb.png")
+    (as_picture,) = prints(capsys, "predict", small_bundle(), tmp_path / "rgb.png", "--json")
+    (as_frame,) = prints(capsys, "predict", small_bundle(), "--webcam", "2", "--frames", "1", "--json")
+    assert as_frame["guesses"] == as_picture["guesses"], "BGR is turned into RGB"
+    drawn = tmp_path / "drawn.mp4"
+    main(["predict", str(dense_bundle("pspnet")), "--webcam", "0", "--frames", "3", "--output", str(drawn)])
+    monkeypatch.undo()
+    assert cv2.VideoCapture(str(drawn)).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+def test_an_interrupt_ends_a_webcam_and_keeps_what_was_drawn(
+    dense_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cv2
+
+    cameras: list[Webcam] = []
+
+    class Interrupted(Webcam):
+        def read(self) -> tuple[bool, Any]:
+            cameras.append(self)
+            if len(self.left) == 3:
+                raise KeyboardInterrupt
+            return super().read()
+
+    monkeypatch.setattr(cv2, "VideoCapture", Interrupted)
+    drawn = tmp_path / "drawn.mp4"
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", str(dense_bundle("pspnet")), "--webcam", "0", "--output", str(drawn)])
+    monkeypatch.undo()
+    assert caught.value.code == 130
+    assert cameras[-1].released
+    assert cv2.VideoCapture(str(drawn)).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_several_drawings_go_into_a_folder(

@@ -5,11 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dualtoken_deploy.bundle.blocks import SearchResult
+from dualtoken_deploy.errors import ToleranceError
+from dualtoken_deploy.pipeline.check import _unfinished
+from dualtoken_deploy.quantize import gate
 from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, search
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.quantize.sequential import ERROR_RATE, breaks
@@ -127,6 +134,58 @@ def test_a_time_limit_stops_with_the_best_seen() -> None:
     found = search(UNITS, Model(noises(0)), 1e-9, TOTAL, not_asked, time_limit_s=0.0)
     assert not found.met
     assert len(found.trace) == 1
+    assert found.timed_out
+
+
+def test_a_search_that_came_to_its_end_was_not_timed_out() -> None:
+    """Whatever it took: where all fits at once, nothing was left to try."""
+    model = Model(noises(3))
+    assert search(UNITS, model, 1.0, TOTAL, model.sensitivity, time_limit_s=1e6).timed_out is None
+    assert search(UNITS, model, 100.0, TOTAL, not_asked, time_limit_s=0.0).timed_out is None
+
+
+@pytest.mark.parametrize(("timed_out", "named"), [(True, True), (None, False)])
+def test_the_time_limit_is_named_where_it_ended_the_search(
+    timed_out: bool | None, named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nowhere else, also where the last score took the search past its limit."""
+    result = SearchResult((), 7.0, 3.0, 0.5, False, 9.2, timed_out=timed_out)
+    monkeypatch.setattr(gate, "_search", lambda *_: result)
+    monkeypatch.setattr(gate, "Scorer", lambda *_: None)
+    judge: Any = SimpleNamespace(metric="top1")
+    nothing: Any = None
+    with pytest.raises(ToleranceError) as caught:
+        gate.quantize_within_budget(
+            "onnxruntime", nothing, nothing, judge, gate.Int8Options("digits", time_limit_s=9), nothing, tmp_path, print
+        )
+    assert (
+        "of top1 within the 9 s of --search-seconds, which ended the search; the best" in str(caught.value)
+    ) is named
+    assert (": give it more time, raise --max-drop" in str(caught.value)) is named
+
+
+@pytest.mark.parametrize(("timed_out", "count"), [(True, 1), (None, 0)])
+def test_a_bundle_whose_search_was_cut_says_so(timed_out: bool | None, count: int) -> None:
+    search = SearchResult(("fc",), 0.2, 20.0, 0.8, True, 9.2, timed_out=timed_out)
+    draft: Any = SimpleNamespace(target="onnxruntime", calibration=SimpleNamespace(search=search))
+    found = _unfinished(draft)
+    assert len(found) == count
+    assert all("--search-seconds ended the search after 9.2 s" in text for text in found)
+
+
+def test_a_search_guesses_at_the_whole_that_is_left() -> None:
+    """At most so many more assignments as are tried, and their time by those that were."""
+    told: list[str] = []
+    model = Model(noises(3))
+    found = search(UNITS, model, 1.0, TOTAL, model.sensitivity, told.append)
+    tried = [text for text in told if text.startswith("trying ")]
+    assert len(tried) == len(found.trace) > 2
+    assert tried[0] == "trying all in INT8"
+    left = [re.search(r"at most (\d+) more, about \d+ s of the search left at most", text) for text in tried[1:]]
+    counts = [int(match[1]) for match in left if match]
+    assert len(counts) == len(tried) - 1
+    assert counts == sorted(counts, reverse=True)
+    assert all(count >= len(found.trace) - number for number, count in enumerate(counts, 1))
 
 
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ class Step:
 @dataclass(frozen=True)
 class SearchResult:
     """What a search for the layers that stay in float found. `met`: whether the budget is held. `noise`: of a unit or a
-    block its noise-to-signal ratio with it alone in INT8. `trace`: every assignment that was scored, in order."""
+    block its noise-to-signal ratio with it alone in INT8. `trace`: every assignment that was scored, in order.
+    `timed_out`: its time limit ended it, and with more it may have found a better one; None where it came to its end.
+    """
 
     in_float: tuple[str, ...]
     drop: float
@@ -163,6 +165,7 @@ class SearchResult:
     scores: int = 0
     noise: Mapping[str, float] = field(default_factory=dict)
     trace: tuple[Step, ...] = ()
+    timed_out: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

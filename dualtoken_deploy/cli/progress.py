@@ -51,13 +51,14 @@ class Pace:
     began: float = 0.0
     first: int = 0
     share: float | None = field(default=None)
+    _done: int = field(default=0, repr=False)
 
     def add(self, text: str) -> bool:
         """Takes a text; whether it begins a new step."""
         step, new = re.sub(r"\d+(\.\d+)?", "#", _COUNT.sub("#", text)), False
         counts = _COUNT.findall(text)  # the last is of what is done now, others of what it is a part of
         done, total = map(int, counts[-1]) if counts else (0, 0)
-        if step != self.step:
+        if step != self.step or done < self._done:  # a count that falls is one that begins again
             self.step, self.began, self.first, new = step, self.clock(), done, True
         self.share = None if total <= 0 else min(done / total, 1.0)
         self._done, self._total = done, total

@@ -178,9 +178,20 @@ def check_and_complete(
         drop=None if draft.calibration is None else draft.calibration.drop,
         size_mib=round(Bundle.open(folder).size_bytes / 2**20, 2),
         seconds=0.0,
-        warnings=(f"{draft.target}: checked by {ran.engine}",) if ran.engine else (),
+        warnings=((f"{draft.target}: checked by {ran.engine}",) if ran.engine else ()) + _unfinished(draft),
         state=manifest.state,
         reference=draft.reference,
+    )
+
+
+def _unfinished(draft: Manifest) -> tuple[str, ...]:
+    """What is to be said of a search that found something and had no time to find more."""
+    search = None if draft.calibration is None else draft.calibration.search
+    if search is None or not search.timed_out:
+        return ()
+    return (
+        f"{draft.target}: --search-seconds ended the search after {search.seconds:g} s; with more time, more than "
+        f"{100 * search.int8_share:.1f} % of the MACs may be in INT8",
     )
 
 

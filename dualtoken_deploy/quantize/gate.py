@@ -75,13 +75,18 @@ def quantize_within_budget(
     Raises ToleranceError where no assignment was found that holds the budget, with the best one.
     """
     with tempfile.TemporaryDirectory(prefix="dualtoken-int8.") as name:
-        scorer = Scorer(backend, judge, options.max_drop, run, Path(name))
-        result = _search(target, backend, calibration, judge, options, scorer, tell)
+        said = _Last(tell)
+        scorer = Scorer(backend, judge, options.max_drop, run, Path(name), said.more)
+        result = _search(target, backend, calibration, judge, options, scorer, said)
         if not result.met:
+            ended, more = "", ""
+            if result.timed_out:
+                ended = f" within the {options.time_limit_s:g} s of --search-seconds, which ended the search"
+                more = "give it more time, "
             raise ToleranceError(
                 f"no INT8 assignment for {target} was found that loses at most {options.max_drop:g} points of "
-                f"{judge.metric}{_ended(options, result)}; the best loses {result.drop:.2f} with "
-                f"{100 * result.int8_share:.1f} % of the MACs in INT8: raise --max-drop, "
+                f"{judge.metric}{ended}; the best loses {result.drop:.2f} with "
+                f"{100 * result.int8_share:.1f} % of the MACs in INT8: {more}raise --max-drop, "
                 "give more calibration images, or another --calibrator"
             )
         final = scorer.deliver(frozenset(result.in_float), folder)
@@ -104,17 +109,29 @@ def quantize_within_budget(
     )
 
 
-def _ended(options: Int8Options, result: SearchResult) -> str:
-    """Says that the time limit ended a search, where it did."""
-    limit = options.time_limit_s
-    return "" if limit is None or result.seconds <= limit else f" within the {limit:g} s of --search-seconds"
+@dataclass
+class _Last:
+    """Tells, and remembers it for what is told of it while it is done."""
+
+    tell: Tell
+    text: str = ""
+
+    def __call__(self, text: str) -> None:
+        self.text = text
+        self.tell(text)
+
+    def more(self, text: str) -> None:
+        self.tell(f"{self.text}; {text}")
 
 
 class Scorer:
     """Writes the files of an assignment and runs them over the held-out pictures, in a random order that is always the
     same; it stops once the budget is broken (sequential.py), and keeps the files of what was run to the end."""
 
-    def __init__(self, backend: Backend, judge: Judge, max_drop: float, run: RunFolder, scratch: Path) -> None:
+    def __init__(
+        self, backend: Backend, judge: Judge, max_drop: float, run: RunFolder, scratch: Path, tell: Tell
+    ) -> None:
+        self._tell = tell
         self._backend, self._judge, self._run, self._scratch = backend, judge, run, scratch
         self._budget = max_drop / 100
         self._order = np.random.default_rng(ORDER).permutation(len(judge.held_out.inputs)).tolist()
@@ -147,6 +164,7 @@ class Scorer:
         with closing(self._outputs(folder)) as outputs:
             for picture, found in zip(order, outputs, strict=True):
                 seen.append(found)
+                self._tell(f"held-out pictures: {len(seen)}/{len(order)}")
                 if judge.by_picture and test.add(judge.loss(picture, found)) and len(seen) < len(order):
                     partly = judge.score(seen, order[: len(seen)])
                     return Score(max(partly.drop, 100 * self._budget + 0.01), partly.sqnr_db, len(seen))

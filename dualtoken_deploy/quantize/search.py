@@ -110,6 +110,8 @@ class _Search:
         self.macs = {u.name: u.macs for u in units}
         self.ask, self.tell = sensitivity, tell or (lambda _: None)
         self.began, self.limit = time.monotonic(), limit
+        self.timed_out: bool | None = None
+        self.spent = 0.0  # seconds in the scorer
         self.noise: dict[str, float] = {}
         self.trace: list[Step] = []
 
@@ -130,7 +132,7 @@ class _Search:
         best: frozenset[str] | None = None
         tried = frozenset[str]()
         allowed = broken * min(max(self.budget / first.drop, 0.05), 0.5)  # loss grows with noise, and faster
-        while not self._late() and len(self.trace) < (SCORES - 1 if best is not None else HOPELESS):
+        while len(self.trace) < (SCORES - 1 if best is not None else HOPELESS) and not self._late():
             last = best is None and len(self.trace) == HOPELESS - 1
             kept = guess if guess is not None else frozenset(self.units) if last else known.choose(self.macs, allowed)
             if guess is None and kept in (tried, best):
@@ -165,7 +167,10 @@ class _Search:
                     kept = without
 
     def _try(self, action: str, kept: frozenset[str]) -> Score:
+        self.tell(f"trying {action}{self._left()}")
+        began = time.monotonic()
         score = self.scorer(kept)
+        self.spent += time.monotonic() - began
         in_float = tuple(n for n in self.units if n in kept)
         step = Step(action, in_float, score.drop, score.sqnr_db, self._share(kept))
         self.trace.append(step)
@@ -176,6 +181,14 @@ class _Search:
         )
         return score
 
+    def _left(self) -> str:
+        """A guess at what is left of the whole search: an end that comes early is the usual one."""
+        if not self.trace:
+            return ""
+        most = SCORES if any(step.drop <= self.budget for step in self.trace) else HOPELESS
+        left = most - len(self.trace)
+        return f" (at most {left} more, about {self.spent / len(self.trace) * left:.0f} s of the search left at most)"
+
     def _share(self, kept: frozenset[str]) -> float:
         return sum(u.macs for u in self.units.values() if u.name not in kept) / self.total
 
@@ -184,8 +197,11 @@ class _Search:
         best = max(holding, key=lambda s: s.int8_share) if holding else min(self.trace, key=lambda s: s.drop)
         return SearchResult(
             best.in_float, best.drop, best.sqnr_db, best.int8_share, bool(holding),
-            round(time.monotonic() - self.began, 1), self.scorer.calls, self.noise, tuple(self.trace),
+            round(time.monotonic() - self.began, 1), self.scorer.calls, self.noise, tuple(self.trace), self.timed_out,
         )  # fmt: skip
 
     def _late(self) -> bool:
-        return self.limit is not None and time.monotonic() - self.began > self.limit
+        """Whether the time is up; asked only where there would be more to try."""
+        late = self.limit is not None and time.monotonic() - self.began > self.limit
+        self.timed_out = late or self.timed_out or None
+        return late

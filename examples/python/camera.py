@@ -20,6 +20,7 @@ from typing import Any
 from dualtoken_deploy import Classifier
 
 FPS = 30.0
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Newest:
@@ -68,6 +69,8 @@ def from_opencv(source: str) -> tuple[Iterator[Any], Any]:
     import cv2  # the extra [video]
 
     capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+    if not capture.isOpened():
+        raise SystemExit(f"{source} cannot be opened as a webcam or a video; give another --source")
     return iter(lambda: capture.read()[1], None), capture.release
 
 
@@ -79,7 +82,10 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(options.source)
     if folder.is_dir():
-        frames, release = itertools.cycle(sorted(folder.iterdir())), lambda: None
+        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+        if not pictures:
+            raise SystemExit(f"{folder} has no picture; give another --source")
+        frames, release = itertools.cycle(pictures), lambda: None
     else:
         frames, release = from_opencv(options.source)
     with Classifier(options.bundle, top=1) as classify:
