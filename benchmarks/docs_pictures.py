@@ -22,7 +22,7 @@ from dualtoken_deploy.use.compare import draw as draw_comparison
 from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.diagnose import draw as draw_diagnosis
 from dualtoken_deploy.use.evaluate import evaluate
-from dualtoken_deploy.use.plots import plot_confusion, plot_search
+from dualtoken_deploy.use.plots import confusion_title, plot_confusion, plot_search
 from dualtoken_deploy.use.visualize import visualize
 
 SEARCHED = Path(__file__).resolve().parent / "results" / "int8-search-digits.json"
@@ -54,7 +54,7 @@ def drift() -> None:
 
 def confusion() -> None:
     judged = evaluate(FP32, "digits")
-    title = f"{FP32.name} on {judged.data}: top-1 {100 * judged.scores['top1']:.2f} %"
+    title = confusion_title(FP32.name, judged.data, judged.images, judged.scores["top1"])
     said = "dualtoken evaluate BUNDLE --data digits --confusion confusion.svg"
     plot_confusion(np.array(judged.confusion), judged.labels, IMAGES / "confusion.svg", title, said)
 

@@ -106,9 +106,9 @@ def evaluate(
         raise UsageError(f"the task {result.task} has no confusion matrix; leave --confusion out")
     import numpy as np
 
-    from dualtoken_deploy.use.plots import plot_confusion
+    from dualtoken_deploy.use.plots import confusion_title, plot_confusion
 
-    title = f"{result.source} on {result.data}: top-1 {100 * result.scores['top1']:.2f} %"
+    title = confusion_title(result.source, result.data, result.images, result.scores["top1"])
     plot_confusion(np.array(result.confusion), result.labels, confusion, title, command_line())
 
 

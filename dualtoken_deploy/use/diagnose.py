@@ -235,7 +235,7 @@ def fill(figure: Any, diagnosis: Diagnosis) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer, in the order that they run")
     axis.set_ylabel("SQNR (dB)")
-    axis.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    axis.legend(frameon=False, ncols=6, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.2, columnspacing=1.4)
     if diagnosis.suspect is not None:
         worst = names.index(diagnosis.suspect)
         axis.scatter([worst], [values[worst]], s=110, facecolors="none", edgecolors=LIMIT, linewidths=1.8, zorder=3)

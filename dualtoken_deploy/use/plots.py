@@ -81,7 +81,8 @@ def make_figure(size: tuple[float, float], draw: Callable[[Any], None], title: s
     figure = Figure(figsize=(size[0], size[1] + 0.13 * len(wrapped)), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        lines = textwrap.fill(printable(title, lines=True), round(10 * size[0]))
+        wide = round(10 * size[0])
+        lines = "\n".join(textwrap.fill(line, wide) for line in printable(title, lines=True).split("\n"))
         figure.suptitle(lines, fontsize=TITLE, fontweight="bold", x=0.01, ha="left")
     if wrapped:
         figure.supxlabel("\n".join(wrapped), fontsize=CAPTION, x=0.01, ha="left")
@@ -196,22 +197,42 @@ def shortened(text: str) -> str:
 
 def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: Path, title: str, caption: str = "") -> None:
     """A confusion matrix (true class down, predicted across) as shares of each true class, counts written in."""
-    side = min(max(4.0, 0.34 * len(labels) + 2), 30)
+    longest = min(max(map(len, labels), default=0), NAME_CHARACTERS)
+    side = min(max(4.0, 0.34 * len(labels) + 2) + 0.06 * longest, 30)
     save_figure(path, (side, side), lambda figure: fill_confusion(figure, counts, labels), title, caption)
 
 
+def confusion_title(source: str, data: str, images: int, top1: float) -> str:
+    return f"{source}\n{images} pictures of {data}: top-1 {100 * top1:.2f} %"
+
+
 def fill_confusion(figure: Any, counts: NDArray[np.int64], labels: Sequence[str]) -> None:
+    """What is right in blue on the diagonal, what is wrong in orange beside it; nothing is the page itself."""
+    from matplotlib import rcParams
+    from matplotlib.colors import to_rgb
+
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    weight = np.where(counts > 0, 0.15 + 0.85 * shares, 0.0)[..., None]  # one of many is still seen
+    paper, right, wrong = (np.array(to_rgb(colour)) for colour in (rcParams["axes.facecolor"], COLOURS[0], LIMIT))
+    ink = np.where(np.eye(len(counts), dtype=bool)[..., None], right, wrong)
     axis = figure.subplots()
+    axis.imshow(paper * (1 - weight) + ink * weight)
+    axis.set_title("shade: share of the true class; blue right, orange wrong", loc="left", fontsize=CAPTION)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
     axis.grid(visible=False)
-    axis.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    edges = np.arange(len(counts) - 1) + 0.5
+    axis.set_xticks(edges, minor=True)
+    axis.set_yticks(edges, minor=True)
+    axis.tick_params(which="minor", length=0)
+    axis.grid(which="minor", visible=True, color=rcParams["axes.edgecolor"], linewidth=0.3)
     if len(labels) <= 60:
         names = [shortened(printable(label)) for label in labels]
-        axis.set_xticks(range(len(labels)), names, rotation=90)
+        axis.set_xticks(range(len(labels)), names, rotation=0 if max(map(len, names)) <= 3 else 90)
         axis.set_yticks(range(len(labels)), names)
         for i, j in zip(*np.nonzero(counts), strict=True):
-            colour = "black" if shares[i, j] > 0.5 else "white"
-            axis.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color=colour)
+            text = "white" if weight[i, j, 0] > 0.5 else rcParams["text.color"]
+            axis.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=TICK, color=text)
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
 
