@@ -399,7 +399,7 @@ def test_the_manifest_is_complete(small_bundle: MakeBundle) -> None:
     data = json.loads((small_bundle() / "manifest.json").read_text())
     assert data["schema_version"] == 1
     assert data["weights"]["source"] == "random"
-    assert data["files"].keys() == {"model.onnx", "golden.npz", "labels.txt"}
+    assert data["files"].keys() == {"model.onnx", "golden.npz", "labels.txt", "README.md", "bom.cdx.json"}
     assert data["input"]["baked"] == ["cast", "scale", "mean", "std", "transpose"]
     assert {"torch", "onnx", "onnxsim", "onnxruntime", "numpy"} <= data["versions"].keys()
     assert data["rules"]

@@ -30,9 +30,9 @@ from dualtoken_deploy.pipeline.build import BuildResult
 from dualtoken_deploy.pipeline.check import ExportResult
 from dualtoken_deploy.pipeline.plan import Plan, default_name
 from dualtoken_deploy.pipeline.several import Exported, Failed
+from dualtoken_deploy.prove.relabel import relabel
 from dualtoken_deploy.targets.runner import counted
 from dualtoken_deploy.train.loop import TrainResult
-from dualtoken_deploy.use.relabel import relabel
 from dualtoken_deploy.use.report import fitted, table
 from tests.commands import SCHEMAS, check_schema, fails, prints
 

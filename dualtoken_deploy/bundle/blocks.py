@@ -50,6 +50,27 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Licenses:
+    """SPDX expressions; None: not said. `code`: of the network's code, not of what exported it."""
+
+    weights: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """How good the saved files are on pictures whose truth is known: `scores` by the task's metrics. `engine`: what
+    stood in for the target's own runtime; `date`: the day, UTC."""
+
+    data: str
+    images: int
+    scores: Mapping[str, float]
+    date: str
+    cpu: str | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figures:
     """How near a file came to eager. `top1_agreement` (classifiers) and `agreement` (other tasks) in 0..1; `images`:
     over how many."""

@@ -5,6 +5,7 @@
   manifest.json                              what it is, how it was made and how well it does
   golden.npz                                 an input and the eager logits for it: a self-test for any device
   labels.txt                                 one class name a line
+  README.md, bom.cdx.json                    the manifest as a model card and as a bill of materials
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,8 +34,11 @@ from dualtoken_deploy.files import is_file, is_folder, read_bytes
 from dualtoken_deploy.staging import clear_abandoned, staged_folder, swap
 
 MANIFEST, GOLDEN, LABELS = "manifest.json", "golden.npz", "labels.txt"
+CARD, BOM = "README.md", "bom.cdx.json"
+DOCUMENTS = (CARD, BOM)  # made of the manifest: they ship with no app, and may be made again
 ARTIFACT, SIGNATURE = "model.", "model.sig"  # what every artifact's name begins with, and what signs it from beside
 MAX_MANIFEST, MAX_LABELS = 64 << 20, 16 << 20  # bytes; the longest search of this project makes 0.1 MiB
+Describe = Callable[["Bundle"], Mapping[str, bytes]]  # the documents of a bundle whose other files are there
 AGAIN = "copy the bundle anew or export it again"
 
 
@@ -77,10 +81,10 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the artifact itself: what an app ships besides manifest, golden and labels. Where a build came after
-        the export, that is what `ships` of the build names."""
-        build = self.manifest.build
-        names = (build and build.ships) or [name for name in self.manifest.files if name not in (GOLDEN, LABELS)]
+        """Size of the artifact itself: what an app ships besides manifest, golden, labels and documents. Where a build
+        came after the export, that is what `ships` of the build names."""
+        build, beside = self.manifest.build, (GOLDEN, LABELS, *DOCUMENTS)
+        names = (build and build.ships) or [name for name in self.manifest.files if name not in beside]
         return sum(_size(self.path / name) for name in names)
 
     @cached_property
@@ -104,17 +108,17 @@ class Bundle:
         data = read_bytes(file, MAX_FILE_BYTES, BundleError, AGAIN)
         return read_golden(data, str(file), manifest.input.tensor, manifest.outputs)
 
-    def verify(self) -> None:
-        """Raises BundleError on the first file that is missing, is none of its own (a link out of the folder, a pipe)
-        or whose sha256 is not the manifest's, on a model that the manifest does not name, and on labels of another
-        count than the model's classes."""
+    def verify(self, but: tuple[str, ...] = ()) -> None:
+        """Looks at every file, `but` for those. Raises BundleError on the first that is missing, is none of its own (a
+        link out of the folder, a pipe) or whose sha256 is not the manifest's, on a model that the manifest does not
+        name, and on labels of another count than the model's classes."""
         try:
-            self._verify()
+            self._verify(but)
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read ({error.strerror or error}); {AGAIN}") from error
         _ = self.labels
 
-    def _verify(self) -> None:
+    def _verify(self, but: tuple[str, ...]) -> None:
         files = self.manifest.files
         lying = [p.name for p in sorted(self.path.iterdir()) if p.name.startswith(ARTIFACT) and p.name != SIGNATURE]
         if strange := [name for name in lying if name not in files]:
@@ -125,6 +129,8 @@ class Bundle:
             if not is_named:
                 raise BundleError(f"{self.path / MANIFEST} names no {part}; {AGAIN}")
         for name, expected in files.items():
+            if name in but:
+                continue
             file = self.path / name
             if not file.exists():
                 raise BundleError(f"{self.path} lacks {name}; copy the whole folder or export it again")
@@ -137,26 +143,40 @@ class Bundle:
 
 
 def write_bundle(
-    folder: Path, manifest: Manifest, golden: Mapping[str, NDArray[Any]], labels: tuple[str, ...]
+    folder: Path,
+    manifest: Manifest,
+    golden: Mapping[str, NDArray[Any]],
+    labels: tuple[str, ...],
+    describe: Describe | None = None,
 ) -> Manifest:
-    """Adds golden, labels and manifest to the artifact files that lie in `folder`; returns the manifest with hashes.
+    """Adds golden, labels, documents and manifest to the artifact files that lie in `folder`; returns the manifest with
+    hashes.
 
     Raises InputError on a label that would not come back as it is.
     """
     with (folder / GOLDEN).open("wb") as out:
         np.savez_compressed(out, **golden)  # type: ignore[arg-type]  # numpy's stub mixes the arrays with allow_pickle
     (folder / LABELS).write_bytes(format_labels(labels))
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
-    complete = replace(manifest, files=files)
-    text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name not in (MANIFEST, *DOCUMENTS)}
+    complete = write_manifest(folder, replace(manifest, files=files), describe)
+    if complete.build is not None or (complete.origin is not None and complete.origin.kind == "reference"):
+        remember(Manifest.parse((folder / MANIFEST).read_bytes()))
+    return complete
+
+
+def write_manifest(folder: Path, manifest: Manifest, describe: Describe | None) -> Manifest:
+    """Adds the documents, which are made of the manifest, and it itself; returns it with their hashes."""
     try:
+        documents = {} if describe is None else describe(Bundle(folder, manifest))
+        for name, data in documents.items():
+            (folder / name).write_bytes(data)
+        complete = replace(manifest, files={**manifest.files, **{name: sha256(folder / name) for name in documents}})
+        text = json.dumps(complete.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / MANIFEST).write_bytes(f"{text}\n".encode())
     except UnicodeEncodeError as error:  # of a path in bytes that are no text
         raise InputError(
             f"a manifest is UTF-8 and cannot say {error.object[error.start - 20 : error.end]!r}"
         ) from error
-    if complete.build is not None or (complete.origin is not None and complete.origin.kind == "reference"):
-        remember(Manifest.parse(text.encode()))
     return complete
 
 

@@ -28,6 +28,10 @@ Device = Annotated[str | None, typer.Option(help="Device in the runtime's own wo
 AllowNative = Annotated[
     bool, typer.Option("--allow-native", help="Run code of a bundle that was not made here by you; trust who made it.")
 ]
+Licenses = Annotated[
+    list[str] | None,
+    typer.Option("--license", help="SPDX expression; of one part: weights=EXPR, code=EXPR. May be repeated."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
 

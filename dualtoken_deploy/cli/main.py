@@ -38,7 +38,7 @@ COMMANDS = {
     "Check": (
         *(checking.validate, checking.evaluate, checking.inspect, checking.bench, checking.compare, checking.diagnose),
     ),
-    "Prove": (proving.verify, proving.report, proving.sign, recipes.reproduce),
+    "Prove": (proving.verify, proving.report, proving.card, proving.sign, recipes.reproduce),
     "Use": (using.predict, serve, using.visualize),
     "Look around": (making.models, making.targets, tidying.doctor, tidying.cache, remote.devices),
 }

@@ -11,6 +11,7 @@ import typer
 
 from dualtoken_deploy.cli.common import (
     Json,
+    Licenses,
     OneBundle,
     command_line,
     importing,
@@ -190,6 +191,7 @@ def export(
     argmax: Annotated[bool, typer.Option("--argmax", help="Segmenters: the label map instead of logits.")] = False,
     option: Annotated[list[str] | None, typer.Option(help="Model option NAME=VALUE, e.g. global_tokens=3.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    licenses: Licenses = None,
     calibration: Annotated[
         str | None, typer.Option(help="int8, int8-w8a8: folder, or digits, shapes, photographs; `random` only to try.")
     ] = None,
@@ -264,6 +266,7 @@ def export(
         variant or model, weights, labels, image_size, seed, head, classes, width, suppress, argmax, task,
         json_arguments(model_arg or []), split_names(output_names),
         exporting.own_preprocessing(task, preprocess, mean, std, crop_ratio, resize), model_options(option or []),
+        licenses or (),
     )  # fmt: skip
     settings = {
         "deployment_target": deployment_target,
@@ -311,7 +314,7 @@ def label(
     json_output: Json = False,
 ) -> None:
     """Gives the classes of a bundle other names; the hash in its manifest follows."""
-    from dualtoken_deploy.use.relabel import relabel
+    from dualtoken_deploy.prove.relabel import relabel
 
     result = relabel(bundle, labels)
     show(json_output, result.to_json(), lambda r: r.relabelled_table(result))

@@ -12,6 +12,7 @@ from dualtoken_deploy.cli.common import (
     Bundles,
     Device,
     Json,
+    Licenses,
     OneBundle,
     Threads,
     answer,
@@ -149,6 +150,33 @@ def report(
         if path is not None:
             write_text(path, render(made))
             remark(f"wrote {path}")
+
+
+def card(
+    bundle: OneBundle,
+    licenses: Licenses = None,
+    data: Annotated[str | None, typer.Option(help="Labelled pictures: their accuracy goes into it.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    allow_native: AllowNative = False,
+    json_output: Json = False,
+) -> None:
+    """Writes a bundle's model card (README.md) and bill of materials (bom.cdx.json) anew; the model stays."""
+    from dualtoken_deploy.bundle.trust import permit_native
+    from dualtoken_deploy.prove.describe import describe
+
+    permit_native(allow_native)
+    with progress() as tell:
+        found = describe(bundle, licenses or (), data, limit, device, threads, tell)
+    for name in found.edited:
+        remark(f"warning: {bundle / name} had been changed, and is of the manifest again")
+    if found.signed:
+        remark(f"warning: the signature in {bundle} is of what was before; sign the bundle anew")
+    if json_output:
+        show(True, found.to_json(), lambda _: None)
+    else:
+        answer(f"wrote {' and '.join(str(bundle / name) for name in found.documents)}")
 
 
 def sign(

@@ -30,7 +30,9 @@ Verbose = Annotated[
 # The panel of an option by the name of its parameter; the others stay under "Options".
 PANELS: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("variant", "head", "weights", "labels", "image_size", "classes", "option", "seed"), "Model"),
+        **dict.fromkeys(
+            ("variant", "head", "weights", "labels", "image_size", "classes", "option", "seed", "licenses"), "Model"
+        ),
         **dict.fromkeys(("width", "suppress", "argmax"), "Detectors and segmenters"),
         **dict.fromkeys(
             ("model", "model_arg", "output_names", "preprocess", "mean", "std", "crop_ratio", "resize"),
@@ -97,6 +99,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "dualtoken verify bundles/t-mix-digits-onnxruntime-int8 --baseline ci/digits.json",
         ),
         "report": ("dualtoken report bundles/t-mix-digits-onnxruntime-int8 --data digits --html report.html",),
+        "card": (
+            "dualtoken card bundles/t-mix-digits-onnxruntime-int8 --data digits",
+            "dualtoken card bundles/make-onnxruntime-fp32 --license weights=CC-BY-4.0 --license code=MIT",
+        ),
         "sign": ("dualtoken sign bundles/t-mix-digits-onnxruntime-int8 --key key.pem",),
         "run": ("dualtoken run recipe.toml --dry-run", "dualtoken run recipe.toml"),
         "reproduce": ("dualtoken reproduce bundles/t-mix-digits-onnxruntime-int8",),

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from dualtoken_deploy.bundle.blocks import RANDOM, Origin
+from dualtoken_deploy.bundle.blocks import RANDOM, Licenses, Origin
+from dualtoken_deploy.bundle.licenses import OURS
 from dualtoken_deploy.bundle.manifest import CLASSIFY, Manifest
 from dualtoken_deploy.bundle.trust import check_trusted
 from dualtoken_deploy.errors import InputError, MissingError, UsageError, WeightsError
@@ -192,6 +193,13 @@ def other_source(
     """A model that is no classifier, by its name. Raises UsageError, WeightsError, InputError."""
     check_seed(seed)
     return system_source(name, weights, image_size, labels, seed, weights_origin(weights, seed), **options)
+
+
+def known_licenses(source: Source) -> Licenses:
+    """Those of what comes with this package: its networks, and the weights that it ships."""
+    ours = "variant" in source.described
+    shipped = ours and source.weights["source"] in BUILT_IN_WEIGHTS
+    return Licenses(weights=OURS if shipped else None, code=OURS if ours else None)
 
 
 def rebuild(manifest: Manifest) -> nn.Module:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dualtoken_deploy.bundle.blocks import RANDOM, Origin
+from dualtoken_deploy.bundle.blocks import RANDOM, Licenses, Origin
 from dualtoken_deploy.bundle.manifest import CLASSIFY
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.models.named_outputs import NamedOutputs, choose, describe, look_at
@@ -87,6 +87,7 @@ class Source:
     `weights`: "source" (RANDOM with its "seed", a word or a file, or OWN: those that the model came with). `described`:
     fields of the manifest that only some sources have. `any_size`: one graph can serve pictures of every size, else
     `why_one_size` begins the sentence that says not; `one_picture`: it takes a batch of one alone.
+    `licenses`: None where nobody said them.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Source:
     any_size: bool = False
     why_one_size: str = "a model of yours"
     one_picture: bool = False
+    licenses: Licenses | None = None
 
     @property
     def random_weights(self) -> bool:

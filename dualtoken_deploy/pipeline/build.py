@@ -12,8 +12,9 @@ from typing import Any
 
 from dualtoken_deploy.bundle.blocks import Calibration, Figures
 from dualtoken_deploy.bundle.manifest import COMPLETE, Manifest
-from dualtoken_deploy.bundle.store import GOLDEN, LABELS, MANIFEST, Bundle, new_folder, write_bundle
+from dualtoken_deploy.bundle.store import DOCUMENTS, GOLDEN, LABELS, MANIFEST, Bundle, new_folder, write_bundle
 from dualtoken_deploy.errors import MissingError, ToleranceError, UsageError
+from dualtoken_deploy.prove.describe import documents
 from dualtoken_deploy.spec import Tolerance
 from dualtoken_deploy.targets.load import Execution, load_runner
 from dualtoken_deploy.targets.nvidia.builder import BuildOptions
@@ -81,13 +82,13 @@ def build_bundle(
     host = vendor.host()
     with new_folder(opened.path, force=True) as folder:
         for name in opened.manifest.files:
-            if name not in (*vendor.FILES, GOLDEN, LABELS):
+            if name not in (*vendor.FILES, GOLDEN, LABELS, *DOCUMENTS):
                 shutil.copy2(opened.path / name, folder / name)
         build = vendor.make(folder, opened.manifest, options or BuildOptions(), host, rebuild, tell)
         tell("checking the engine against the golden logits")
         built = replace(opened.manifest, state=COMPLETE, build=build, files={})  # a draft, until it is checked
         manifest, numbers = _checked(opened, folder, built, vendor.CONFIRMS)
-        write_bundle(folder, manifest, opened.golden, opened.labels)
+        write_bundle(folder, manifest, opened.golden, opened.labels, documents)
     return BuildResult(
         bundle=str(opened.path),
         tensorrt=host.tensorrt,

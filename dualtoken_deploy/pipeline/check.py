@@ -16,10 +16,11 @@ from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
-from dualtoken_deploy.models.own_sources import classifier_of, inner_model
+from dualtoken_deploy.models.own_sources import classifier_of, inner_model, known_licenses
 from dualtoken_deploy.models.registry import weights_sha256
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.pipeline.plan import Plan
+from dualtoken_deploy.prove.describe import documents
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import Execution, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.targets.precision import Precision
@@ -107,6 +108,7 @@ def draft_manifest(plan: Plan, module: nn.Module, request: Request, artifact: Ar
         build=artifact.build,
         task=plan.task.name,
         origin=source.origin,
+        licenses=source.licenses or known_licenses(source),
     )
 
 
@@ -165,7 +167,7 @@ def check_and_complete(
             engine=ran.engine,
         ),
     )
-    write_bundle(folder, manifest, {"input": golden, **task.thin(wanted)}, labels)
+    write_bundle(folder, manifest, {"input": golden, **task.thin(wanted)}, labels, documents)
     return ExportResult(
         bundle=str(folder),
         task=task.name,

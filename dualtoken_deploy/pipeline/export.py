@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dualtoken_deploy.bundle.labels import check_labels, read_labels
+from dualtoken_deploy.bundle.licenses import parse_licenses
 from dualtoken_deploy.errors import UsageError
-from dualtoken_deploy.models.own_sources import ImageSize, Weights, head_source, other_source, variant_source
+from dualtoken_deploy.models.own_sources import (
+    ImageSize,
+    Weights,
+    head_source,
+    known_licenses,
+    other_source,
+    variant_source,
+)
 from dualtoken_deploy.models.registry import DEFAULT_SEED, VARIANTS
 from dualtoken_deploy.models.source import Preprocessing, Source, is_onnx_file
 from dualtoken_deploy.models.systems import is_system
@@ -46,10 +54,20 @@ class Model:
     output_names: Sequence[str] = ()
     preprocess: str | Preprocessing | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    licenses: Sequence[str] = ()
 
 
 def open_source(said: Model) -> Source:
-    """The source that is meant. Raises UsageError, InputError, WeightsError."""
+    """The source that is meant. Raises UsageError, InputError, WeightsError, MissingError."""
+    return licensed(_open_source(said), said.licenses)
+
+
+def licensed(source: Source, given: Sequence[str]) -> Source:
+    """The source with its licences: what was said of them, else those that are known. Raises UsageError."""
+    return replace(source, licenses=parse_licenses(given, source.licenses or known_licenses(source)))
+
+
+def _open_source(said: Model) -> Source:
     labels = _labels(said.labels)
     size = None if said.image_size == DYNAMIC else said.image_size
     if said.head is not None or _is_variant(said.model):
@@ -152,6 +170,7 @@ def export(
     command: str = "dualtoken_deploy.export(...)",
     progress: Callable[[str], None] | None = None,
     variant: str | None = None,
+    licenses: str | Sequence[str] = (),
     **options: Any,
 ) -> ExportResult:
     """Exports one model to one target, checks the saved files against eager, and only then names the bundle.
@@ -166,20 +185,22 @@ def export(
     (imagenet, clip, unit, or a Preprocessing) are for models of your own. `device`: for a target that compiles
     natively, what to compile for. `int8`: how a precision with ranges is calibrated and gated. `settings`: the target's
     own, such as Core ML's deployment_target and layout; they are taken by name too. `suppress`, `argmax`, `width`: of a
-    head. `options`: of a variant as create_model takes them. Raises UsageError, MissingError, InputError, WeightsError,
-    OutputError, ConversionError, and ToleranceError where the files do not reach the target's tolerance; no bundle is
-    left then. A target that is built on its device is built where that is here; elsewhere the result's `state` is
-    "prepared".
+    head. `licenses`: SPDX expressions, as --license takes them. `options`: of a variant as create_model takes them.
+    Raises UsageError, MissingError, InputError, WeightsError, OutputError, ConversionError, and ToleranceError where
+    the files do not reach the target's tolerance; no bundle is left then. A target that is built on its device is built
+    where that is here; elsewhere the result's `state` is "prepared".
     """
     own: dict[str, str | None] = {
         name: options.pop(name) for row in TARGETS.values() for name in row.settings if name in options
     }
+    said_licenses = (licenses,) if isinstance(licenses, str) else tuple(licenses)
     if isinstance(model, Source):
-        source = model
+        source = licensed(model, said_licenses)
     else:
         said = Model(
             model if model is not None else variant, weights, labels, image_size, seed, head, classes, width, suppress,
             argmax, task, arguments or {}, output_names, preprocess, options,
+            said_licenses,
         )  # fmt: skip
         source = open_source(said)
     made = plan(

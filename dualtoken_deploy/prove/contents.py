@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dualtoken_deploy.bundle.blocks import Calibration, Licenses
 from dualtoken_deploy.bundle.manifest import COMPLETE
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.prove.document import Bar, Bars, Block, Document, Points, Section, Table, pairs
@@ -59,16 +60,16 @@ def _lead(subject: Subject) -> str:
 
 
 def _sections(subject: Subject) -> Iterable[Section]:
-    yield Section("What it is", (_what(subject.bundle),))
-    yield Section("What an app feeds and gets", (_contract(subject.bundle),))
+    yield Section("What it is", (what(subject.bundle),))
+    yield Section("What an app feeds and gets", (contract(subject.bundle),))
     yield Section("How near it is to the model", tuple(_accuracy(subject)))
     if subject.drift is not None:
         yield Section("Where it drifts", tuple(_drift(subject.drift)))
     if (calibration := subject.bundle.manifest.calibration) is not None:
-        yield Section("INT8", tuple(_int8(calibration)))
+        yield Section("INT8", tuple(int8(calibration)))
     yield Section("What executes", tuple(_executes(subject)))
     yield Section("How fast it is", tuple(_latency([subject])))
-    yield Section("Where it came from", (_origin(subject.bundle),))
+    yield Section("Where it came from", (origin(subject.bundle),))
 
 
 def _side_by_side(subjects: Sequence[Subject]) -> Iterable[Block]:
@@ -82,7 +83,8 @@ def _side_by_side(subjects: Sequence[Subject]) -> Iterable[Block]:
     yield from _latency(subjects)
 
 
-def _what(bundle: Bundle) -> Table:
+def what(bundle: Bundle) -> Table:
+    """The model, what it is for, and its size."""
     manifest, target = bundle.manifest, get_target(bundle.manifest.target)
     measured = manifest.measured
     return pairs(
@@ -100,14 +102,15 @@ def _what(bundle: Bundle) -> Table:
     )
 
 
-def _contract(bundle: Bundle) -> Table:
-    contract, outputs = bundle.manifest.input, bundle.manifest.outputs
-    tensor = contract.tensor
+def contract(bundle: Bundle) -> Table:
+    """What is fed and given, and what is done to a picture before."""
+    fed, outputs = bundle.manifest.input, bundle.manifest.outputs
+    tensor = fed.tensor
     rows = [
-        ("input", f"{tensor.name}: {tensor.dtype} {tensor.layout} {_shape(tensor.shape)}, {contract.color}"),
-        ("the graph does", ", ".join(contract.baked) or "nothing: feed normalised numbers"),
-        ("resized by", f"{contract.resize}, crop ratio {contract.crop_ratio:g}"),
-        ("mean, std", f"{_three(contract.mean)}; {_three(contract.std)}"),
+        ("input", f"{tensor.name}: {tensor.dtype} {tensor.layout} {_shape(tensor.shape)}, {fed.color}"),
+        ("the graph does", ", ".join(fed.baked) or "nothing: feed normalised numbers"),
+        ("resized by", f"{fed.resize}, crop ratio {fed.crop_ratio:g}"),
+        ("mean, std", f"{_three(fed.mean)}; {_three(fed.std)}"),
     ]
     rows += [("output", f"{o.name}: {o.dtype} {o.layout} {_shape(o.shape)}") for o in outputs]
     return pairs([*rows, ("classes", str(len(bundle.labels)))])
@@ -153,7 +156,8 @@ def _drift(found: Diagnosis) -> Iterable[Block]:
     yield "No layer is past the threshold." if found.first is None else f"First past the threshold: {found.first}."
 
 
-def _int8(calibration: Any) -> Iterable[Block]:
+def int8(calibration: Calibration) -> Iterable[Block]:
+    """What it was calibrated on, what stays in float, what that costs."""
     held = calibration.held_out
     rows = [
         ("calibrated on", f"{calibration.name}, {calibration.images} pictures, {calibration.method}"),
@@ -207,12 +211,15 @@ def _latency(subjects: Sequence[Subject]) -> Iterable[Block]:
             yield from (f"{s.bundle.name}: {note}." for note in s.report.notes)
 
 
-def _origin(bundle: Bundle) -> Table:
+def origin(bundle: Bundle) -> Table:
+    """Weights, command, machine, versions, licences, and the hash of every file."""
     manifest = bundle.manifest
-    weights = manifest.weights
-    machine = manifest.machine
+    weights, machine = manifest.weights, manifest.machine
+    licenses = manifest.licenses or Licenses()
     rows = [
         ("weights", weights.source if weights.seed is None else f"{weights.source}, seed {weights.seed}"),
+        ("licence of the weights", licenses.weights or "not said"),
+        ("licence of the network's code", licenses.code or "not said"),
         ("sha256 of the weights", weights.sha256),
         ("made by", manifest.command),
         ("made on", f"{machine.get('cpu', '-')}, {machine.get('os', '-')}, Python {machine.get('python', '-')}"),

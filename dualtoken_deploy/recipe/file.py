@@ -37,6 +37,7 @@ class ModelTable(_Table, frozen=True):
     task: str | None = None
     output_names: Names = ()
     preprocess: str | None = None
+    licenses: Names = ()
     arguments: dict[str, Any] = {}
     options: dict[str, Any] = {}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.bundle.store import DOCUMENTS, Bundle
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.own_sources import source_of
@@ -60,7 +60,7 @@ def reproduce(
     manifest = bundle.manifest
     if "engine.json" in manifest.files:
         raise UsageError(f"{bundle.path} was built on a device, whose timings choose its kernels: nothing repeats that")
-    source = replace(source_of(manifest), labels=bundle.labels)
+    source = replace(source_of(manifest), labels=bundle.labels, licenses=manifest.licenses)
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "again"
         contract = manifest.input
@@ -71,7 +71,8 @@ def reproduce(
         )  # fmt: skip
         make(made, progress)
         again = Bundle.open(folder).manifest
-    files = {name: manifest.files.get(name) == again.files.get(name) for name in {**manifest.files, **again.files}}
+    names = (name for name in {**manifest.files, **again.files} if name not in DOCUMENTS)  # they tell of machines
+    files = {name: manifest.files.get(name) == again.files.get(name) for name in names}
     return Reproduction(str(bundle.path), files, _different(bundle))
 
 

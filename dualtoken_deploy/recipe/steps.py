@@ -97,7 +97,7 @@ class Kitchen:
         return Model(
             said.variant or code, self._path(said.weights), self._path(said.labels), said.image_size, said.seed,
             said.head, said.classes, said.width, said.suppress, said.argmax, said.task, said.arguments,
-            said.output_names, said.preprocess, said.options,
+            said.output_names, said.preprocess, said.options, said.licenses,
         )  # fmt: skip
 
     def _plans(self) -> Iterator[Plan]:

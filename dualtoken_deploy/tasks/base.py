@@ -175,7 +175,8 @@ class Task:
     of them as a sample. `prepare(sample, contract)`: what is fed, without the batch's axis. `keep(sample, contract)`:
     what `score` needs of a sample, and as little more as can be. `examples(contract)`: what export checks on. `plain`:
     the scores that are no shares of 1; `lower`: whether less of the first metric is better. `by_pixel`: whether answers
-    are in the picture's own pixels, so that a large one takes longer to answer.
+    are in the picture's own pixels, so that a large one takes longer to answer. `pipeline_tag`: what the Hugging Face
+    Hub calls the task (huggingface.co/tasks); None where it has no word for it.
     """
 
     name: str
@@ -209,6 +210,7 @@ class Task:
     plain: tuple[str, ...] = ()
     lower: bool = False
     by_pixel: bool = False
+    pipeline_tag: str | None = None
 
     @property
     def agrees(self) -> bool:

@@ -139,4 +139,5 @@ CLASSIFY = Task(
     tolerance=same_tolerance,
     outputs=((OutputKind("logits", 2, layout="NC"),),),
     level=level_top1,
+    pipeline_tag="image-classification",
 )

@@ -206,4 +206,5 @@ DETECT = Task(
     check_images=4,  # an image has as many values as a thousand classifications
     held_out=100,  # a metric of fewer jumps by points
     by_pixel=True,
+    pipeline_tag="object-detection",
 )

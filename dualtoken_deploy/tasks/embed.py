@@ -113,4 +113,5 @@ EMBED = Task(
     paint=None,
     tolerance=same_tolerance,
     outputs=((OutputKind("embedding", 2, layout="NC"),),),
+    pipeline_tag="image-feature-extraction",
 )

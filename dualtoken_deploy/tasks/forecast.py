@@ -131,4 +131,5 @@ FORECAST = Task(
     examples=lambda contract: example_windows(contract.size[1], EXAMPLES),
     plain=("mse", "mae", "last_value_mse", "last_value_mae"),
     lower=True,
+    pipeline_tag="time-series-forecasting",
 )

@@ -133,4 +133,5 @@ SEGMENT = Task(
     held_out=100,  # a metric of fewer jumps by points
     most_classes=MOST_CLASSES,
     by_pixel=True,
+    pipeline_tag="image-segmentation",
 )

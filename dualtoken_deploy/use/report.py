@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dualtoken_deploy.pipeline.build import BuildResult
     from dualtoken_deploy.pipeline.check import ExportResult
     from dualtoken_deploy.pipeline.several import Failed
+    from dualtoken_deploy.prove.relabel import Relabelled
     from dualtoken_deploy.prove.verify import Verification
     from dualtoken_deploy.recipe.reproduce import Reproduction
     from dualtoken_deploy.recipe.steps import Result
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from dualtoken_deploy.use.evaluate import Evaluation
     from dualtoken_deploy.use.inspect import Inspection
     from dualtoken_deploy.use.model import Model, Prediction
-    from dualtoken_deploy.use.relabel import Relabelled
     from dualtoken_deploy.use.validate import Validation
 
 
