@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.recipe import steps
 from dualtoken_deploy.recipe.file import TABLES, read_recipe
-from tests.commands import fails
+from tests.commands import fails, prints
 from tests.conftest import SMALL
 
 RECIPE = """
@@ -304,6 +305,52 @@ def test_a_bundle_is_made_again_and_another_byte_is_named(
     assert "golden.npz came out otherwise" in line  # the labels are the bundle's own, and are no result
 
 
+def test_a_lock_gives_the_bundle_again_or_nothing(
+    own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the manifest and the labels alone, as they might lie in a repository; the bundle is not there."""
+    lock, again = tmp_path / "lock" / "manifest.json", tmp_path / "again"
+    lock.parent.mkdir()
+    for name in ("manifest.json", "labels.txt"):
+        shutil.copy2(own_bundle / name, lock.parent / name)
+    found = prints(capsys, "export", "--lock", lock, "--output", again, "--json")
+    assert found["lock"]["same"] is True
+    assert (found["bundle"], found["target"]) == (str(again), "onnxruntime")
+    one, two = (json.loads((folder / "manifest.json").read_text()) for folder in (own_bundle, again))
+    assert one["files"] == two["files"]
+    assert one["command"] == two["command"]
+    assert Bundle.open(again)
+    code, line = fails(capsys, "export", "--lock", lock, "--output", again)
+    assert (code, "exists; give --force" in line) == (2, True)
+
+    changed = json.loads(lock.read_text())
+    changed["files"]["model.onnx"] = "0" * 64
+    lock.write_text(json.dumps(changed))
+    before = (again / "manifest.json").read_bytes()
+    code, line = fails(capsys, "export", "--lock", lock, "--output", again, "--force")
+    assert code == 5
+    assert f"{lock} was made again, and model.onnx came out otherwise" in line
+    assert (again / "manifest.json").read_bytes() == before  # what was there stays
+    code, line = fails(capsys, "export", "--lock", lock, "--output", tmp_path / "none")
+    assert code == 5
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_lock_leaves_no_choice_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = fails(
+        capsys, "export", "--lock", "m.json", "--target", "openvino", "--input", "tensor", "--license", "MIT"
+    )
+    assert code == 2
+    assert "leave --target, --input, --license out" in line
+    code, line = fails(capsys, "export", "--variant", "t")
+    assert (code, "give --target" in line) == (2, True)
+    code, line = fails(capsys, "export", "--lock", tmp_path / "none.json")
+    assert (code, "no such file" in line) == (4, True)
+    (tmp_path / "text.json").write_text("text")
+    code, line = fails(capsys, "export", "--lock", tmp_path / "text.json")
+    assert (code, "is not JSON" in line) == (4, True)
+
+
 def test_what_was_built_on_a_device_is_not_repeated(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dualtoken_deploy.bundle.store import write_bundle
 
@@ -316,17 +363,18 @@ def test_what_was_built_on_a_device_is_not_repeated(own_bundle: Path, capsys: py
 
 
 def test_options_of_the_command_are_read_from_the_manifest() -> None:
-    from dualtoken_deploy.cli.recipes import _said
+    from dualtoken_deploy.cli.again import said as read
+    from dualtoken_deploy.cli.making import export
     from dualtoken_deploy.recipe import reproduce
 
-    said = _said(
+    said = read(
         "dualtoken export --variant t --target coreml --opset 21 --deployment-target iOS17 --layout plain "
         "--calibration digits --calibration-size 40 --max-drop 1",
-        reproduce,
+        export,
     )
     assert (said.opset, said.settings["deployment_target"], said.settings["layout"]) == (21, "iOS17", "plain")
     assert said.int8 is not None
     assert (said.int8.calibration, said.int8.size, said.int8.max_drop, said.int8.method) == ("digits", 40, 1, "minmax")
-    assert _said("dualtoken_deploy.export(...)", reproduce) == reproduce.Said()
+    assert read("dualtoken_deploy.export(...)", export) == reproduce.Said()
     with pytest.raises(UsageError, match="cannot be read"):
-        _said("dualtoken export --what 3", reproduce)
+        read("dualtoken export --what 3", export)

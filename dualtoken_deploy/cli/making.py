@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualtoken_deploy.cli.again import check_alone, export_locked
 from dualtoken_deploy.cli.common import (
+    AllowNative,
     Json,
     Licenses,
     OneBundle,
@@ -139,9 +141,9 @@ def train(
 
 def export(
     target: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="Target, may be repeated; `all`: the portable ones with this precision that are here."),
-    ],
+    ] = None,
     variant: Annotated[
         str | None, typer.Option(help="Model variant; see `dualtoken models`. With --head the paper's unless given.")
     ] = None,
@@ -234,12 +236,27 @@ def export(
         bool, typer.Option("--fail-fast", help="Several targets: stop at the first that fails.")
     ] = False,
     triton_repository: Annotated[Path | None, typer.Option(help="Lay the bundle out for Triton in here too.")] = None,
+    lock: Annotated[
+        Path | None, typer.Option(help="manifest.json of a bundle that is to come out again; other bytes exit with 5.")
+    ] = None,
+    allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
     """Exports a model and checks the saved files against eager; out of tolerance leaves no bundle.
 
     --model runs the code that it names, as python would: give it models that you trust.
     """
+    if lock is not None:
+        from dualtoken_deploy.bundle.trust import permit_native
+
+        check_alone(export, locals())
+        permit_native(allow_native)
+        export_locked(export, lock, labels, output, force, json_output)
+        return
+    if allow_native:
+        raise UsageError("--allow-native is for --lock, whose manifest names code; --model runs yours without it")
+    if not target:
+        raise UsageError("give --target (`dualtoken targets` lists them), or --lock with the manifest of a bundle")
     from dualtoken_deploy.targets.table import get_target
 
     exporting = with_torch("exporting", importing("pipeline.several"))

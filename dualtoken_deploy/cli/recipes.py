@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from dualtoken_deploy.cli.again import said
 from dualtoken_deploy.cli.common import (
     AllowNative,
     Json,
@@ -19,10 +20,8 @@ from dualtoken_deploy.cli.common import (
     with_torch,
     write_out,
 )
+from dualtoken_deploy.cli.making import export
 from dualtoken_deploy.errors import UsageError
-
-if TYPE_CHECKING:
-    from dualtoken_deploy.recipe.reproduce import Said
 
 
 def run(
@@ -80,45 +79,6 @@ def reproduce(
     module = with_torch("making a bundle again", importing("recipe.reproduce"))
     opened = Bundle.open(bundle)
     with progress() as tell:
-        found = module.reproduce(opened, _said(opened.manifest.command, module), output, tell)
+        found = module.reproduce(opened, said(opened.manifest.command, export), output, tell)
     show(json_output, found.to_json(), lambda r: r.reproduction_table(found))
     found.gate()
-
-
-def _said(command: str, module: Any) -> Said:
-    """What the command in the manifest gave beside the model; nothing of a bundle that Python made."""
-    import shlex
-
-    from dualtoken_deploy.cli.making import export
-
-    app = typer.Typer(add_completion=False)
-    app.command()(export)
-    said: Said = module.Said()
-    words = shlex.split(command)
-    if words[:2] != ["dualtoken", "export"]:
-        return said
-    known: Any = typer.main.get_command(app)
-    try:
-        given = known.make_context("export", words[2:]).params
-    except Exception as error:  # typer carries a click of its own, whose classes have no public name
-        if not hasattr(error, "format_message"):
-            raise
-        raise UsageError(f"the manifest's command cannot be read ({error.format_message()}): {command}") from error
-    int8 = None
-    if given["calibration"] is not None:
-        said_of_int8 = {
-            "size": given["calibration_size"], "method": given["calibrator"], "metric": given["metric"],
-            "max_drop": given["max_drop"], "quantizer": given["quantizer"], "time_limit_s": given["search_seconds"],
-            "race": False,  # what it is compared by is bytes
-        }  # fmt: skip
-        int8 = module.Int8Options(
-            given["calibration"], **{name: value for name, value in said_of_int8.items() if value is not None}
-        )
-    settings = {
-        "deployment_target": given["deployment_target"],
-        "layout": given["layout"],
-        "compute_capability": ",".join(given["compute_capability"] or ()) or None,
-        "weightless": "yes" if given["weightless"] else None,
-        "batches": given["batches"],
-    }
-    return module.Said(given["opset"], given["device"], settings, int8)  # type: ignore[no-any-return]

@@ -79,6 +79,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "export": (
             "dualtoken export --variant t-mix --weights digits --target onnxruntime",
             "dualtoken export --model net.py:make --labels names.txt --target onnxruntime --target openvino",
+            "dualtoken export --lock bundles/t-mix-digits-onnxruntime-fp32/manifest.json --output again",
         ),
         "build": ("dualtoken build bundles/s-tensorrt-fp16",),
         "validate": ("dualtoken validate bundles/t-mix-digits-onnxruntime-int8 --data digits --min-agreement 0.95",),
