@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dualtoken_deploy import __version__
-from dualtoken_deploy.cli import checking, making, proving, recipes, remote, tidying, using
+from dualtoken_deploy.cli import checking, making, proving, recipes, remote, sharing, tidying, using
 from dualtoken_deploy.cli.common import DOCUMENT, remark, say, take_any_text, write_out
 from dualtoken_deploy.cli.progress import MANNERS
 from dualtoken_deploy.cli.shape import Quiet, Verbose, epilog, shaped
@@ -39,6 +39,7 @@ COMMANDS = {
         *(checking.validate, checking.evaluate, checking.inspect, checking.bench, checking.compare, checking.diagnose),
     ),
     "Prove": (proving.verify, proving.report, proving.card, proving.sign, recipes.reproduce),
+    "Share": (sharing.push, sharing.pull),
     "Use": (using.predict, serve, using.visualize),
     "Look around": (making.models, making.targets, tidying.doctor, tidying.cache, remote.devices),
 }

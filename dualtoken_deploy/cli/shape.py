@@ -105,6 +105,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "dualtoken card bundles/make-onnxruntime-fp32 --license weights=CC-BY-4.0 --license code=MIT",
         ),
         "sign": ("dualtoken sign bundles/t-mix-digits-onnxruntime-int8 --key key.pem",),
+        "push": ("dualtoken push bundles/t-mix-digits-onnxruntime-int8 hf://ORG/digits",),
+        "pull": ("dualtoken pull hf://ORG/digits --output bundles/digits",),
         "run": ("dualtoken run recipe.toml --dry-run", "dualtoken run recipe.toml"),
         "reproduce": ("dualtoken reproduce bundles/t-mix-digits-onnxruntime-int8",),
         "doctor": ("dualtoken doctor",),
