@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dualtoken_deploy import Bundle
-from dualtoken_deploy.bundle.blocks import Calibration, Evaluated, Figures, HeldOutSet, Licenses
+from dualtoken_deploy.bundle.blocks import Calibration, Evaluated, Figures, HeldOutSet, Licenses, Speed
 from dualtoken_deploy.bundle.licenses import parse_licenses
 from dualtoken_deploy.bundle.manifest import COMPILED, Manifest
 from dualtoken_deploy.bundle.store import BOM, CARD, DOCUMENTS, MANIFEST, sha256, write_manifest
@@ -319,6 +319,19 @@ def test_other_tasks(head: str, dense_bundle: Callable[..., Path], tmp_path: Pat
     bom, card = bom_of(tmp_path / "b"), card_of(tmp_path / "b")
     assert card.data.pipeline_tag == {"retinanet": "object-detection", "pspnet": "image-segmentation"}[head]
     assert bom["metadata"]["component"]["name"] == f"{head} on tiny-mix"
+
+
+def test_the_speed_of_int8_beside_float(own_bundle: Path) -> None:
+    speed = Speed(
+        against="fp32 files", ratio=0.79, low=0.77, high=0.81, verdict="slower", p50_ms=12.41, against_p50_ms=9.86,
+        threads=2, batch=1, rounds=3,
+    )  # fmt: skip
+    described(own_bundle, measured=replace(Bundle.open(own_bundle).manifest.measured, speed=speed))
+    assert "| times the speed | 0.79 (0.77 to 0.81) | beside fp32 files" in card_of(own_bundle).text
+    metrics = bom_of(own_bundle)["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    (found,) = (m for m in metrics if m["type"] == "speed_ratio")
+    assert found["value"] == "0.79"
+    assert found["confidenceInterval"] == {"lowerBound": "0.77", "upperBound": "0.81"}
 
 
 def test_an_engine_that_was_built_has_its_own_figures(own_bundle: Path) -> None:

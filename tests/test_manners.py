@@ -342,7 +342,7 @@ def test_a_bundle_is_relabelled(own_bundle: Path, tmp_path: Path, capsys: pytest
     after = Bundle.open(own_bundle)
     assert after.labels[3] == "thing 3"
     changed = {name for name in after.manifest.files if after.manifest.files[name] != before.manifest.files[name]}
-    assert changed == {"labels.txt"}
+    assert changed == {"labels.txt", "README.md", "bom.cdx.json"}
     assert sorted(p.name for p in own_bundle.parent.iterdir() if p != names) == [own_bundle.name]
     (own_bundle / "model.sig").write_text("a signature")
     main(["label", str(own_bundle), str(names)])

@@ -13,7 +13,7 @@ from dualtoken_deploy.bundle.store import BOM, GOLDEN, LABELS, Bundle
 from dualtoken_deploy.errors import PACKAGE
 from dualtoken_deploy.prove.contents import contract, int8, origin, what
 from dualtoken_deploy.prove.document import Block, Document, Section, Table
-from dualtoken_deploy.prove.facts import Metric, limits, metrics, title
+from dualtoken_deploy.prove.facts import SHARES, Metric, limits, metrics, title
 from dualtoken_deploy.prove.render import markdown
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.tasks.table import get_task
@@ -34,7 +34,12 @@ VERSIONED = ("-only", "-or-later")  # which SPDX says, and the Hub does not
 HUB_METRICS = {"top1": "accuracy"}  # as the Hub's `evaluate` library calls them
 UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 # Points, not fractions: what the manifest has in other units than shares
-SCALES = {"sqnr_db": "SQNR (dB)", "max_abs_error": "largest error", "drop": "points lost"}
+SCALES = {
+    "sqnr_db": "SQNR (dB)",
+    "max_abs_error": "largest error",
+    "drop": "points lost",
+    "speed_ratio": "times the speed",
+}
 
 
 USE = (
@@ -144,10 +149,9 @@ def _document(bundle: Bundle) -> Document:
 def _figures(manifest: Manifest) -> Iterator[Block]:
     rows = []
     for one in metrics(manifest):
-        interval = "" if one.low is None or one.high is None else f" ({100 * one.low:.2f} to {100 * one.high:.2f})"
-        rows.append((SCALES.get(one.name, one.name), _value(manifest, one) + interval, one.slice))
+        rows.append((SCALES.get(one.name, one.name), _value(manifest, one), one.slice))
     yield Table(("figure", "value", "on"), tuple(rows))
-    if any(one.low is not None for one in metrics(manifest)):
+    if any(one.low is not None and one.name in SHARES for one in metrics(manifest)):
         yield "In brackets the 95 % interval (Wilson's) of a share of so many pictures."
     if manifest.evaluated:
         when = (f"{one.data} on {one.date}, {one.cpu or 'an unnamed CPU'}" for one in manifest.evaluated)
@@ -156,5 +160,7 @@ def _figures(manifest: Manifest) -> Iterator[Block]:
 
 def _value(manifest: Manifest, one: Metric) -> str:
     if one.name in SCALES or one.name in get_task(manifest.task).plain:
-        return f"{one.value:.4g}"
-    return f"{100 * one.value:.2f} %"
+        return f"{one.value:.4g}" + ("" if one.low is None else f" ({one.low:.3g} to {one.high:.3g})")
+    return f"{100 * one.value:.2f} %" + (
+        "" if one.low is None or one.high is None else f" ({100 * one.low:.2f} to {100 * one.high:.2f})"
+    )

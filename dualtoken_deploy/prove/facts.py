@@ -17,7 +17,7 @@ SHARES = ("top1", "top5")  # scores that are counted over pictures, and so have 
 @dataclass(frozen=True)
 class Metric:
     """`slice`: on what it was measured. `value` in the metric's own unit, shares as fractions of 1; `low` and `high`:
-    its 95 % interval, where it is counted over pictures."""
+    its interval; of what is counted over pictures Wilson's with 95 %."""
 
     name: str
     value: float
@@ -49,6 +49,11 @@ def metrics(manifest: Manifest) -> Iterator[Metric]:
         yield from _lost(manifest.calibration)
         if measured.int8_mac_share:
             yield Metric("int8_mac_share", measured.int8_mac_share, "multiply-adds that run in INT8", "the model")
+    if (speed := measured.speed) is not None:
+        where = (
+            f"beside {speed.against} on the machine that made it, {speed.rounds} rounds, 90 % interval: {speed.verdict}"
+        )
+        yield Metric("speed_ratio", speed.ratio, where, "latency", speed.low, speed.high)
     for one in manifest.evaluated:
         yield from _scores(one)
 
