@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dualtoken_deploy import __version__
 from dualtoken_deploy.bundle.store import Bundle
@@ -65,12 +66,13 @@ def test_what_third_parties_print_is_kept_back(tmp_path: Path) -> None:
         "from dualtoken_deploy.cli import main as module\n"
         "from dualtoken_deploy.cli.progress import progress, say\n"
         "import dualtoken_deploy.models.listing as listing\n"
-        "def counted(kind):\n"
+        "real = listing.shipped\n"
+        "def shipped(kind):\n"
         "    os.write(1, b'ODIE\\n'); os.write(2, b'native\\n'); print('spoke'); warnings.warn('old', FutureWarning)\n"
         "    say('our own line')\n"
         "    if '--crash' in sys.argv: raise ValueError('theirs')\n"
-        "    return listing.shipped(kind)\n"
-        "listing.counted = counted\n"
+        "    return real(kind)\n"
+        "listing.shipped = shipped\n"
         "from dualtoken_deploy.cli.main import main\n"
         "main([a for a in sys.argv[1:] if a != '--crash'])\n"
     )
@@ -423,10 +425,12 @@ def test_models_are_listed_without_torch(capsys: pytest.CaptureFixture[str], mon
     for name, variant in real.items():
         assert rows[name]["paper_macs_g"] == variant.paper_macs_g
         assert rows[name]["options"] == json.loads(json.dumps(registry.options_of(variant.config)))
-    for name in ("t-mix", "lightvit-t"):  # heads and ablations are held against theirs where they are counted anyway
-        model = registry.build(real[name].config).eval()
+    for name, variant in real.items():  # heads and ablations are held against theirs where they are counted anyway
+        with torch.device("meta"):
+            model = registry.build(variant.config).eval()
         assert rows[name]["params"] == count_params(model)
-        assert rows[name]["macs"] == count_macs(model, (224, 224))
+        if name not in ("vim2-s", "vim2-b"):  # whose scans take seconds to count
+            assert rows[name]["macs"] == count_macs(model, (224, 224))
 
 
 def test_the_cache_is_shown_and_cleared(

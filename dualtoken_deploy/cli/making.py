@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,17 +38,13 @@ def models(
     json_output: Json = False,
 ) -> None:
     """Lists the variants, with counted parameters and MACs beside the paper's."""
-    from dualtoken_deploy.models.listing import counted, shipped
+    from dualtoken_deploy.models.listing import shipped
 
     if ablations and heads:
         raise UsageError("--ablations and --heads are two tables; give one of them")
     kind = "heads" if heads else "ablations" if ablations else "variants"
-    with progress() as tell:
-        tell("counting models")
-        here = importlib.util.find_spec("torch") is not None
-        rows = counted(kind) if here else shipped(kind)
-    if not here:
-        remark(f"note: counted when this version was made; to count here: {install_command('export')}")
+    with progress():
+        rows = shipped(kind)
     tables = {"heads": "heads_table", "ablations": "ablations_table", "variants": "models_table"}
     show(json_output, rows, lambda r: getattr(r, tables[kind])(rows))
 

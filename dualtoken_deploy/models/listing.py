@@ -1,4 +1,6 @@
-"""What `dualtoken models` lists, for machines without torch: figures that were counted before and ship as data.
+"""What `dualtoken models` lists: figures that were counted when a version was made, and ship as data.
+
+So the list is there at once, and without torch; tests hold the file against the counts.
 
 python -m dualtoken_deploy.models.listing     counts them anew, with torch
 """
