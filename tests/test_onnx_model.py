@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dualtoken_deploy import export, numerics
+from dualtoken_deploy import export, numerics, predict
 from dualtoken_deploy.bench.process import Series
 from dualtoken_deploy.bench.run import Setting, contestant, enter
 from dualtoken_deploy.bundle.store import Bundle
@@ -26,6 +26,7 @@ from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import inspect_bundle
 from dualtoken_deploy.use.validate import validate
 from tests.commands import fails, prints
+from tests.serving import serving
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 CLASSES = 20
@@ -169,6 +170,22 @@ def test_every_result_says_what_it_is_against(
     assert inspect_bundle(bundle).executed_precision
     shown = prints(capsys, "predict", bundle, photograph, "--json")
     assert len(shown) == 1
+
+
+def test_served_it_answers_with_what_the_file_gives(
+    made: Callable[[str, str], Path], file: Path, photograph: Path, tmp_path: Path
+) -> None:
+    pictures = np.random.default_rng(4).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    bundle = made("openvino", "fp32")
+    (told,) = predict(bundle, [photograph], top=5, threads=1)
+    with serving(tmp_path / "log", f"net={bundle}", "--threads", "1") as server:
+        for picture, row in zip(pictures, by_itself(file, pictures), strict=True):
+            tensor = {"name": "image", "shape": [1, 48, 48, 3], "datatype": "UINT8", "data": picture.ravel().tolist()}
+            (found,) = server.post("/v2/models/net/infer", {"inputs": [tensor]}).json["outputs"]
+            np.testing.assert_allclose(found["data"], row, rtol=1e-3, atol=1e-4)
+        answer = server.ask("POST", "/v2/models/net/classify?top=5", photograph.read_bytes()).json
+        assert [p["label"] for p in answer["predictions"]] == [a.label for a in told.answers]
+        assert "weights" not in answer  # those are the file's own
 
 
 def test_layers_are_named_as_the_file_names_its_values(made: Callable[[str, str], Path]) -> None:

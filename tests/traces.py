@@ -5,6 +5,7 @@ Everything behind the trace (naming, simplifying, checks, the runtime) is each t
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import onnx
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.request import Request
@@ -46,6 +48,18 @@ def key(module: nn.Module, request: Request, opset: int) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def one_registry() -> Callable[[int], ONNXRegistry]:
+    """ONNXRegistry.from_torchlib that looks its 1,000 operators up once; each trace has a table of its own."""
+    made = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(opset_version: int) -> ONNXRegistry:
+        registry = copy.copy(made(opset_version))
+        registry.functions = {name: list(metas) for name, metas in registry.functions.items()}
+        return registry
+
+    return copied
 
 
 Convert = Callable[[Source, Path], None]
