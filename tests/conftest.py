@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from dualtoken_deploy.data.images import load_image
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets.litert import environment
 from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import one_registry, shared, shared_conversion
+from tests.traces import decoded_once, one_registry, shared, shared_conversion
 
 # T (mix) with one block a stage: every kind of layer that there is, and a fourth of the time to trace.
 TINY = Variant("tiny-mix", "one block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
@@ -49,12 +52,19 @@ def tiny_variant() -> Iterator[None]:
     registry.VARIANTS = real
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """See tests/traces.py. xdist's workers have folders of their own in one."""
+@pytest.fixture(scope="session")
+def for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the test processes share: xdist's workers have folders of their own in one."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(for_all_workers: Path) -> Iterator[None]:
+    """See tests/traces.py."""
+    folder = for_all_workers / "traces"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image))
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(one_registry()))
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
         patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
@@ -73,41 +83,44 @@ def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
+def once(for_all_workers: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make) -> a folder that the first of all test processes that asks for it makes; read only."""
+    store = for_all_workers / "made"
+    store.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(store / f"{name}.lock"):
+            if not (store / name).exists():
+                make(store / name)
+        return store / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def small_bundle(once: Callable[[str, Callable[[Path], object]], Path], tiny_variant: None) -> Callable[..., Path]:
     """small_bundle(target, precision, **export options) -> the folder of a bundle of the small model; read only."""
     from dualtoken_deploy import export
 
-    made: dict[str, Path] = {}
-
     def make(target: str = "onnxruntime", precision: str = "fp32", **options: object) -> Path:
         name = "-".join([target, precision, *(f"{k}_{v}" for k, v in sorted(options.items()))])
-        if name not in made:
-            arguments = SMALL | options
-            export(target=target, precision=precision, output=bundle_store / name, **arguments)  # type: ignore[arg-type]
-            made[name] = bundle_store / name
-        return made[name]
+        arguments: dict[str, Any] = {"target": target, "precision": precision, **SMALL, **options}
+        return once(name, lambda folder: export(output=folder, **arguments))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def dense_bundle(bundle_store: Path, tiny_variant: None) -> Callable[..., Path]:
+def dense_bundle(once: Callable[[str, Callable[[Path], object]], Path], tiny_variant: None) -> Callable[..., Path]:
     """dense_bundle(head, target, precision, **options) -> a small dense bundle that knows the scenes' classes."""
     from dualtoken_deploy import export
     from dualtoken_deploy.data.scenes import CLASSES, CLUTTER
 
-    made: dict[str, Path] = {}
-
     def make(head: str, target: str = "onnxruntime", precision: str = "fp32", **options: object) -> Path:
         name = "-".join([head, target, precision, *(f"{k}_{v}" for k, v in sorted(options.items()))])
-        if name not in made:
-            labels = bundle_store / f"{name}.labels.txt"
-            clutter = [] if head in ("retinanet", "mask-rcnn") else [CLUTTER]
-            labels.write_text("\n".join([*clutter, *CLASSES]) + "\n")
-            given = {"variant": TINY.name, "image_size": (64, 96), "width": 16, "labels": labels} | options
-            made[name] = bundle_store / name
-            export(None, target, precision, output=made[name], head=head, **given)  # type: ignore[arg-type]
-        return made[name]
+        names = CLASSES if head in ("retinanet", "mask-rcnn") else (CLUTTER, *CLASSES)
+        given: dict[str, Any] = {"variant": TINY.name, "image_size": (64, 96), "width": 16, "labels": names, **options}
+        return once(name, lambda folder: export(None, target, precision, output=folder, head=head, **given))
 
     return make
 
@@ -128,17 +141,11 @@ def photograph() -> Path:
 
 
 @pytest.fixture(scope="session")
-def s_bundle(bundle_store: Path) -> Callable[[str], Path]:
+def s_bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Path]:
     """s_bundle(target) -> the real S at 224, fp32: where the size matters."""
     from dualtoken_deploy import export
 
-    def make(target: str) -> Path:
-        folder = bundle_store / f"s-{target}"
-        if not folder.exists():
-            export("s", target, output=folder)
-        return folder
-
-    return make
+    return lambda target: once(f"s-{target}", lambda folder: export("s", target, output=folder))
 
 
 # those that run quickly here; the others have test files of their own

@@ -17,6 +17,7 @@ import onnx
 from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from dualtoken_deploy.data.images import Pixels
 from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.request import Request
 
@@ -60,6 +61,22 @@ def one_registry() -> Callable[[int], ONNXRegistry]:
         return registry
 
     return copied
+
+
+def decoded_once(load: Callable[[Path], Pixels]) -> Callable[[Path], Pixels]:
+    """`load` that decodes a file once, and again where it has changed: each export looks at the same 16 photographs."""
+
+    @functools.lru_cache(64)
+    def kept(path: Path, _size: int, _changed: int) -> Pixels:
+        pixels = load(path)
+        pixels.flags.writeable = False
+        return pixels
+
+    def decode(path: Path) -> Pixels:
+        found = path.stat()
+        return kept(path, found.st_size, found.st_mtime_ns)
+
+    return decode
 
 
 Convert = Callable[[Source, Path], None]
