@@ -65,7 +65,7 @@ def test_the_manifest_says_what_the_code_depends_on(package: Bundle) -> None:
     assert manifest.build is not None
     built = manifest.build.typed(NativeCode)
     assert (manifest.state, built.device, built.torch) == ("complete", "cpu", torch.__version__)
-    assert manifest.files.keys() == {"model.pt2", "golden.npz", "labels.txt"}
+    assert manifest.files.keys() == {"model.pt2", "golden.npz", "labels.txt", "README.md", "bom.cdx.json"}
     assert obstacles(built, isa_of(manifest), None) == []
 
 

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 
 from dualtoken_deploy import Bundle, load_runner, predict, validate
-from dualtoken_deploy.bundle.store import write_bundle
+from dualtoken_deploy.bundle.store import CARD, DOCUMENTS, write_bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.data.images import load_batch
@@ -441,7 +441,10 @@ def test_built_checked_run_and_asked(device: Device, prepared: Callable[..., Pat
     bundle = Bundle.open(folder)
     assert bundle.manifest.state == "complete"
     assert bundle.size_bytes == (folder / "model.engine").stat().st_size  # what an app ships
-    assert bundle.manifest.files.keys() == {"model.onnx", "model.engine", "engine.json", "golden.npz", "labels.txt"}
+    made = {"model.onnx", "model.engine", "engine.json", "golden.npz", "labels.txt"}
+    assert bundle.manifest.files.keys() == {*made, *DOCUMENTS}
+    assert "Prepared, not built" in before[CARD].decode()
+    assert "Prepared, not built" not in (folder / CARD).read_text(encoding="utf-8")
     assert not malformed(device.trt, (folder / "model.engine").read_bytes())  # raw: what the vendor's builder wrote
     assert (folder / "model.onnx").read_bytes() == before["model.onnx"]
     assert bundle.manifest.build is not None

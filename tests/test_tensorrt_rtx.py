@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dualtoken_deploy import Bundle, load_runner, predict, validate
-from dualtoken_deploy.bundle.store import write_bundle
+from dualtoken_deploy.bundle.store import DOCUMENTS, write_bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.pipeline.build import build_bundle, why_no_build
@@ -76,7 +76,7 @@ def test_an_engine_is_compiled_and_not_called_complete(small_bundle: MakeBundle,
     assert manifest.measured.checked_by == "onnxruntime"
     assert manifest.measured.photographs is not None
     assert manifest.measured.photographs.sqnr_db >= SQNR_DB[precision]
-    assert manifest.files.keys() == {"model.engine", "model.onnx", "golden.npz", "labels.txt"}
+    assert manifest.files.keys() == {"model.engine", "model.onnx", "golden.npz", "labels.txt", *DOCUMENTS}
     assert bundle.size_bytes == (bundle.path / "model.engine").stat().st_size  # what an app ships
     nodes = onnx.load(bundle.path / "model.onnx").graph.node
     assert build["nodes"] == build["nodes_taken"] == len(nodes)
