@@ -74,7 +74,7 @@ def test_a_suggested_command_parses(where: str, command: str) -> None:
     parse(command)
 
 
-@pytest.mark.parametrize("command", ["export --output x", "inspect", "validate --nothing", "targets --json x"])
+@pytest.mark.parametrize("command", ["label --json", "inspect", "validate --nothing", "targets --json x"])
 def test_a_command_that_does_not_parse_is_seen(command: str) -> None:
     with pytest.raises(Exception, match=r"(?i)missing|no such|unexpected"):
         parse(command)

@@ -125,7 +125,9 @@ def pull(address: str, output: Path | None = None, force: bool = False, progress
             info = api.model_info(repo.id, revision=repo.revision)
             there = [file.rfilename for file in info.siblings or ()]
             if MANIFEST not in there:
-                raise BundleError(f"{repo} has no {MANIFEST}, so it is no bundle; push one with: dualtoken push")
+                raise BundleError(
+                    f"{repo} has no {MANIFEST}, so it is no bundle; push one with: dualtoken push BUNDLE {repo}"
+                )
 
             def fetch(name: str) -> None:
                 api.hf_hub_download(repo.id, name, revision=info.sha, local_dir=folder)
@@ -218,7 +220,9 @@ def _in_our_words(error: BaseException, repo: Repo, errors: Any, transport: type
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"{repo} is no name that the Hub takes; give hf://ORG/NAME")
     if "README.md" in str(error):
-        return BundleError("the Hub does not take the README.md of the bundle; write it anew with: dualtoken card")
+        return BundleError(
+            "the Hub does not take the README.md of the bundle; write it anew with: dualtoken card BUNDLE"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return error  # of this machine's files: `new_folder` has words for it
     return BundleError(f"{repo} did not arrive whole ({first_line(error)}); nothing was kept, try again")  # type: ignore[arg-type]
