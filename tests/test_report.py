@@ -198,6 +198,10 @@ def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone(
     assert browser.js("document.documentElement.scrollWidth") <= 360  # wide tables scroll by themselves
     sizes = "[...document.querySelectorAll('p, td')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     assert min(browser.js(sizes)) >= 14
+    # what a chart says is legible there too, and no first column is a ladder of letters
+    heights = "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)"
+    assert min(browser.js(heights)) >= 10
+    assert min(browser.js("[...document.querySelectorAll('td:first-child')].map(e => e.clientWidth)")) >= 100
     fetched = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
     assert {url for url in fetched if url.startswith("http")} == set()
     assert not [e for e in browser.events if e.get("method") == "Runtime.exceptionThrown"]

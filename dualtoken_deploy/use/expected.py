@@ -38,8 +38,15 @@ class Expected:
     digests: Array
 
     def write(self, path: Path) -> None:
-        """Raises UsageError where an output would be larger than what is read."""
-        joined = {name: np.concatenate([each[name] for each in self.outputs]) for name in self.outputs[0]}
+        """Raises UsageError where an output would be larger than what is read, or has no one shape."""
+        joined = {}
+        for name in self.outputs[0]:
+            shapes = {each[name].shape[1:] for each in self.outputs}
+            if len(shapes) > 1:
+                raise UsageError(
+                    f"{name} has another shape for each picture, and such outputs do not travel to a device"
+                )
+            joined[name] = np.concatenate([each[name] for each in self.outputs])
         for name, values in joined.items():
             if values.nbytes > MAX_ARRAY_BYTES:
                 raise UsageError(
