@@ -19,8 +19,8 @@ from typing import Any
 import grpc
 import pytest
 
-from dualtoken_deploy.serve.grpc import SERVICE
-from dualtoken_deploy.serve.handler import CALLS
+from dualtoken_deploy.serve.grpc import SERVICE, STREAMS
+from dualtoken_deploy.serve.handler import most_calls
 from dualtoken_deploy.serve.oip import open_inference_pb2 as pb
 from tests import hostile, http2
 from tests.serving import Reply, Server, read_reply, serving
@@ -362,15 +362,15 @@ def test_answers_that_a_grpc_client_does_not_take_have_an_end(
 
 
 def test_calls_that_never_send_their_message_are_bounded_whatever_they_call(start: Callable[..., Server]) -> None:
-    """More than there is room for, from ten connections: their own make room, long before their time is over."""
-    server = start("--body-seconds", "300", "--queue", "32")  # whose connections may have 140 calls at once
+    """More than there is room for, from twenty connections: their own make room, long before their time is over."""
+    server = start("--body-seconds", "300")
     with ExitStack() as silent:
-        for _ in range(10):
+        for _ in range(20):
             link = silent.enter_context(http2.connect(server.grpc, window=65_535))
-            link.sendall(b"".join(http2.start(f"/{SERVICE}/ServerLive", number) for number in range(140)))
+            link.sendall(b"".join(http2.start(f"/{SERVICE}/ServerLive", number) for number in range(STREAMS)))
         refused = functools.partial(server.metric, "dualtoken_requests_total", protocol="grpc", route="ServerLive")
         # grpc itself turns a few away before they are anybody's
-        server.wait_for(lambda: refused(code="DEADLINE_EXCEEDED") >= 0.9 * (10 * 140 - CALLS))
+        server.wait_for(lambda: refused(code="DEADLINE_EXCEEDED") >= 0.9 * (20 * STREAMS - most_calls(CONNECTIONS)))
         with grpc.insecure_channel(server.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
             message = pb.ModelInferRequest(model_name="m", raw_input_contents=[bytes(BYTES)])
             message.inputs.add(name="image", datatype="UINT8", shape=(1, SIDE, SIDE, 3))

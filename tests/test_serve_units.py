@@ -200,6 +200,101 @@ def test_the_slowest_of_the_connection_with_the_most_leaves_first() -> None:
     asyncio.run(go())
 
 
+def test_large_bodies_leave_room_for_small_ones() -> None:
+    """Small ones that come slowly are neither refused nor sent away, however many large ones come fast."""
+
+    async def go() -> None:
+        mib = 2**20
+        arriving, left = Arriving(100, 64 * mib), list[str]()
+
+        async def body(name: str, count: int) -> None:
+            try:
+                with arriving.one() as one:
+                    one.grow(count)
+                    one.whole = name == "whole"
+                    await asyncio.Event().wait()
+            except (TooSlow, Overloaded):
+                left.append(name)
+
+        async def start(name: str, count: int, number: int) -> None:
+            tasks.extend([asyncio.create_task(body(name, count)) for _ in range(number)])
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        tasks: list[asyncio.Task[None]] = []
+        await start("whole", 15 * mib, 3)  # they wait for a decoder
+        await start("large", 15 * mib, 20)
+        await start("small", mib // 8, 40)
+        await start("large", 15 * mib, 20)
+        assert left == ["large"] * 40
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (arriving.count, arriving.bytes) == (0, 0)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "most"),
+    [
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 30_000, b"400", 1100),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a:\r\n" * 30_000 + b"\r\n", b"431", 300),
+    ],
+    ids=["chunks", "headers"],
+)
+def test_the_parser_stops_where_a_request_is_refused(request_: bytes, status: bytes, most: int) -> None:
+    """All of it is in one read: what comes behind the refusal is not looked at."""
+    seen, said = [0], bytearray()
+
+    class Link(asyncio.Transport):
+        closing = False
+
+        def write(self, data: Any) -> None:
+            said.extend(data)
+
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return link if name == "socket" else default
+
+        def is_closing(self) -> bool:
+            return self.closing
+
+        def close(self) -> None:
+            self.closing = True
+
+        def abort(self) -> None:
+            self.closing = True
+
+    async def wait(_scope: Any, _receive: Any, _send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def go() -> None:
+        bounded: Any = bounded_protocol(Settings(), lambda _: None)
+
+        class Counted(bounded):  # type: ignore[misc]
+            def on_body(self, body: bytes) -> None:
+                seen[0] += 1
+                super().on_body(body)
+
+            def on_header(self, name: bytes, value: bytes) -> None:
+                seen[0] += 1
+                super().on_header(name, value)
+
+        config = uvicorn.Config(wait, log_config=None)
+        config.load()
+        made = Counted(config, ServerState(), {})
+        made.connection_made(Link())
+        made.data_received(request_)
+        assert said.startswith(b"HTTP/1.1 " + status)
+        assert said.count(b"HTTP/1.1") == 1
+        assert seen[0] <= most
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    with socket.socket() as link:
+        asyncio.run(go())
+
+
 def test_answers_that_nobody_reads_have_their_bytes_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three connections that hold 30 MiB each, the first that stopped to read leaves; one alone may hold more."""
     left: list[int] = []

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from dualtoken_deploy.serve.errors import Overloaded, TooSlow, Unavailable
 
+LARGE_BYTES, LARGE_SHARE = 2**20, 0.75  # of all bytes: what bodies above a MiB may take together
 YOUNG_SECONDS = 0.05  # a body younger than this is taken to be this old, when its rate is asked for
 
 
@@ -156,20 +157,28 @@ class Arriving:
             self.bytes -= body.bytes
 
     def make_room(self, newest: Body) -> None:
-        """Sends bodies away, until what is there fits."""
-        if len(self._bodies) <= self.most and self.bytes <= self.most_bytes:
+        """Sends bodies away, until what is there fits. Large ones have their share, so that small ones have room."""
+        if len(self._bodies) <= self.most and self.bytes <= LARGE_SHARE * self.most_bytes:
             return
-        while len(here := [body for body in self._bodies if not body.sent_away]) > self.most or (
-            sum(body.bytes for body in here) > self.most_bytes
-        ):
-            now, owned = time.monotonic(), Counter(body.owner for body in here)
-            coming = [body for body in here if not body.whole and body is not newest]
+        while among := self._too_many():
+            now, owned = time.monotonic(), Counter(body.owner for body in among)
+            coming = [body for body in among if not body.whole and body is not newest]
+            if newest not in among and not coming:
+                return
             slowest = min(coming, key=lambda body: (-owned[body.owner], body.rate(now), body.since), default=newest)
-            alike = owned[slowest.owner] == owned[newest.owner]
+            alike = newest in among and owned[slowest.owner] == owned[newest.owner]
             if slowest is newest or (alike and newest.bytes and newest.rate(now) < slowest.rate(now)):
                 raise Overloaded("the server holds as many bodies as it has room for; try again later")
             slowest.sent_away = True
             slowest.task.cancel()
+
+    def _too_many(self) -> list[Body]:
+        """Those of whom one has to leave; none where all fit."""
+        here = [body for body in self._bodies if not body.sent_away]
+        large = [body for body in here if body.bytes > LARGE_BYTES]
+        if sum(body.bytes for body in large) > LARGE_SHARE * self.most_bytes:
+            return large
+        return here if len(here) > self.most or sum(body.bytes for body in here) > self.most_bytes else []
 
 
 def key_fits(key: str | None, authorization: str | None, header: str | None) -> bool:

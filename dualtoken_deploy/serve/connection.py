@@ -20,6 +20,8 @@ MAX_HEADERS = 256  # lines; each costs its reader a hundred times what it costs 
 MAX_URL_BYTES = 8 * 1024
 MAX_FRAMING_BYTES = 64 * 1024  # of a body in chunks beside its contents: their sizes, extensions and trailers,
 BODY_BYTES_FOR_FRAMING = 16  # and a byte more for so many of its contents: chunks of a hundred bytes, or larger ones
+MAX_PIECES = 1024  # of a body, and one more for so many of its bytes: each costs some microseconds, however small
+PIECE_BYTES = 64
 UNREAD_BYTES = 64 * 2**20  # of answers that clients do not read, all together
 MAX_PIPELINED = 16  # requests of a connection that wait for the answers before theirs
 STALLED_SECONDS = 1.0  # after which a client that does not read is the first to leave for another
@@ -27,6 +29,10 @@ END_SECONDS = 1.0  # in which a connection that is to end may still send what it
 HEALTH = b"/v2/health/"
 LINGER = "dualtoken.linger"  # of the scope: to be called once the rest of a request is only thrown away
 Headers = list[tuple[bytes, bytes]]
+
+
+class _Enough(Exception):
+    """Raised inside of the parser, which goes on through all that has arrived otherwise."""
 
 
 def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[asyncio.Protocol]:
@@ -66,6 +72,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
         _lines = 0  # of its headers
         _framing_bytes = 0  # of the body, beside its contents
         _body_bytes = 0
+        _pieces = 0  # that it came in
         _in_headers = True
         _in_body = False
         _surplus = False  # one too many, and every other has a request in hand
@@ -131,10 +138,10 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             if self._in_headers and not self._deaf:
                 self._named_bytes += len(name) + len(value) + 4
                 self._lines += 1
-                if self._lines <= MAX_HEADERS:
-                    super().on_header(name, value)
-                else:
+                if self._lines > MAX_HEADERS:
                     self._refuse(b"431 Request Header Fields Too Large")
+                    raise _Enough
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             if self._deaf:
@@ -146,6 +153,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
                 return
             # what arrived together with the headers and is none of them
             self._framing_bytes, self._body_bytes = max(0, self._header_bytes - self._named_bytes), 0
+            self._pieces = 0
             self._in_headers, self._in_body, self._header_bytes = False, True, 0
             quiet.pop(self, None)
             super().on_headers_complete()
@@ -160,6 +168,10 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             if not self._deaf:
                 self._body_bytes += len(body)
                 self._framing_bytes -= len(body)
+                self._pieces += 1
+                if self._pieces > MAX_PIECES + self._body_bytes // PIECE_BYTES:
+                    self._refuse(b"400 Bad Request")
+                    raise _Enough
                 self._chunks.append(body)
 
         def _hand_over(self) -> None:
@@ -205,7 +217,8 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
 
         def send_400_response(self, msg: str) -> None:
             """uvicorn's own would land inside of an answer that is under way."""
-            self._refuse(b"400 Bad Request")
+            if not self._deaf:
+                self._refuse(b"400 Bad Request")
 
         def shutdown(self) -> None:
             super().shutdown()

@@ -47,6 +47,7 @@ from dualtoken_deploy.serve.settings import Settings
 SERVICE = "inference.GRPCInferenceService"
 CONNECTION_AGE_MS = 600_000  # then a client is asked to connect anew, and one that only holds on is cut
 BIND_AGAIN_SECONDS = 0.05
+STREAMS = 16  # of a connection at once, or two batches: more calls of it only wait here, in front of those of others
 CODES: Mapping[type[ServeError], grpc.StatusCode] = MappingProxyType(
     {
         BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -243,12 +244,13 @@ class Rpc:
 
 def make_server(handler: Handler, settings: Settings, largest: int, port: int) -> tuple[grpc.aio.Server, int]:
     """A gRPC server that is bound and not started, and its port. Raises OSError where the port is taken."""
+    streams = max(STREAMS, 2 * max((model.rows for model in handler.repository.models), default=1))
     options = [
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.so_reuseport", 0),
-        ("grpc.max_concurrent_streams", 4 * handler.gate.limit + 16),
+        ("grpc.max_concurrent_streams", streams),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.max_connection_idle_ms", math.ceil(settings.idle_seconds * 1000)),
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
@@ -359,6 +361,8 @@ async def _write(answer: Any, context: Context, handler: Handler, body: Body) ->
             await context.write(answer)
     except TimeoutError as error:
         handler.unwanted.add(context.peer())
+        raise _NotTaken from error
+    except grpc.aio.InternalError as error:  # the connection was shut meanwhile
         raise _NotTaken from error
     except asyncio.CancelledError:
         if body.sent_away:

@@ -32,7 +32,13 @@ PARSE_ON_LOOP_BYTES = 64 * 1024  # JSON or protobuf below this is parsed faster 
 ARRIVING_BYTES = 64 * 2**20  # of bodies in memory, or four of the largest where those are more
 ARRIVING_AT_LEAST = 8
 ARRIVING_FOR_EACH_PLACE = 4  # bodies that may be on their way
-CALLS = 1024  # of gRPC, from their start until their answer is read; 15 to 25 KB each
+CALLS_FOR_EACH_CONNECTION, MOST_CALLS = 8, 4096  # of gRPC, from their start until their answer is read; 25 KB each
+
+
+def most_calls(connections: int) -> int:
+    """Of gRPC at once: half of what all connections may have, so that many of them that take no answer are left alone
+    until their time is over. To make room among them again and again costs more than they do."""
+    return min(MOST_CALLS, CALLS_FOR_EACH_CONNECTION * connections)
 
 
 class Handler:
@@ -43,7 +49,7 @@ class Handler:
         self._gate: Gate | None = None
         self._draining = False
         self._arriving, self._messages = Arriving(1, ARRIVING_BYTES), Arriving(1, ARRIVING_BYTES)
-        self.calls = Arriving(CALLS, ARRIVING_BYTES)
+        self.calls = Arriving(most_calls(settings.connections), ARRIVING_BYTES)
         self.unwanted: set[str] = set()  # peers of gRPC that do not take their answers
         self.decoders = Decoders(settings, metrics)
         self._large_outputs = asyncio.Semaphore(settings.workers + settings.decoders)  # in memory, of all models
