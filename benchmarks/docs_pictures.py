@@ -5,6 +5,7 @@ python benchmarks/docs_pictures.py
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ from dualtoken_deploy.use.compare import draw as draw_comparison
 from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.diagnose import draw as draw_diagnosis
 from dualtoken_deploy.use.evaluate import evaluate
-from dualtoken_deploy.use.plots import confusion_title, plot_confusion, plot_search
+from dualtoken_deploy.use.plots import confusion_title, plot_confusion, plot_curves, plot_search
 from dualtoken_deploy.use.visualize import visualize
 
 SEARCHED = Path(__file__).resolve().parent / "results" / "int8-search-digits.json"
+TRAINED = SEARCHED.with_name("tokenizer-shapes-12-epochs.csv")
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 FP32, INT8 = (Path("bundles") / f"t-mix-digits-onnxruntime-{precision}" for precision in ("fp32", "int8"))
 FOUND = Path("bundles") / "retinanet-t-mix-scenes-detect-onnxruntime-fp32"
@@ -59,6 +61,14 @@ def confusion() -> None:
     plot_confusion(np.array(judged.confusion), judged.labels, IMAGES / "confusion.svg", title, said)
 
 
+def curves() -> None:
+    """A run that was kept: a tokenizer on `shapes`, on the machine that the caption names."""
+    with TRAINED.open(encoding="utf-8", newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    said = "dualtoken train --task tokenize --variant dualtoken-tokenizer-s --data shapes --image-size 64 --epochs 12"
+    plot_curves(rows, IMAGES / "curves.svg", ("probe_top1",), f"{said}; Intel Xeon (AMX), 2 virtual cores")
+
+
 def tokens() -> None:
     photograph = next(path for path in open_dataset("photographs").images if path.name == "coffee.png")
     visualize("shapes", photograph, IMAGES / "tokens.png", "dualtoken visualize shapes coffee.png --output tokens.png")
@@ -80,6 +90,7 @@ PICTURES = {
     "compare": comparison,
     "drift": drift,
     "confusion": confusion,
+    "curves": curves,
     "tokens": tokens,
     "found": found,
 }

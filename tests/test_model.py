@@ -321,3 +321,21 @@ def test_the_camera_example_counts_what_it_drops(small_bundle: MakeBundle, tmp_p
     assert "weights are random" in lines[0]
     assert len(lines) == 4
     assert " dropped" in lines[-1]
+
+
+def test_the_camera_example_takes_a_video_to_its_end(small_bundle: MakeBundle, clip: Path, tmp_path: Path) -> None:
+    """Frames of OpenCV are arrays, which are not compared with None; a source that cannot be opened is one line."""
+    command = [sys.executable, str(ROOT / "examples/python/camera.py"), str(small_bundle()), "--source"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(clip)], capture_output=True, text=True, check=False, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert " dropped" in done.stdout.splitlines()[-1]
+    done = subprocess.run(
+        [*command, str(tmp_path / "none.mp4")], capture_output=True, text=True, check=False, env=environment, timeout=60
+    )
+    assert done.returncode == 1
+    assert "cannot be opened as a webcam or a video" in done.stderr
+    assert "Traceback" not in done.stderr

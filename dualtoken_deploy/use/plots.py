@@ -178,7 +178,9 @@ def fill_curves(figure: Any, rows: Sequence[Mapping[str, Any]], figures: Sequenc
         if name in rows[0]:
             losses.plot(epochs, [row[name] for row in rows], marker=marker, ms=3, label=name.replace("_", " "))
     for name in figures:
-        shares.plot(epochs, [100 * row[name] for row in rows], marker=marker, ms=3, label=f"val {name}")
+        shares.plot(
+            epochs, [100 * row[name] for row in rows], marker=marker, ms=3, label=f"val {name.replace('_', ' ')}"
+        )
     losses.set_ylabel("loss")
     shares.set_ylabel("on the held-out part (%)")
     for axis in (losses, shares):

@@ -37,19 +37,21 @@ class Newest:
 
     def _run(self) -> None:
         due = time.monotonic()
-        for frame in self._frames:
+        try:
+            for frame in self._frames:
+                with self._there:
+                    if self._left:
+                        break
+                    self.dropped += self._frame is not None
+                    self.read += 1
+                    self._frame = frame
+                    self._there.notify()
+                due += self._pace
+                time.sleep(max(due - time.monotonic(), 0))
+        finally:  # also where the source failed: nobody waits for a frame that never comes
             with self._there:
-                if self._left:
-                    break
-                self.dropped += self._frame is not None
-                self.read += 1
-                self._frame = frame
+                self._ended = True
                 self._there.notify()
-            due += self._pace
-            time.sleep(max(due - time.monotonic(), 0))
-        with self._there:
-            self._ended = True
-            self._there.notify()
 
     def take(self) -> Any:
         """Waits for a frame that was not taken yet; None at the end."""
@@ -71,7 +73,12 @@ def from_opencv(source: str) -> tuple[Iterator[Any], Any]:
     capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
     if not capture.isOpened():
         raise SystemExit(f"{source} cannot be opened as a webcam or a video; give another --source")
-    return iter(lambda: capture.read()[1], None), capture.release
+
+    def frames() -> Iterator[Any]:
+        while (found := capture.read())[0]:
+            yield found[1]
+
+    return frames(), capture.release
 
 
 def main() -> None:
