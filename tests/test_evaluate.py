@@ -70,11 +70,11 @@ def test_evaluation_needs_labels(small_bundle: Callable[..., Path]) -> None:
 
 CLASSIFIERS = {"digits": 224, "shapes": 64}  # with the sides of their images
 DENSE = {"scenes-detect": "retinanet", "scenes-segment": "pspnet"}
-FORECASTERS = {"lorenz"}  # in test_forecast.py
+OTHERS = {"lorenz", "shapes-tokens"}  # in test_forecast.py and test_tokenizer.py
 
 
 def test_every_shipped_weights_are_tested_and_small() -> None:
-    assert set(BUILT_IN_WEIGHTS) == {*CLASSIFIERS, *DENSE, *FORECASTERS}
+    assert set(BUILT_IN_WEIGHTS) == {*CLASSIFIERS, *DENSE, *OTHERS}
     assert max(path.stat().st_size for path in BUILT_IN_WEIGHTS.values()) <= 10e6
 
 

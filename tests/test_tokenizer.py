@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dualtoken_deploy import Bundle, create_model, export
+from dualtoken_deploy.data.folders import open_parts
 from dualtoken_deploy.models import systems, tokenizer
 from dualtoken_deploy.models.tokenizer import ResidualQuantizer
+from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.tasks.quality import psnr_db, ssim
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.tasks.tokenize import code_map
@@ -189,3 +192,16 @@ def test_training_learns_to_draw(tmp_path: Path) -> None:
     found = evaluate(tmp_path / "run", tmp_path / "data")
     assert found.scores["psnr_db"] == pytest.approx(result.best, abs=0.05)
     assert get_task("tokenize").metrics == ("probe_top1", "psnr_db", "ssim")
+
+
+def test_the_weights_that_ship_draw_what_they_see() -> None:
+    """On 40 pictures of the held-out part; the whole part's figures are in the JSON beside the weights."""
+    said = describe_weights("shapes-tokens")
+    assert said is not None
+    assert (said.task, said.variant, said.image_size) == ("tokenize", "dualtoken-tokenizer-s", (64, 64))
+    beside = json.loads(BUILT_IN_WEIGHTS["shapes-tokens"].with_suffix(".json").read_text())
+    train, val = open_parts("shapes")
+    assert beside["data_sha256"] == train.digest() + val.digest()
+    scores = evaluate("shapes-tokens", "shapes", limit=40).scores
+    assert scores["psnr_db"] >= 21
+    assert scores["probe_top1"] >= 0.65

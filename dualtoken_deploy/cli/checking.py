@@ -75,7 +75,8 @@ def evaluate(
     source: Annotated[
         str,
         typer.Argument(
-            help="Bundle folder, or weights: of a run, or digits, shapes, scenes-detect, scenes-segment, lorenz."
+            help="Bundle folder, or weights: of a run, or digits, shapes, scenes-detect, scenes-segment, lorenz, "
+            "shapes-tokens."
         ),
     ],
     data: Annotated[

@@ -37,6 +37,7 @@ BUILT_IN_WEIGHTS: Mapping[str, Path] = MappingProxyType(
         "scenes-detect": _FOLDER / "scenes-detect-t-mix.safetensors",
         "scenes-segment": _FOLDER / "scenes-segment-t-mix.safetensors",
         "lorenz": _FOLDER / "lorenz-tsm2.safetensors",
+        "shapes-tokens": _FOLDER / "shapes-tokens-tokenizer-s.safetensors",
     }
 )
 
