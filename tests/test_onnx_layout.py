@@ -181,6 +181,9 @@ def test_a_picture_is_transposed_before_it_is_normalised(kind: str) -> None:
     changed, count = laid_out(model, transpose_first)
     assert count == 2
     assert [n.op_type for n in changed.graph.node] == ["Transpose", "Mul", kind, "Conv"]
+    made = {value for n in changed.graph.node for value in n.output}
+    assert "planes" in made
+    assert not made & {"scaled", "moved"}  # which lie otherwise now
 
 
 def test_a_picture_that_is_read_elsewhere_too_is_not_turned() -> None:

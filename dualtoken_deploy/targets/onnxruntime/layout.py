@@ -114,8 +114,8 @@ def _pointwise(node: onnx.NodeProto, graph: Graph) -> bool:
 def _turn(
     model: onnx.ModelProto, graph: Graph, turn: onnx.NodeProto, chain: Sequence[onnx.NodeProto], picture: str
 ) -> None:
-    """Puts the Transpose in front of a chain that ends in it; values keep their names, and are as the chain has them
-    now."""
+    """Puts the Transpose in front of a chain that ends in it. What the chain makes lies otherwise now, and is called
+    otherwise: a value of a name is the same in every graph of a model."""
     ends = turn.output[0]
     for node in chain:
         for place, name in enumerate(node.input):
@@ -123,9 +123,11 @@ def _turn(
                 array = numpy_helper.to_array(graph.weights[name]).reshape(-1, 1, 1)
                 node.input[place] = graph.add(array, f"{name}/channels")
     first = f"{picture}/channels"
-    for place, name in enumerate(chain[0].input):
-        if name == picture:
-            chain[0].input[place] = first
+    renamed = {picture: first} | {node.output[0]: f"{node.output[0]}/channels" for node in chain[:-1]}
+    for node in chain:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+        node.output[0] = renamed.get(node.output[0], node.output[0])
     nodes = list(model.graph.node)
     moved = helper.make_node("Transpose", [picture], [first], name=turn.name, perm=CHANNELS_FIRST)
     chain[-1].output[0] = ends
