@@ -77,7 +77,9 @@ def test_a_sound_bundle_has_no_suspect(precision: str, target: str, small_bundle
     assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage2.block1", "stage3.block1", "logits"]
     names = {d.name for d in found.layers}
     assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage2.block1.token.broadcast.proj"} <= names
-    assert found.unseen <= len(found.layers) // 10
+    # INT8 for ONNX Runtime joins products with their biases, and an attention's parts: those values are not there
+    joined = (precision, target) == ("int8", "onnxruntime")
+    assert found.unseen <= len(found.layers) // (3 if joined else 10)
     json.dumps(found.to_json(), allow_nan=False)
 
 
