@@ -29,7 +29,7 @@ from dualtoken_deploy.train import checkpoint, make_config, resume, train
 from dualtoken_deploy.train.classify import soft_cross_entropy
 from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import UNREADABLE, Augment, TrainImages, mix, random_resized_crop
-from dualtoken_deploy.train.loop import _groups
+from dualtoken_deploy.train.loop import _groups, unmoved_loss
 from dualtoken_deploy.use.evaluate import evaluate
 from tests.conftest import TINY
 
@@ -410,6 +410,39 @@ def test_the_tensors_of_a_checkpoint_fit_its_model(finished: Path, tmp_path: Pat
     checkpoint.save_tensors(run / checkpoint.LAST, tensors | changed, header)
     with pytest.raises(WeightsError, match="does not fit the model of its run"):
         resume(run, epochs=4)
+
+
+def test_a_finished_run_takes_no_other_settings_in_silence(finished: Path, tmp_path: Path) -> None:
+    """They would change its config.json and train nothing."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / checkpoint.CONFIG).read_bytes()
+    with pytest.raises(UsageError, match=r"has its 3 epochs, so lr would change nothing; give --epochs above 3"):
+        resume(run, lr=0.1)
+    assert (run / checkpoint.CONFIG).read_bytes() == before
+
+
+def test_the_warm_up_is_a_share_of_the_run_unless_it_is_said() -> None:
+    one = make_config(variant="t-mix", data="digits", epochs=1)
+    assert one.warmup_epochs == pytest.approx(20 / 300)  # the paper's: 20 of 300 epochs
+    assert one.lr_at(0.5) > 0.4 * one.peak_lr, "half a run of one epoch is not spent at its floor"
+    assert make_config(variant="t-mix", data="digits", epochs=1, warmup_epochs=0.5).warmup_epochs == 0.5
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([2.0] * 50, True),
+        ([2.0 - 0.02 * i for i in range(50)], False),
+        ([1.0 + i for i in range(50)], True),
+        ([1.0], False),
+    ],
+    ids=["flat", "falling", "rising", "one step"],
+)
+def test_a_loss_that_has_not_fallen_is_said(losses: list[float], said: bool) -> None:
+    assert ("the loss has not fallen" in (unmoved_loss(losses) or "")) is said
 
 
 def test_data_that_changed_is_not_resumed_on(finished: Path, tmp_path: Path) -> None:

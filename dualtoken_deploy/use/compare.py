@@ -341,7 +341,8 @@ def draw(comparison: Comparison, path: Path, caption: str = "") -> None:
     what = comparison.metric or "agreement with eager"
     title = f"{what} on {comparison.data}, {comparison.images} images, against latency"
     if comparison.bench is not None:
-        caption = f"{caption}  {comparison.bench.machine_line()}; {comparison.bench.setting_line()}".strip()
+        said = (caption, comparison.bench.machine_line(), comparison.bench.setting_line())
+        caption = "; ".join(text for text in said if text)
     save_figure(path, (8, 4.8), lambda figure: fill(figure, comparison), title, caption)
 
 
