@@ -64,7 +64,7 @@ def test_a_bundle_copied_over_a_served_one_is_loaded_once_it_is_whole(
     shutil.copy(newer / "manifest.json", own_bundle)  # before what it names
     server.wait_for(lambda: failures(server) >= 1)
     assert infer(server).code == 200, "the old one answers"
-    for name in ("model.onnx", "golden.npz", "labels.txt"):
+    for name in ("model.onnx", "golden.npz", "labels.txt", "README.md", "bom.cdx.json"):
         shutil.copy(newer / name, own_bundle)
     server.wait_for(lambda: loads(server) == 1)
     assert infer(server).code == 200
