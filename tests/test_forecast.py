@@ -233,7 +233,11 @@ def test_a_bundle_is_evaluated_and_asked(forecaster: Callable[..., Path], tmp_pa
         (("export", "--variant", "t-mix", "--input", "series"), 2, "valid inputs: image, tensor"),
         (("predict", "{bundle}", "{csv}"), 4, "the model takes 32 of 4"),
         (("evaluate", "{bundle}", "--data", "lorenz"), 4, "has 8 variates, the model 4"),
-        (("train", "--task", "forecast", "--variant", "s", "--data", "eeg", "--output", "{new}"), 2, "no classifiers"),
+        (
+            ("train", "--task", "forecast", "--variant", "s", "--data", "eeg", "--output", "{new}"),
+            2,
+            "does not forecast",
+        ),
     ],
     ids=lambda value: "-".join(value[-2:]) if isinstance(value, tuple) else "",
 )

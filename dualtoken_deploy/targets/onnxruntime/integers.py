@@ -130,6 +130,9 @@ def join_biases(model: onnx.ModelProto) -> int:
                 weights[bias] = numpy_helper.from_array(numpy_helper.to_array(weights[term]).reshape(-1), bias)
                 model.graph.initializer.append(weights[bias])
             model.graph.node.remove(add)
+            if (narrow := _taken_off(readers.get(out, []), out)) is not None:
+                out = narrow.output[0]
+                model.graph.node.remove(narrow)
         read = [left.input[0], right.input[0], left.input[1], right.input[1], _zero(left), _zero(right), bias]
         joined = helper.make_node("MatMulIntegerToFloat", read, [out], name=node.output[0], domain=MICROSOFT)
         model.graph.node.insert(list(model.graph.node).index(node), joined)
@@ -139,6 +142,12 @@ def join_biases(model: onnx.ModelProto) -> int:
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     drop_unused(model)
     return count
+
+
+def _taken_off(found: Sequence[onnx.NodeProto], value: str) -> onnx.NodeProto | None:
+    """The Squeeze of the axis that a bias of rank 3 gave the product of a matrix (qdq._keep_bias_apart)."""
+    (node,) = found if len(found) == 1 else (None,)
+    return node if node is not None and node.op_type == "Squeeze" and value == f"{node.output[0]}/wide" else None
 
 
 def _zero(node: onnx.NodeProto) -> str:
