@@ -130,6 +130,19 @@ def test_a_budget_that_cannot_be_met_gives_the_best_seen() -> None:
     assert len(found.trace) <= HOPELESS
 
 
+def test_layers_that_seem_to_do_nothing_go_to_float_in_the_end() -> None:
+    """Where what is known of a layer is wrong, and it alone breaks the budget; the search had not come to its end."""
+    silent = UNITS[0].name
+    noise = {unit.name: 0.0 if unit.name == silent else 0.01 for unit in UNITS}
+
+    def scorer(in_float: frozenset[str]) -> Score:
+        return Score(0.0 if silent in in_float else 9.0, 30.0)
+
+    found = search(UNITS, scorer, 0.5, TOTAL, lambda: Sensitivity.independent(noise, "by hand"))
+    assert found.met
+    assert silent in found.in_float
+
+
 def test_a_time_limit_stops_with_the_best_seen() -> None:
     found = search(UNITS, Model(noises(0)), 1e-9, TOTAL, not_asked, time_limit_s=0.0)
     assert not found.met

@@ -129,6 +129,7 @@ class _Search:
     def _bisect(self, known: Sensitivity, first: Score, guess: frozenset[str] | None) -> frozenset[str] | None:
         """Looks for the most noise that holds the budget; what is in float then. None: no assignment holds it."""
         broken, holds = known.noise(), 0.0
+        noisy = known.choose(self.macs, 0.0)  # of the others nothing is known that they do
         best: frozenset[str] | None = None
         tried = frozenset[str]()
         allowed = broken * min(max(self.budget / first.drop, 0.05), 0.5)  # loss grows with noise, and faster
@@ -138,8 +139,10 @@ class _Search:
             if guess is None and kept in (tried, best):
                 if best is not None or len(kept) == len(self.units):
                     break
-                allowed /= 4
-                continue
+                if kept != noisy:
+                    allowed /= 4
+                    continue
+                kept = frozenset(self.units)
             holding = self._try(self._action(known, kept), kept).drop <= self.budget
             tried = tried if holding else kept
             predicted, guess = known.noise(kept), None
