@@ -258,7 +258,7 @@ def test_clients_that_pipeline_and_never_read_hold_nothing(
     for _ in range(3):
         greedy(server, CONNECTIONS)
         assert server.get("/v2/health/ready").code == 200
-        server.wait_for(lambda: infer(server, timeout=10).code == 200, 10)  # a full machine may say 503, come again
+        assert infer(server, timeout=10).code == 200
     assert server.memory_kib(field="VmHWM") < 2 * idle
     ends(server)
 
