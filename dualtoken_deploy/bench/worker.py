@@ -6,6 +6,7 @@ One JSON document a line, requests on stdin and answers on stdout, one answer to
         -> {"cold_start_ms", "first_inference_ms"}
     {"do": "round", "seconds"}  -> {"laps_ns": [...], "async_images_per_s": float | null, "peak_rss_mib"}, and in mode
         server "tails_ns": {share of the capacity: [...]}
+    {"do": "scenario", ...}     -> {"target_qps", "samples"}: bench/scenario.py, LoadGen's
     whatever goes wrong         -> {"error": {"type", "message"}}, and the process ends
 
 The end of stdin ends it, so that it never outlives the bench.
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -227,7 +228,16 @@ class _Session:
         self._batch, self._mode, self._rounds = 0, "latency", 0
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request["do"] == "scenario":
+            return self._scenario(request)
         return self._load(request["job"]) if request["do"] == "load" else self._round(float(request["seconds"]))
+
+    def _scenario(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        from dualtoken_deploy.bench.scenario import play
+
+        if self._subject is None:
+            raise ValueError("asked for a scenario before anything was loaded")
+        return asdict(play(self._subject.run, self._subject.run_async, self._batch, asked))
 
     def _load(self, job: Mapping[str, Any]) -> dict[str, Any]:
         load = _KINDS[job["kind"]](job)

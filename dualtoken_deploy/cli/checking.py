@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -178,6 +179,17 @@ def bench(
     ] = "latency",
     device: Device = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
+    scenario: Annotated[
+        str | None,
+        typer.Option(help="MLPerf's instead, by LoadGen: singlestream, multistream, offline or server."),
+    ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option(help="A scenario's least seconds: MLPerf's 600 unless given; less is no result there."),
+    ] = None,
+    logs: Annotated[Path | None, typer.Option(help="LoadGen's log files, a folder a bundle; ./loadgen.")] = None,
+    target_qps: Annotated[float | None, typer.Option(help="Scenario server: queries a second.")] = None,
+    target_latency: Annotated[float | None, typer.Option(help="Scenario server: ms that 99 % must hold; 15.")] = None,
     allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
@@ -185,6 +197,19 @@ def bench(
     from dualtoken_deploy.bundle.trust import permit_native
 
     permit_native(allow_native)
+    of_scenarios = {
+        "--duration": duration, "--logs": logs, "--target-qps": target_qps, "--target-latency": target_latency,
+    }  # fmt: skip
+    if scenario is not None:
+        others = {"--against": against, "--until": until, "--markdown": markdown}
+        given = [name for name, value in others.items() if value is not None]
+        given += ["--mode"] if mode != "latency" else []
+        if given:
+            raise UsageError(f"--scenario is LoadGen's own way of timing; leave {', '.join(given)} out")
+        _run_scenario(scenario, find_bundles(bundles), threads, batch, device, of_scenarios, json_output)
+        return
+    if left := [name for name, value in of_scenarios.items() if value is not None]:
+        raise UsageError(f"{', '.join(left)} without --scenario changes nothing; give --scenario too")
     from dualtoken_deploy.bench.run import bench as run
 
     with progress() as tell:
@@ -194,6 +219,23 @@ def bench(
         remark(f"note: {note}")
     if markdown is not None:  # last: figures that took minutes are shown even where the file cannot be written
         write_text(markdown, report.to_markdown())
+
+
+def _run_scenario(
+    scenario: str, bundles: list[Path], threads: int | None, batch: int | None, device: str | None,
+    given: Mapping[str, Any], json_output: bool,
+) -> None:  # fmt: skip
+    from dualtoken_deploy.bench.loadgen import LEAST_S, TARGET_LATENCY_MS, run_scenario
+
+    with progress() as tell:
+        found = run_scenario(
+            bundles, scenario, given["--logs"], LEAST_S if given["--duration"] is None else given["--duration"],
+            threads, batch, device, given["--target-qps"],
+            TARGET_LATENCY_MS if given["--target-latency"] is None else given["--target-latency"], tell,
+        )  # fmt: skip
+    show(json_output, found.to_json(), lambda r: r.table(found.columns(), found.rows(), f"scenario {scenario}"))
+    for run in found.runs:
+        remark(f"note: LoadGen's logs of {run.name}: {run.logs}")
 
 
 def compare(
