@@ -76,7 +76,8 @@ class Graph:
     def add(self, values: Iterable[int] | np.ndarray[tuple[int, ...], np.dtype[np.float32]], name: str) -> str:
         """A new constant's name; integers as int64."""
         array = values if isinstance(values, np.ndarray) else np.array(list(values), np.int64)
-        self._model.graph.initializer.append(numpy_helper.from_array(array, name))
+        self.weights[name] = numpy_helper.from_array(array, name)
+        self._model.graph.initializer.append(self.weights[name])
         return name
 
     def reshape(self, value: str, shape: Iterable[int], before: onnx.NodeProto) -> str:

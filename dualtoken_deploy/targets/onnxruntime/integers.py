@@ -9,13 +9,13 @@ Measured on T (mix) and S in docs/int8.md: pairs as a quantizer leaves them cost
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import onnx
 from onnx import helper, numpy_helper
 
 from dualtoken_deploy.targets.onnx.export import ATTENTION_OPSET
-from dualtoken_deploy.targets.onnx.graph import drop_unused
+from dualtoken_deploy.targets.onnx.graph import Graph, drop_unused
 from dualtoken_deploy.targets.onnx.qdq import PRODUCTS
 from dualtoken_deploy.targets.onnx.slow import BETWEEN, attentions
 from dualtoken_deploy.targets.onnxruntime.layout import transpose_first
@@ -66,14 +66,14 @@ def join_attention(model: onnx.ModelProto) -> int:
 
 def read_floats(model: onnx.ModelProto) -> int:
     """What has no integer kernel reads a value that was in float before its pair. Returns how many pairs went."""
-    made = {value: node for node in model.graph.node for value in node.output}
-    whole = _whole(model, made)
+    graph = Graph(model)
+    whole = _whole(model, graph)
     pairs = 0
     for node in model.graph.node:
         if node.op_type in (*PRODUCTS, "QuantizeLinear", "DequantizeLinear"):
             continue
         for place, name in enumerate(node.input):
-            value = _before_pair(name, made)
+            value = _before_pair(name, graph)
             if value is not None and value not in whole:
                 node.input[place] = value
                 pairs += 1
@@ -81,24 +81,24 @@ def read_floats(model: onnx.ModelProto) -> int:
     return pairs
 
 
-def _before_pair(name: str, made: dict[str, onnx.NodeProto]) -> str | None:
-    end = made.get(name)
-    start = None if end is None or end.op_type != "DequantizeLinear" else made.get(end.input[0])
-    return start.input[0] if start is not None and start.op_type == "QuantizeLinear" else None
+def _before_pair(name: str, graph: Graph) -> str | None:
+    end = graph.made_by(name, "DequantizeLinear")
+    start = None if end is None else graph.made_by(end.input[0], "QuantizeLinear")
+    return None if start is None else start.input[0]
 
 
-def _whole(model: onnx.ModelProto, made: dict[str, onnx.NodeProto]) -> set[str]:
+def _whole(model: onnx.ModelProto, graph: Graph) -> set[str]:
     """Values that kernels write in integers: of convolutions over integers, and what is done to those in between."""
     found: set[str] = set()
     for node in model.graph.node:
-        read = [name for name in node.input if name in made]
-        pairs = [value for name in read if (value := _before_pair(name, made)) is not None]
-        if node.op_type == "Conv" and len(pairs) == 1 and made[read[0]].op_type == "DequantizeLinear":
+        read = [name for name in node.input if graph.maker(name) is not None]
+        pairs = [value for name in read if (value := _before_pair(name, graph)) is not None]
+        if node.op_type == "Conv" and len(pairs) == 1 and graph.made_by(read[0], "DequantizeLinear") is not None:
             found.add(node.output[0])
         elif (
             node.op_type in BETWEEN
             and read
-            and all(name in found or _before_pair(name, made) in found for name in read)
+            and all(name in found or _before_pair(name, graph) in found for name in read)
         ):
             found.update(node.output)
     return found
@@ -107,30 +107,25 @@ def _whole(model: onnx.ModelProto, made: dict[str, onnx.NodeProto]) -> set[str]:
 def join_biases(model: onnx.ModelProto) -> int:
     """Products of integers with a weight become the operator that ONNX Runtime makes of them, with the bias that it
     does not take along. Returns how many."""
-    made = {value: node for node in model.graph.node for value in node.output}
-    weights = {t.name: t for t in model.graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    graph = Graph(model)
+    weights = graph.weights
     own = {output.name for output in model.graph.output}
     count = 0
     for node in [n for n in model.graph.node if n.op_type == "MatMul"]:
-        left, right = (made.get(name) for name in node.input)
-        if left is None or right is None or {left.op_type, right.op_type} != {"DequantizeLinear"}:
+        left, right = (graph.made_by(name, "DequantizeLinear") for name in node.input)
+        if left is None or right is None:
             continue
         if right.input[0] not in weights or len(weights[right.input[0]].dims) != 2 or left.input[0] in weights:
             continue
-        add = _bias_add(node, readers, weights) if node.output[0] not in own else None
+        add = _bias_add(node, graph) if node.output[0] not in own else None
         bias, out = "", node.output[0]
         if add is not None:
             term, out = next(name for name in add.input if name in weights), add.output[0]
             bias = f"{term}/row"
             if bias not in weights:
-                weights[bias] = numpy_helper.from_array(numpy_helper.to_array(weights[term]).reshape(-1), bias)
-                model.graph.initializer.append(weights[bias])
+                graph.add(numpy_helper.to_array(weights[term]).reshape(-1), bias)
             model.graph.node.remove(add)
-            if (narrow := _taken_off(readers.get(out, []), out)) is not None:
+            if (narrow := _taken_off(graph.readers[out], out)) is not None:
                 out = narrow.output[0]
                 model.graph.node.remove(narrow)
         read = [left.input[0], right.input[0], left.input[1], right.input[1], _zero(left), _zero(right), bias]
@@ -154,13 +149,9 @@ def _zero(node: onnx.NodeProto) -> str:
     return node.input[2] if len(node.input) > 2 else ""
 
 
-def _bias_add(
-    product: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]], weights: Mapping[str, onnx.TensorProto]
-) -> onnx.NodeProto | None:
+def _bias_add(product: onnx.NodeProto, graph: Graph) -> onnx.NodeProto | None:
     """The Add of a constant row that alone reads a product."""
-    found = readers.get(product.output[0], [])
-    if len(found) != 1 or found[0].op_type != "Add":
-        return None
-    constants = [weights[name] for name in found[0].input if name in weights]
+    add = graph.only_reader(product, "Add")
+    constants = [] if add is None else [graph.weights[name] for name in add.input if name in graph.weights]
     rows = len(constants) == 1 and all(side == 1 for side in list(constants[0].dims)[:-1])
-    return found[0] if rows and len(constants[0].dims) else None
+    return add if rows and len(constants[0].dims) else None
