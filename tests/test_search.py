@@ -15,7 +15,7 @@ import pytest
 
 from dualtoken_deploy.bundle.blocks import SearchResult
 from dualtoken_deploy.errors import ToleranceError
-from dualtoken_deploy.pipeline.check import _unfinished
+from dualtoken_deploy.pipeline.check import _doubts
 from dualtoken_deploy.quantize import gate
 from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, search
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
@@ -181,7 +181,7 @@ def test_the_time_limit_is_named_where_it_ended_the_search(
 def test_a_bundle_whose_search_was_cut_says_so(timed_out: bool | None, count: int) -> None:
     search = SearchResult(("fc",), 0.2, 20.0, 0.8, True, 9.2, timed_out=timed_out)
     draft: Any = SimpleNamespace(target="onnxruntime", calibration=SimpleNamespace(search=search))
-    found = _unfinished(draft)
+    found = _doubts(draft)
     assert len(found) == count
     assert all("--search-seconds ended the search after 9.2 s" in text for text in found)
 

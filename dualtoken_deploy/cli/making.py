@@ -190,7 +190,10 @@ def export(
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     licenses: Licenses = None,
     calibration: Annotated[
-        str | None, typer.Option(help="int8, int8-w8a8: folder, or digits, shapes, photographs; `random` only to try.")
+        str | None,
+        typer.Option(
+            help="int8, int8-w8a8, palettized4|6: folder, or digits, shapes, photographs; `random` only to try."
+        ),
     ] = None,
     calibration_size: Annotated[
         int | None, typer.Option(min=1, help="int8: images that ranges are taken from; 300 unless given.")

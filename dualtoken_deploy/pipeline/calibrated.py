@@ -32,11 +32,11 @@ Tell = Callable[[str], None]
 
 
 def write_calibrated(plan: Plan, module: nn.Module, request: Request, folder: Path, tell: Tell) -> Manifest:
-    """Writes the files of a precision with ranges into `folder`; returns the draft of their manifest.
+    """Writes the files of a calibrated precision into `folder`; returns the draft of their manifest.
 
     Raises UsageError, DatasetError, ConversionError, and ToleranceError where the loss is beyond the budget.
     """
-    if plan.int8 is None:  # ranges of the built-in photographs, and no loss is measured
+    if plan.int8 is None:  # calibrated on the built-in photographs, and no loss is measured
         return _with_ranges(plan, module, request, examples(plan.task, request.contract), folder, tell)
     tell(f"reading calibration images from {plan.int8.calibration}")
     calibration, held_out = open_calibration(
@@ -110,7 +110,7 @@ def _within_budget(
         raise ToleranceError(
             f"{plan.what} as {plan.target.name} {plan.precision.name} loses {score.drop:.2f} points of {judge.metric} "
             f"on {judge.held_out.name}, the budget is {options.max_drop:g}: raise --max-drop, calibrate on other "
-            "pictures, or take --precision int8, whose activations stay float16; no bundle was written"
+            "pictures, or take --precision int8, eight bits of weights and float16 for the rest; no bundle was written"
         )
     assert found.calibration is not None  # noqa: S101  # the exporter says what it measured ranges on
     said = replace(

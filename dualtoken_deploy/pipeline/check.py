@@ -21,6 +21,7 @@ from dualtoken_deploy.models.registry import weights_sha256
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.pipeline.plan import Plan
 from dualtoken_deploy.prove.describe import documents
+from dualtoken_deploy.quantize.calibration import FITTED
 from dualtoken_deploy.targets.eager import EagerRunner
 from dualtoken_deploy.targets.load import Execution, RunnerOptions, engine_of, load_runner
 from dualtoken_deploy.targets.precision import Precision
@@ -180,15 +181,21 @@ def check_and_complete(
         drop=None if draft.calibration is None else draft.calibration.drop,
         size_mib=round(Bundle.open(folder).size_bytes / 2**20, 2),
         seconds=0.0,
-        warnings=((f"{draft.target}: checked by {ran.engine}",) if ran.engine else ()) + _unfinished(draft),
+        warnings=((f"{draft.target}: checked by {ran.engine}",) if ran.engine else ()) + _doubts(draft),
         state=manifest.state,
         reference=draft.reference,
     )
 
 
-def _unfinished(draft: Manifest) -> tuple[str, ...]:
-    """What is to be said of a search that found something and had no time to find more."""
-    search = None if draft.calibration is None else draft.calibration.search
+def _doubts(draft: Manifest) -> tuple[str, ...]:
+    """What is to be said of a search that found something and had no time to find more, and of figures that flatter."""
+    said = draft.calibration
+    if said is not None and said.method == FITTED and said.held_out is None:
+        return (
+            f"{draft.target}: the SQNR is of the pictures that the weights were fitted to ({said.name}); calibrate on "
+            "pictures of your own (--calibration) for a figure of others",
+        )
+    search = None if said is None else said.search
     if search is None or not search.timed_out:
         return ()
     return (

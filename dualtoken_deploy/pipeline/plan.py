@@ -161,7 +161,7 @@ def _check_calibration(
     if precision.calibration == SEARCH and batch not in (None, 1):
         raise UsageError(f"int8 takes a batch of 1 or dynamic, not {batch}: calibration goes one by one")
     if precision.calibration == RANGES and int8.method != "minmax":
-        raise UsageError(f"{row.name} {precision.name} takes minmax ranges; leave --calibrator out")
+        raise UsageError(f"{row.name} {precision.name} takes no other calibrator than its own; leave --calibrator out")
 
 
 def exportable_targets(precision: str, head: str | None = None, model: str | None = None) -> list[str]:

@@ -166,7 +166,7 @@ def _calibration(manifest: Manifest) -> Iterator[Json]:
             "type": "data",
             "bom-ref": DATA,
             "name": Path(found.name).name or found.name,
-            "description": f"{found.images} pictures that ranges were taken from ({found.method}, {found.quantizer}).",
+            "description": f"{found.images} pictures that it was calibrated on ({found.method}, {found.quantizer}).",
             "data": [{"type": "dataset", "name": Path(found.name).name or found.name}],
             "properties": _properties({"pictures:sha256": found.sha256}),
         }

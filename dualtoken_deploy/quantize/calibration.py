@@ -18,6 +18,7 @@ from dualtoken_deploy.tasks.base import Task
 
 MIN_IMAGES = 10  # ranges of fewer pictures say little
 RANDOM = "random"
+FITTED = "second-order rounding"  # a method by which weights are fitted to the pictures
 
 
 @dataclass(frozen=True)

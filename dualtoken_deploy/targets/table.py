@@ -133,8 +133,8 @@ _COREML = by_name(
     Precision("int8", "int8", "float16", Tolerance(25.0, 0.9)),
     Precision(W8A8, "int8", "int8", Tolerance(10.0, 0.8), RANGES),
     Precision("palettized8", "int8 palette", "float16", Tolerance(25.0, 0.9)),
-    Precision("palettized6", "int6 palette", "float16", Tolerance(15.0, 0.8)),
-    Precision("palettized4", "int4 palette", "float16", Tolerance(3.0, 0.0)),
+    Precision("palettized6", "int6 palette", "float16", Tolerance(15.0, 0.8), RANGES),
+    Precision("palettized4", "int4 palette", "float16", Tolerance(3.0, 0.0), RANGES),
 )
 _COREAI = by_name(
     Precision("fp32", "float32", "float32", Tolerance(90.0)), Precision("fp16", "float16", "float16", Tolerance(35.0))

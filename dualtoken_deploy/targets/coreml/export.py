@@ -21,18 +21,20 @@ from dualtoken_deploy.deploy.ane import LAYOUTS, to_ane_layout
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, InputError, UsageError, first_line
 from dualtoken_deploy.models.dualtoken_vit import DualTokenViT
+from dualtoken_deploy.quantize.calibration import FITTED
 from dualtoken_deploy.targets.apple.constants import fold_constants
 from dualtoken_deploy.targets.apple.names import name_after_modules, operation, path_of
 from dualtoken_deploy.targets.apple.torch_program import PROBABILITIES, ImageClassifier, ImageDense, quiet, trace
 from dualtoken_deploy.targets.coreml.activation_pass import quantize_activations
-from dualtoken_deploy.targets.coreml.compress import COMPRESSIONS, compress
+from dualtoken_deploy.targets.coreml.compress import COMPRESSIONS, GROUP, compress
 from dualtoken_deploy.targets.coreml.mil.ops import OPERATIONS
 from dualtoken_deploy.targets.coreml.mil.program import Program, load_program
 from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.coreml.package import OUTPUTS, describe, save
 from dualtoken_deploy.targets.coreml.passes import teach
+from dualtoken_deploy.targets.coreml.rounding import PICTURES, round_layers
 from dualtoken_deploy.targets.coreml.structure import structure
-from dualtoken_deploy.targets.request import Artifact, Request, Tell
+from dualtoken_deploy.targets.request import Artifact, Request, Samples, Tell
 from dualtoken_deploy.targets.runner import planar, planar_shape
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS, W8A8, get_target
 from dualtoken_deploy.targets.tracing import is_foreign, own_path, place_in, stack_names
@@ -40,6 +42,7 @@ from dualtoken_deploy.targets.tracing import is_foreign, own_path, place_in, sta
 DEFAULT_DEPLOYMENT_TARGET = "iOS18"
 W8A8_SINCE = "iOS17"
 ATTENTION_SINCE = "iOS18"  # scaled_dot_product_attention, and tables for groups of channels
+PALETTES = MappingProxyType({"palettized4": 4, "palettized6": 6})  # of 8 bits the nearest of 256 values is near enough
 ONES = MappingProxyType({"fp32": "FLOAT32"})  # coremltools' compute precision; float16 for every other
 
 
@@ -54,8 +57,10 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
         raise UsageError("the ane layout is for DualToken-ViT with position-aware tokens alone; give --layout plain")
     tell("rewriting to the deploy form")
     module, rules = make_form(model, request, deployment, layout)
-    program, names = convert(ct, module, request, deployment, tell)
     calibration: Calibration | None = None
+    if request.precision in PALETTES:
+        calibration = _round_to_palettes(module, request, _since(deployment, ATTENTION_SINCE), tell)
+    program, names = convert(ct, module, request, deployment, tell)
     if request.precision == W8A8:
         samples = calibration_samples(request)
         tell(f"measuring activations on {len(samples)} pictures by reference execution")
@@ -78,6 +83,23 @@ def _said(request: Request, in_float: Sequence[str]) -> Calibration | None:
     return None if request.samples is None else replace(request.samples.said, in_float=tuple(in_float))
 
 
+def _round_to_palettes(module: nn.Module, request: Request, grouped: bool, tell: Tell) -> Calibration:
+    """Puts the weights of a deploy form on palettes, which compression then finds; says by which pictures."""
+    samples, bits = _samples(request), PALETTES[request.precision]
+    inputs = torch.from_numpy(planar(samples.inputs, request.contract.tensor)).float()
+    count = min(PICTURES, len(inputs))
+    tell(f"rounding weights to {bits} bits with what they read on {count} pictures")
+    round_layers(module, _whole(module, request), inputs, bits, GROUP if grouped else None)
+    how = f"palettes of {bits} bits over {count} of them"
+    return replace(samples.said, method=FITTED, quantizer=how)
+
+
+def _samples(request: Request) -> Samples:
+    if request.samples is None:
+        raise UsageError(f"{request.precision} needs pictures to be calibrated on")
+    return request.samples
+
+
 def default_layout(model: nn.Module) -> str:
     """The Neural Engine's layout where there is one for the model, else plain."""
     own = isinstance(model, DualTokenViT) and model.config.token_method == "position-aware"
@@ -86,9 +108,7 @@ def default_layout(model: nn.Module) -> str:
 
 def calibration_samples(request: Request) -> list[np.ndarray[Any, Any]]:
     """The request's samples as the program takes them, (B, 3, H, W) each. Raises UsageError without any."""
-    if request.samples is None:
-        raise UsageError(f"{W8A8} needs pictures to measure activations on")
-    inputs = planar(request.samples.inputs, request.contract.tensor)
+    inputs = planar(_samples(request).inputs, request.contract.tensor)
     return [np.repeat(one[None], request.contract.batch or 1, axis=0) for one in inputs]
 
 
@@ -145,13 +165,18 @@ def output_names(request: Request) -> list[str]:
     return [*(output.name for output in request.outputs), *([PROBABILITIES] if classifier else [])]
 
 
+def _whole(module: nn.Module, request: Request) -> nn.Module:
+    """The module behind what takes a picture's pixels, where the input is one."""
+    if request.contract.kind != "image":
+        return module
+    wrapper = ImageClassifier if request.task == CLASSIFY else ImageDense
+    return wrapper(module, request.contract)
+
+
 def trace_named(module: nn.Module, request: Request) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     """The program that is converted, its operations named after the model's modules, and those names."""
-    image, contract = request.contract.kind == "image", request.contract
-    if image:
-        wrapper = ImageClassifier if request.task == CLASSIFY else ImageDense
-        module = wrapper(module, contract)
-    program = trace(module, contract).run_decompositions({})
+    module = _whole(module, request)
+    program = trace(module, request.contract).run_decompositions({})
     if is_foreign(module):
         fold_constants(program)
     return program, name_after_modules(program, own_path(module), output_names(request))
