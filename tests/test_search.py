@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.bundle.blocks import SearchResult
+from dualtoken_deploy.bundle.blocks import Calibration, SearchResult
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.pipeline.check import _doubts
 from dualtoken_deploy.quantize import gate
@@ -180,7 +180,8 @@ def test_the_time_limit_is_named_where_it_ended_the_search(
 @pytest.mark.parametrize(("timed_out", "count"), [(True, 1), (None, 0)])
 def test_a_bundle_whose_search_was_cut_says_so(timed_out: bool | None, count: int) -> None:
     search = SearchResult(("fc",), 0.2, 20.0, 0.8, True, 9.2, timed_out=timed_out)
-    draft: Any = SimpleNamespace(target="onnxruntime", calibration=SimpleNamespace(search=search))
+    said = Calibration(name="digits", images=10, sha256="", method="minmax", quantizer="", search=search)
+    draft: Any = SimpleNamespace(target="onnxruntime", calibration=said)
     found = _doubts(draft)
     assert len(found) == count
     assert all("--search-seconds ended the search after 9.2 s" in text for text in found)
