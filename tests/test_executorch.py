@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualtoken_deploy import Bundle, export, load_runner
@@ -58,6 +59,14 @@ CASES: list[Case] = [
     ("mean_as_product", lambda x: x.mean(-1) + x.mean(1), ((6, 6),), 1),  # one buffer serves both
     ("mean_as_product", lambda x: x.mean((2, 3)), ((2, 5, 6, 7),), 0),
     ("mean_as_product", lambda x: x.mean(0), ((2, 5, 6),), 0),
+    ("uneven_pool_as_product", lambda x: F.adaptive_avg_pool2d(x, (3, 6)), ((2, 5, 4, 8),), 1),
+    (
+        "uneven_pool_as_product",
+        lambda x: F.adaptive_avg_pool2d(x, 3) + F.adaptive_avg_pool2d(x, (3, 1)),
+        ((1, 5, 7, 6),),
+        2,
+    ),
+    ("uneven_pool_as_product", lambda x: F.adaptive_avg_pool2d(x, 2), ((2, 5, 4, 8),), 0),
     ("matrix_as_layer", lambda a, x: a @ x, ((3, 5), (2, 5, 6)), 1),
     ("matrix_as_layer", lambda x, a: x @ a, ((2, 5, 6), (6, 3)), 0),
     ("three_axes", lambda a, b: a @ b, ((2, 3, 5, 4), (2, 3, 4, 6)), 1),

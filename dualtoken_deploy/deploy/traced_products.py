@@ -72,6 +72,37 @@ def three_axes(program: Program) -> int:
     return count
 
 
+def uneven_pool_as_product(program: Program) -> int:
+    """The average over the k x l bins of a map whose sides they do not divide = P x over its flattened axes.
+
+    Row (i, j) of P has 1/size where pixel lies in bin (i, j), as torch cuts them: rows floor(i h / k) up to
+    ceil((i + 1) h / k), columns likewise. Even bins are left alone: those are pooling with a stride.
+    """
+    count = 0
+    for node in _calls(program.graph, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default):
+        x = _arguments(node)[0]
+        (*lead, h, w), (*_, k, m) = _shape(x), _shape(node)
+        if h % k == 0 and w % m == 0:
+            continue
+        rows, columns = (_bins(*sizes) for sizes in ((h, k), (w, m)))
+        pool = torch.einsum("ih,jw->ijhw", rows, columns).reshape(k * m, h * w).to(x.meta["val"].dtype)
+        name = f"mean_{h}_{w}_{k}_{m}"
+        edit, matrix = Editor(node), add_buffer(program, name, pool)
+        flat = edit.call(aten.reshape.default, x, [*lead, h * w])
+        edit.replace(edit.call(aten.reshape.default, edit.call(aten.linear.default, flat, matrix), _shape(node)))
+        count += 1
+    return count
+
+
+def _bins(long: int, bins: int) -> Tensor:
+    """(bins, long) in float64: 1/size where a place belongs to a bin."""
+    out = torch.zeros(bins, long, dtype=torch.float64)
+    for i in range(bins):
+        start, end = i * long // bins, -(-(i + 1) * long // bins)
+        out[i, start:end] = 1.0 / (end - start)
+    return out
+
+
 def add_buffer(program: Program, name: str, value: Tensor) -> fx.Node:
     """The node of a constant of that name, made where there is none: a buffer of the program's root module."""
     nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -90,5 +121,5 @@ def add_buffer(program: Program, name: str, value: Tensor) -> fx.Node:
 
 
 PRODUCT_RULES: Mapping[str, Callable[[Any], int]] = MappingProxyType(
-    {function.__name__: function for function in (mean_as_product, matrix_as_layer, three_axes)}
+    {function.__name__: function for function in (mean_as_product, matrix_as_layer, three_axes, uneven_pool_as_product)}
 )

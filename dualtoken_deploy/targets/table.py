@@ -357,7 +357,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                     *("aten::linear.out", "aten::addmm.out", "aten::mm.out", "aten::bmm.out", "aten::convolution.out"),
                 ),
                 libraries=("executorch", "torchao"),
-                quantizers=("static",),
+                quantizers=("static", "dynamic"),
                 devices=(Device("Android phone or iPhone, in an app built on ExecuTorch", "fp32", "export on Linux"),),
             ),
             Target(

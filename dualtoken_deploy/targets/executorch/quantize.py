@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn, tensor
 
 from dualtoken_deploy.deploy.traced import Program
-from dualtoken_deploy.errors import ConversionError, first_line
+from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
@@ -37,15 +37,22 @@ from dualtoken_deploy.targets.recorder import Recorder
 from dualtoken_deploy.targets.request import Artifact, Prepared, Request, Tell, quiet
 
 aten = torch.ops.aten
+STATIC, DYNAMIC = "static", "dynamic"
 LAYERS = (aten.linear.default, aten.conv2d.default)  # what XNNPACK has in 8 bits of what this project quantizes
+ROUNDED_AS_THEY_COME = (aten.linear.default,)  # XNNPACK's convolutions of ExecuTorch take calibrated ranges alone
 MEANS = "b_mean_"  # begins the name of a column that a mean is taken by: no product of the model's
 
 
 def prepare(
     module: nn.Module, request: Request, calibration: CalibrationSet, quantizer: str, method: str, tell: Tell
 ) -> Prepared:
-    """`quantizer` static is the only one: activations by calibrated ranges."""
+    """`quantizer` static: activations by calibrated ranges; dynamic: by the range of each row of an input as it comes,
+    in linear layers alone. Raises UsageError, ConversionError."""
     check_method(method)
+    if quantizer == DYNAMIC and method != "minmax":
+        raise UsageError(
+            f"the quantizer {DYNAMIC} measures no ranges; leave --calibrator {method} out, or take --quantizer {STATIC}"
+        )
     known = fingerprint(module, request.contract, request.outputs, request.task)
     source = _SOURCE.get(known, lambda: trace(module, replace(request, precision="fp32"), tell))
     backend = PteBackend(source, request, calibration, quantizer, method, tell)
@@ -64,10 +71,15 @@ class PteBackend:
         self._source, self._inputs, self._tell = source, calibration.inputs, tell
         self._nodes = {node.name: node for node in source.program.graph.nodes if is_product(node)}
         macs = {source.names[name]: macs_of(node) for name, node in self._nodes.items()}
-        layers = {source.names[name] for name, node in self._nodes.items() if node.target in LAYERS}
+        self._static = quantizer == STATIC
+        self._layers = LAYERS if self._static else ROUNDED_AS_THEY_COME
+        layers = {source.names[name] for name, node in self._nodes.items() if node.target in self._layers}
         self.products = Products(macs, frozenset(layers))
-        self.described = f"PT2E XNNPACKQuantizer, {quantizer}, per channel, {method}"
-        self._ranges = collect_ranges(source, self._border(), calibration.inputs, method, tell)
+        how = f"{quantizer}, per channel, {method}" if self._static else f"{quantizer}, per channel"
+        self.described = f"PT2E XNNPACKQuantizer, {how}"
+        self._ranges: dict[str, Range] = {}
+        if self._static:
+            self._ranges = collect_ranges(source, self._border(), calibration.inputs, method, tell)
         said = source.program.graph_module.code + repr(sorted(self._ranges.items()))
         key = hashlib.sha256(said.encode())
         for value in source.program.state_dict.values():
@@ -85,6 +97,8 @@ class PteBackend:
         def rounded(layer: str, kind: str, value: Tensor, conv: bool) -> Tensor:  # noqa: ARG001
             if kind == noise.WEIGHT:
                 return noise.rounded_weight(value, 8)
+            if not self._static:
+                return noise.rounded_rows(value) if kind == noise.INPUT else value
             node = layers[layer]
             low, high = self._ranges[(node.all_input_nodes[0] if kind == noise.INPUT else node).name]
             return noise.rounded_between(value, tensor(low), tensor(high))
@@ -95,15 +109,17 @@ class PteBackend:
         kept = set(in_float)
         chosen = {
             name for name, node in self._nodes.items()
-            if node.target in LAYERS and layer_of(self._source.names[name]) not in kept
+            if node.target in self._layers and layer_of(self._source.names[name]) not in kept
         }  # fmt: skip
-        program = quantize(self._source.program, chosen, self._ranges) if chosen else self._source.program
+        ranges = self._ranges if self._static else None
+        program = quantize(self._source.program, chosen, ranges) if chosen else self._source.program
         self._tell("lowering to XNNPACK")
         lower(program, folder / MODEL)
 
 
-def quantize(program: Program, chosen: set[str], ranges: dict[str, Range]) -> Program:
-    """A float program with pairs around the chosen nodes, the ranges of what they read and make given by name.
+def quantize(program: Program, chosen: set[str], ranges: dict[str, Range] | None) -> Program:
+    """A float program with pairs around the chosen nodes, the ranges of what they read and make given by name; without
+    ranges each is taken as the values come.
 
     Raises ConversionError.
     """
@@ -116,14 +132,16 @@ def quantize(program: Program, chosen: set[str], ranges: dict[str, Range]) -> Pr
             from torchao.quantization.pt2e import MinMaxObserver
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-            config = copy.deepcopy(get_symmetric_quantization_config(is_per_channel=True))
-            fast = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
-            config = replace(config, input_activation=fast, output_activation=fast)
+            dynamic = ranges is None
+            config = copy.deepcopy(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
+            if not dynamic:
+                fast = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
+                config = replace(config, input_activation=fast, output_activation=fast)
             quantizer = XNNPACKQuantizer().set_global(config)
             # of a convolution its weight and bias are asked for too
             quantizer.set_filter_function(lambda node: node.name in chosen or node.op == "get_attr")
             observed = prepare_pt2e(program.module(), quantizer)
-            set_ranges(observed, ranges)
+            set_ranges(observed, ranges or {})
             arguments, _ = program.example_inputs
             return torch.export.export(convert_pt2e(observed), arguments)
     except Exception as error:  # torchao raises what it raises

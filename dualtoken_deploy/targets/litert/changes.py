@@ -20,6 +20,7 @@ from dualtoken_deploy.targets.litert.flat import (
     shape,
     tensor_name,
 )
+from dualtoken_deploy.targets.litert.graph import Graph, reshape_to
 
 _NAMED = re.compile(r"(?<![^;/])d_([^;]+);")  # how the converter writes the module stack that export.py gave a node
 
@@ -122,7 +123,7 @@ def equal_ranks(model: Any) -> int:
             if made is not None and ops[maker[index]].kind == "FULLY_CONNECTED":
                 made.builtinOptions.keepNumDims = True
             elif made is not None and ops[maker[index]].kind == "RESHAPE":
-                _reshape_to(model, made, shape(model, index))
+                reshape_to(Graph(model), made, shape(model, index))
         if not chain:
             _reshape_before(model, place + added, low, [1, *shape(model, low)])
             added += 1
@@ -165,26 +166,8 @@ def _reshape_before(model: Any, place: int, index: int, wanted: list[int]) -> No
     reader.inputs = np.array([new if i == index else i for i in reader.inputs], np.int32)
     made.opcodeIndex = kinds_of(model).index("RESHAPE")
     made.inputs, made.outputs = np.array([index, -1], np.int32), np.array([new], np.int32)
-    _reshape_to(model, made, wanted)
+    reshape_to(Graph(model), made, wanted)
     graph.operators.insert(place, made)
-
-
-def _reshape_to(model: Any, op: Any, wanted: list[int]) -> None:
-    """Gives a RESHAPE its own new shape, in the options and in a constant of its own."""
-    tfl, graph = schema(), model.subgraphs[0]
-    if op.builtinOptions is not None:
-        op.builtinOptions.newShape = np.array(wanted, np.int32)
-    buffer, tensor = tfl.BufferT(), tfl.TensorT()
-    buffer.data = np.frombuffer(np.array(wanted, np.int32).tobytes(), np.uint8)
-    model.buffers.append(buffer)
-    tensor.shape, tensor.type, tensor.buffer = (
-        np.array([len(wanted)], np.int32),
-        tfl.TensorType.INT32,
-        len(model.buffers) - 1,
-    )
-    tensor.name = b"shape"
-    graph.tensors.append(tensor)
-    op.inputs = np.array([op.inputs[0], len(graph.tensors) - 1], np.int32)
 
 
 def _traced_name(converted: str, order: Mapping[str, int]) -> str:

@@ -6,15 +6,18 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dualtoken_deploy.deploy.traced import TRACED_RULES
+from dualtoken_deploy.deploy.traced_products import PRODUCT_RULES
 from dualtoken_deploy.errors import ConversionError
 from dualtoken_deploy.targets.litert import changes, flat
 from dualtoken_deploy.targets.litert.environment import converter_python
+from dualtoken_deploy.targets.litert.fewer import take_away
 from dualtoken_deploy.targets.litert.metadata import add_metadata
 from dualtoken_deploy.targets.litert.structure import structure
 from dualtoken_deploy.targets.mobile.torch_program import Source, check_fixed, make_source
@@ -23,6 +26,7 @@ from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 WORKER = Path(__file__).with_name("worker.py")
 CONVERSION_SECONDS = 1800  # S took 62 s on two busy cores; a conversion that hangs is to end
 MODEL = "model.tflite"
+POOLS = {name: PRODUCT_RULES[name] for name in ("uneven_pool_as_product",)}  # the converter refuses uneven bins
 
 
 def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Artifact:
@@ -30,19 +34,22 @@ def export(model: nn.Module, request: Request, folder: Path, tell: Tell) -> Arti
     environment, ConversionError where litert-torch fails or leaves an operator that no plain runtime has."""
     check_fixed(request, "LiteRT")
     converter_python()  # said before minutes of work
-    source = make_source(model, request, TRACED_RULES, tell)
+    source = make_source(model, request, TRACED_RULES, tell, POOLS)
     tell("converting to LiteRT")
     path = folder / MODEL
     convert(source, path)
-    finish(path, request, source)
-    return describe(path, source)
+    return describe(path, finish(path, request, source))
 
 
-def finish(path: Path, request: Request, source: Source) -> None:
-    """Gives the converter's file the model's names, the request's precision, metadata. Raises ConversionError."""
+def finish(path: Path, request: Request, source: Source) -> Source:
+    """Gives the converter's file fewer operators, the model's names, the request's precision, metadata.
+
+    Returns the source with what was done to the file among its rules. Raises ConversionError.
+    """
     converted = flat.read(path)
     check_operators(converted)
     changes.equal_ranks(converted)
+    fewer = take_away(converted)
     names = list(source.names.values())
     changes.name_values(converted, names, source.biased, (request.contract.tensor,), request.outputs)
     if request.precision == "fp16":
@@ -51,6 +58,7 @@ def finish(path: Path, request: Request, source: Source) -> None:
 
         converted = to_half(path)
     flat.write(converted, path, add_metadata(converted, request))
+    return replace(source, rules=(*source.rules, *(name for name, count in fewer.items() if count)))
 
 
 def describe(path: Path, source: Source) -> Artifact:

@@ -65,10 +65,10 @@ class FloatFile:
     def __init__(self, module: nn.Module, request: Request, tell: Tell) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dualtoken-litert.")
         self.path = Path(self._folder.name) / MODEL
-        self.source: Source = make_source(module, request, TRACED_RULES, tell)
+        source = make_source(module, request, TRACED_RULES, tell, export.POOLS)
         tell("converting to LiteRT")
-        export.convert(self.source, self.path)
-        export.finish(self.path, replace(request, precision="fp32"), self.source)
+        export.convert(source, self.path)
+        self.source: Source = export.finish(self.path, replace(request, precision="fp32"), source)
         self.model = flat.read(self.path)
         self.ranges: dict[tuple[str, str], dict[str, Range]] = {}  # by calibration set and method
 
