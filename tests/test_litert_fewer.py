@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dualtoken_deploy.targets.litert import flat
-from dualtoken_deploy.targets.litert.fewer import keep_batch, keep_maps, split_slices, stay_channels_last, take_away
+from dualtoken_deploy.targets.litert.fewer import space_to_depth, split_slices, stay_channels_last, take_away
 from dualtoken_deploy.targets.litert.runner import open_interpreter
-from dualtoken_deploy.targets.litert.structure import gpu_refusals
+from dualtoken_deploy.targets.litert.structure import gpu_refusals, structure
+from dualtoken_deploy.targets.litert.ways import keep_batch, keep_maps, one_batch
 
 tfl = flat.schema()
 Options = tuple[str, dict[str, Any]]
@@ -148,28 +149,67 @@ def mixed() -> Made:
     return made
 
 
-CASES: list[tuple[Callable[[Any], int], Callable[[], Made], int]] = [
-    (split_slices, parts, 2),
-    (stay_channels_last, planes, 2),
-    (keep_maps, lambda: tokens(1), 3),
-    (keep_maps, lambda: tokens(2), 3),
-    (keep_maps, pinned, 0),
-    (keep_batch, mixed, 1),
-    (keep_batch, lambda: tokens(1), 0),  # a map of four axes is on the way
+def merged(batch: int, two: int = 2) -> Made:
+    """Two by two pixels put side by side; or three by two, which no SPACE_TO_DEPTH does."""
+    made = Made(batch, 24, 5)
+    x = made.reshape(0, batch * 6 // two, two, 2, 10)
+    x = made.add("TRANSPOSE", [x, made.integers(0, 2, 1, 3)], [batch * 6 // two, 2, two, 10])
+    made.ends(made.linear(made.reshape(x, batch, 12 // two, 10 * two), 3, [batch, 12 // two, 3]))
+    return made
+
+
+def heads(rows: int = 0) -> Made:
+    """Attention of two heads; with `rows` a constant of two axes in it, which would meet other axes."""
+    made = Made(1, 5, 24)
+    x = made.add("TRANSPOSE", [made.reshape(0, 5, 6, 4), made.integers(1, 0, 2)], [6, 5, 4])
+    q, k, v = (made.add("SLICE", [x, made.integers(s, 0, 0), made.integers(2, 5, 4)], [2, 5, 4]) for s in (0, 2, 4))
+    q = made.add("MUL", [q, made.weight(rows, 4) if rows else made.weight(4)], [2, 5, 4])
+    scores = made.add("BATCH_MATMUL", [q, k], [2, 5, 5], ("BatchMatMulOptions", {"adjY": True}))
+    soft = made.add("SOFTMAX", [scores], [2, 5, 5], ("SoftmaxOptions", {"beta": 1.0}))
+    out = made.add("BATCH_MATMUL", [soft, v], [2, 5, 4], ("BatchMatMulOptions", {}))
+    out = made.add("TRANSPOSE", [out, made.integers(1, 0, 2)], [5, 2, 4])
+    made.ends(made.reshape(out, 1, 5, 8))
+    split_slices(made.model)
+    return made
+
+
+CASES: list[tuple[Callable[[Any], int], Callable[[], Made], int, int]] = [
+    (split_slices, parts, 1, 2),
+    (space_to_depth, lambda: merged(1), 1, 0),
+    (space_to_depth, lambda: merged(2), 1, 0),
+    (space_to_depth, lambda: merged(1, 3), 0, 0),
+    (stay_channels_last, planes, 1, 2),
+    (keep_maps, lambda: tokens(1), 3, 3),
+    (keep_maps, lambda: tokens(2), 3, 3),
+    (keep_maps, pinned, 0, 0),
+    (keep_batch, mixed, 1, 1),
+    (keep_batch, lambda: tokens(1), 0, 0),  # a map of four axes is on the way
+    (one_batch, heads, 1, 0),
+    (one_batch, lambda: heads(5), 0, 0),
 ]
 
 
-@pytest.mark.parametrize(("change", "make", "fewer"), CASES)
-def test_fewer_operators_compute_the_same(
-    tmp_path: Path, change: Callable[[Any], int], make: Callable[[], Made], fewer: int
+@pytest.mark.parametrize(("change", "make", "times", "fewer"), CASES)
+def test_what_is_computed_stays(
+    tmp_path: Path, change: Callable[[Any], int], make: Callable[[], Made], times: int, fewer: int
 ) -> None:
     made = make()
     before = list(flat.operators(made.model))
     wanted = run(made.model, tmp_path / "before.tflite")
-    assert change(made.model) == fewer
+    assert change(made.model) == times
     assert len(list(flat.operators(made.model))) == len(before) - fewer
     for found, value in zip(run(made.model, tmp_path / "after.tflite"), wanted, strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_every_value_has_the_batch_first(tmp_path: Path) -> None:
+    for made, before in ((heads(), 10), (merged(1), 2)):
+        assert structure(made.model)["other_batch"] == before
+        take_away(made.model)
+        found = structure(flat.read(saved(made, tmp_path)))
+        assert found["other_batch"] == 0
+        assert found["max_rank"] == 4
+        assert found["off_gpu"] == 0
 
 
 def run(model: Any, path: Path) -> list[np.ndarray[Any, Any]]:

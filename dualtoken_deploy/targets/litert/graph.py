@@ -9,6 +9,9 @@ import numpy as np
 
 from dualtoken_deploy.targets.litert.flat import Operator, is_constant, operators, schema, shape, tensor_name
 
+BINARY = ("ADD", "MUL", "SUB", "DIV", "SQUARED_DIFFERENCE", "MAXIMUM", "MINIMUM")
+UNARY = ("GELU", "LOGISTIC", "RSQRT", "SQRT", "TANH", "RELU", "RELU6", "NEG", "EXP", "SQUARE")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -84,3 +87,10 @@ def reshape_to(graph: Graph, own: Any, sizes: list[int]) -> None:
     if own.builtinOptions is not None:
         own.builtinOptions.newShape = np.array(sizes, np.int32)
     own.inputs = np.array([own.inputs[0], graph.add_integers(sizes)], np.int32)
+
+
+def turns_by(graph: Graph, step: Step, order: list[int]) -> bool:
+    """Whether an operator permutes axes in that order."""
+    return step.op.kind == "TRANSPOSE" and graph.constant(step.op.inputs[1]) and (
+        graph.integers(step.op.inputs[1]) == order
+    )  # fmt: skip

@@ -37,11 +37,11 @@ def litert_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
 
 def _as_saved(value: Array, shape: tuple[int, ...] | None, kind: str) -> Array:
     """A map (N, C, H, W) as (N, H, W, C) where the file has it so; where both would fit, by the operation. Tokens of a
-    map as that map."""
+    map as that map, and matrices in a stack with the axis of the batch."""
     if shape is None or len(shape) != 4:
         return value
     if value.ndim < 4:
-        return value.reshape(len(value), *shape[1:]) if value[0].size == math.prod(shape[1:]) else value
+        return value if value.size % math.prod(shape[1:]) else value.reshape(-1, *shape[1:])
     last = value.transpose(0, 2, 3, 1)
     fits = last.shape[1:] == shape[1:]
     return last if fits and (value.shape[1:] != shape[1:] or kind in MAPS) else value

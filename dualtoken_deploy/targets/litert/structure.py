@@ -8,7 +8,7 @@ from typing import Any
 
 from dualtoken_deploy.targets.litert import flat
 
-MOVES = ("RESHAPE", "TRANSPOSE", "SLICE", "SPLIT", "CONCATENATION", "PAD")
+MOVES = ("RESHAPE", "TRANSPOSE", "SLICE", "SPLIT", "SPACE_TO_DEPTH", "CONCATENATION", "PAD")
 PRODUCTS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
 # What LiteRT's GPU delegate takes, of the operators that models here are made of, and on what terms: its parser,
 # tflite/delegates/gpu/common/model_builder.cc, and tflite/tools/versioning/gpu_compatibility.cc, as of 2026. The
@@ -19,7 +19,8 @@ GPU_KINDS = frozenset(
         *("DEQUANTIZE", "DIV", "EXP", "FULLY_CONNECTED", "GELU", "GREATER_EQUAL", "LESS", "LOGISTIC", "MAX_POOL_2D"),
         *("MAXIMUM", "MEAN", "MINIMUM", "MUL", "NEG", "PAD", "PADV2", "QUANTIZE", "RELU", "RELU6", "RESHAPE"),
         *("RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "RSQRT", "SELECT", "SELECT_V2", "SLICE", "SOFTMAX", "SPLIT"),
-        *("SPLIT_V", "SQRT", "SQUARE", "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TILE"),
+        *("SPACE_TO_DEPTH", "SPLIT_V", "SQRT", "SQUARE", "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "SUM", "TANH"),
+        *("TILE",),
         *("TRANSPOSE", "TRANSPOSE_CONV"),
     }
 )
@@ -28,8 +29,10 @@ _CAST = {"BOOL", "FLOAT16", "FLOAT32", "INT32"}
 
 
 def structure(model: Any) -> dict[str, int]:
-    """operators, those that move data alone, matrix products, the highest rank of any value, and the operators that a
-    GPU would leave to the CPU."""
+    """operators, those that move data alone, matrix products, the highest rank of any value, the operators that a GPU
+    would leave to the CPU, and the values whose first axis is not the batch, which OpenGL and Metal do not take."""
+    (batch, *_) = flat.shape(model, model.subgraphs[0].inputs[0])
+    made = [flat.shape(model, i) for op in flat.operators(model) for i in op.outputs if op.kind != "DEQUANTIZE"]
     kinds = Counter(op.kind for op in flat.operators(model))
     return {
         "operators": sum(kinds.values()),
@@ -37,6 +40,7 @@ def structure(model: Any) -> dict[str, int]:
         "products": sum(kinds[kind] for kind in PRODUCTS),
         "max_rank": max((len(flat.shape(model, i)) for op in flat.operators(model) for i in op.outputs), default=0),
         "off_gpu": len(list(gpu_refusals(model))),
+        "other_batch": sum(bool(sizes) and sizes[0] != batch for sizes in made),
     }
 
 
