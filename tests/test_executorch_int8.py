@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dualtoken_deploy import Bundle, export, load_runner
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.count import count_macs
 from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import compare
@@ -76,6 +77,27 @@ def test_noise_is_predicted(backend: PteBackend, made: Bundle) -> None:
     with torch.no_grad():
         want, got = (p.module()(image) for p in (source.program, quantize(source.program, chosen, backend._ranges)))
     assert predicted == pytest.approx(compare(want.numpy(), got.numpy()).sqnr_db, abs=4)
+
+
+def test_rows_are_rounded_as_they_come(backend: PteBackend, made: Bundle) -> None:
+    """The dynamic quantizer: a range for each linear layer's input while it runs, none for convolutions, and the noise
+    that was predicted within 4 dB."""
+    request = Request("int8", made.manifest.input, made.manifest.outputs, None, {"variant": "t"})
+    pictures = CalibrationSet.of_arrays("golden", np.repeat(made.golden["input"], 10, 0), made.manifest.input)
+    found = prepare(rebuild(made.manifest), request, pictures, "dynamic", "minmax", lambda _: None).backend
+    assert isinstance(found, PteBackend)
+    chosen = {name for name, node in found._nodes.items() if node.target is torch.ops.aten.linear.default}
+    assert {found._source.names[name] for name in chosen} == set(found.products.eligible)
+    program = quantize(found._source.program, chosen, None)
+    ranges = [n for n in program.graph.nodes if n.op == "call_function" and "choose_qparams" in str(n.target)]
+    assert 0 < len(ranges) <= len(chosen)  # layers that read one value share its range
+    image = torch.from_numpy(made.golden["input"])
+    with torch.no_grad():
+        want, got = (p.module()(image) for p in (found._source.program, program))
+    measured = compare(want.numpy(), got.numpy()).sqnr_db
+    assert -10 * np.log10(found.sensitivity().noise()) == pytest.approx(measured, abs=4)
+    with pytest.raises(UsageError, match="measures no ranges; leave --calibrator mse out"):
+        prepare(rebuild(made.manifest), request, pictures, "dynamic", "mse", lambda _: None)
 
 
 def test_layers_in_float_have_no_pairs(backend: PteBackend) -> None:
