@@ -11,6 +11,7 @@ CROP_RATIO = 0.875  # 224 of 256: the evaluation crop of the paper's code base
 
 CROP = "bicubic"  # how a picture is resized: to cover `size / crop_ratio`, whose centre is cut out; antialiased
 STRETCH = "stretch"  # how a dense model's picture is resized: to `size`, whatever its sides; bilinear, antialiased
+PICTURES = ("image", "tensor")  # the kinds of an input that a picture is prepared for
 
 Dim = int | str  # a size, or the name of a dynamic one
 

@@ -15,6 +15,7 @@ from scipy.integrate import solve_ivp
 from torch import nn
 
 from dualtoken_deploy import Bundle, export
+from dualtoken_deploy.bench import bench
 from dualtoken_deploy.data.series import FUTURE, LORENZ, PAST, SERIES, lorenz_steps, open_series
 from dualtoken_deploy.errors import DatasetError
 from dualtoken_deploy.models import tsm2
@@ -28,6 +29,7 @@ from dualtoken_deploy.use.predict import predict
 from dualtoken_deploy.use.validate import validate
 from tests.commands import fails
 from tests.numerics import assert_close
+from tests.serving import serving
 
 TINY = {"lookback": 32, "horizon": 8, "variates": 4, "patch": 8, "dim": 16, "layers": 1, "states": 4}
 FLOAT32 = ("onnxruntime", "openvino", "coreml", "tensorrt")
@@ -254,6 +256,39 @@ def test_bad_input(
     extra = ("--target", "onnx", "--output", str(tmp_path / "bundle")) if command[0] == "export" else ()
     found, line = fails(capsys, *(part.format(**names) for part in command), *extra)
     assert (found, message in line) == (code, True), line
+
+
+def test_the_server_answers_what_predict_says(forecaster: Callable[..., Path], tmp_path: Path) -> None:
+    """As JSON and as binary tensors; the picture route says where to send them."""
+    path = table(tmp_path / "s.csv", 40, a="{i}", b="1{i}", c="-{i}", d="0.{i}")
+    (want,) = predict(forecaster(), [path], threads=1)
+    series = np.loadtxt(path, np.float32, delimiter=",", skiprows=1)[-32:]
+    with serving(tmp_path / "log", f"ahead={forecaster()}", "--threads", "1") as server:
+        (about,) = server.get("/v2/models/ahead").json["inputs"]
+        assert about == {"name": "series", "datatype": "FP32", "shape": [1, 32, 4]}
+        plain = server.post("/v2/models/ahead/infer", {"inputs": [about | {"data": series.ravel().tolist()}]})
+        (out,) = plain.json["outputs"]
+        tensor = about | {"parameters": {"binary_data_size": series.nbytes}}
+        head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+        length = {"Inference-Header-Content-Length": str(len(head))}
+        packed = server.post("/v2/models/ahead/infer", head + series.tobytes(), **length)
+        picture = server.ask("POST", "/v2/models/ahead/classify", b"no matter what")
+    assert (out["name"], out["datatype"], out["shape"]) == ("forecast", "FP32", [1, 8, 4])
+    binary = np.frombuffer(packed.body[int(packed.headers["inference-header-content-length"]) :], "<f4")
+    for found in (np.array(out["data"], np.float32), binary):
+        for column, row in zip(found.reshape(8, 4).T, want.answers, strict=True):
+            assert_close(column, np.array(row.values), relative=1e-6)  # type: ignore[union-attr]
+    assert picture.code == 400
+    assert picture.json["error"] == "ahead takes series, no pictures; send tensors to its infer route"
+
+
+def test_a_forecaster_is_timed(forecaster: Callable[..., Path]) -> None:
+    report = bench([forecaster()], threads=1, rounds=3, seconds=0.05)
+    own, limit = report.contestants
+    assert (own.kind, limit.kind) == ("bundle", "limit")
+    assert 0 < own.p50_ms <= own.p99_ms
+    assert own.gemm_limit_ratio is not None
+    assert 0 < own.gemm_limit_ratio < 2  # its scans are no products
 
 
 class Trend(nn.Module):

@@ -13,12 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from dualtoken_deploy import Bundle
+from dualtoken_deploy.data.images import preprocess
+from dualtoken_deploy.data.pictures import open_pictures
 from dualtoken_deploy.deploy import RULES, deploy_form
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.models.count import count_params
+from dualtoken_deploy.models.own_sources import variant_source
 from dualtoken_deploy.models.registry import build, create_model, make_config, random_model, takes_any_size
 from dualtoken_deploy.models.scan import chunk_length, chunked_scan, stepwise_scan
 from dualtoken_deploy.models.vim2 import cross_merge, cross_scan
+from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, QdqQuantizer
+from dualtoken_deploy.targets.onnx.quantize import float_graph
+from dualtoken_deploy.targets.onnx.values import Prober
+from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.use.validate import validate
 from tests.conftest import PORTABLE
 from tests.numerics import assert_close
@@ -202,12 +211,12 @@ def test_no_file_has_a_loop(small_bundle: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_int8_leaves_the_scan_in_float(small_bundle: Callable[..., Path], target: str) -> None:
     """Projections are quantized; no product, sum or exponential of a scan is."""
-    options = Int8Options("photographs", 64, metric="sqnr", max_drop=12.0, race=False)
+    options = Int8Options("photographs", 64, metric="sqnr", max_drop=10.0, race=False)
     path = small_bundle(target, "int8", variant="tiny-vim2", image_size=64, int8=options)
     manifest = Bundle.open(path).manifest
     assert manifest.measured.int8_mac_share > 0.85  # measured 0.908: the others are the scan's last products
     assert manifest.measured.photographs is not None
-    assert manifest.measured.photographs.sqnr_db > 18  # measured 36.4 in ONNX Runtime, 19.9 in OpenVINO
+    assert manifest.measured.photographs.sqnr_db > 30  # measured 43.9 in ONNX Runtime, 41.8 in OpenVINO
     if target == "onnxruntime":
         graph = onnx.load(path / "model.onnx").graph
         maker = {name: node for node in graph.node for name in node.output}
@@ -217,3 +226,20 @@ def test_int8_leaves_the_scan_in_float(small_bundle: Callable[..., Path], target
         scans = [n for n in graph.node if "selective_scan" in n.name and n.op_type in ("MatMul", "Exp", "Mul", "Add")]
         read = [maker[name].op_type for node in scans for name in node.input if name in maker and name not in weights]
         assert "DequantizeLinear" not in read
+
+
+def test_every_layer_between_scans_has_its_sensitivity() -> None:
+    """They predict the noise of all in INT8 that ONNX Runtime has; a graph that ended at its first scan knew five."""
+    source = variant_source("tiny-vim2", image_size=64, num_classes=10)
+    contract = source.contract("image", 1, False)
+    request = Request("fp32", contract, source.outputs(contract.size, 1), None, {}, task=source.task)
+    model = float_graph(source.make(), request, DEFAULT_RULES, lambda _: None).model
+    pictures = open_pictures("photographs")
+    inputs = np.stack([preprocess(pictures[i].image, contract) for i in range(16)])
+    quantizer = QdqQuantizer(model, CalibrationSet.of_arrays("photographs", inputs[:10], contract), NEUTRAL)
+    known = quantizer.sensitivity()
+    assert len(known.units) == 22 + 4  # the depth-wise convolutions too
+    assert min(known.alone().values()) > 0
+    exact, found = (Prober(m, ["logits"]).run_each(inputs[10:])["logits"] for m in (model, quantizer.quantize()))
+    measured = 10 * np.log10(np.square(exact).sum() / np.square(found - exact).sum())
+    assert -10 * np.log10(known.noise()) == pytest.approx(measured, abs=4)

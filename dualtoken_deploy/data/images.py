@@ -30,7 +30,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from dualtoken_deploy.data.picture_bounds import ExcessError, canvas, check_parts
 from dualtoken_deploy.data.stretch import stretch
 from dualtoken_deploy.errors import ImageError, LargeImageError, UsageError, install_command
-from dualtoken_deploy.spec import CROP, STRETCH, InputContract
+from dualtoken_deploy.spec import CROP, PICTURES, STRETCH, InputContract
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself refuses only above 178 million
 
@@ -163,10 +163,10 @@ def preprocess(image: Pixels, contract: InputContract) -> NDArray[Any]:
     (3, H, W), (x / 255 - mean) / std.
     Raises UsageError on a contract that asks for another kind, resize or colour.
     """
-    if contract.kind not in KINDS or contract.resize not in RESIZES or contract.color != "RGB":
+    if contract.kind not in PICTURES or contract.resize not in RESIZES or contract.color != "RGB":
         asked = (contract.kind, contract.resize, contract.color)
         raise UsageError(
-            f"the input contract asks for {asked}; this version prepares {' or '.join(KINDS)}, "
+            f"the input contract asks for {asked}; this version prepares {' or '.join(PICTURES)}, "
             f"{' or '.join(RESIZES)}, RGB"
         )
     cropped = RESIZES[contract.resize](image, contract)
@@ -178,7 +178,6 @@ def preprocess(image: Pixels, contract: InputContract) -> NDArray[Any]:
     return out
 
 
-KINDS = ("image", "tensor")
 RESIZES: Mapping[str, Callable[[Pixels, InputContract], Pixels]] = MappingProxyType(
     {
         CROP: lambda image, contract: resize_and_crop(image, contract.size, contract.crop_ratio),

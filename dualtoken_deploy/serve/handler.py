@@ -24,6 +24,7 @@ from dualtoken_deploy.serve.errors import BadRequest
 from dualtoken_deploy.serve.metrics import Metrics
 from dualtoken_deploy.serve.repository import Model, Repository
 from dualtoken_deploy.serve.settings import Settings
+from dualtoken_deploy.spec import PICTURES
 from dualtoken_deploy.tasks.base import Ask, Size
 
 SERVER_NAME = "dualtoken"
@@ -156,6 +157,8 @@ class Handler:
             raise BadRequest(f"top is {ask.top}; give 1 to {MAX_TOP}")
         if not 0 <= ask.min_score <= 1:
             raise BadRequest(f"min_score is {ask.min_score}; give 0 to 1")
+        if model.contract.kind not in PICTURES:
+            raise BadRequest(f"{model.name} takes {model.contract.kind}, no pictures; send tensors to its infer route")
         start = time.perf_counter()
         batch, size = await self._decode(body, content_type, model)
         decoded = time.perf_counter()

@@ -34,6 +34,7 @@ class TorchGraph:
         self.nodes = [
             (node, {a.name: helper.get_attribute_value(a) for a in node.attribute}) for node in model.graph.node
         ]
+        self.unknown = sorted({node.op_type for node, _ in self.nodes} - set(OPERATORS))
 
     def lockstep(self, inputs: Array) -> Lockstep:
         """Of several inputs (N, ...), to be computed a node at a time."""
@@ -278,6 +279,7 @@ OPERATORS: Mapping[str, Translation] = MappingProxyType(
         "AveragePool": _average_pool,
         "BatchNormalization": _batch_norm,
         "Cast": _cast,
+        "CastLike": lambda i, a: i[0].to(i[1].dtype),
         "Clip": _clip,
         "Concat": lambda i, a: torch.cat(i, a["axis"]),
         "Conv": _conv,
@@ -291,6 +293,7 @@ OPERATORS: Mapping[str, Translation] = MappingProxyType(
         "Gelu": lambda i, a: F.gelu(i[0], approximate=a.get("approximate", b"none").decode()),
         "Gemm": _gemm,
         "GlobalAveragePool": lambda i, a: i[0].mean(tuple(range(2, i[0].ndim)), keepdim=True),
+        "Greater": lambda i, a: i[0] > i[1],
         "GreaterOrEqual": lambda i, a: i[0] >= i[1],
         "HardSigmoid": lambda i, a: torch.clamp(a.get("alpha", 0.2) * i[0] + a.get("beta", 0.5), 0, 1),
         "HardSwish": lambda i, a: F.hardswish(i[0]),
@@ -298,6 +301,7 @@ OPERATORS: Mapping[str, Translation] = MappingProxyType(
         "LayerNormalization": _layer_norm,
         "LeakyRelu": lambda i, a: F.leaky_relu(i[0], a.get("alpha", 0.01)),
         "Less": lambda i, a: i[0] < i[1],
+        "LessOrEqual": lambda i, a: i[0] <= i[1],
         "Log": lambda i, a: torch.log(i[0]),
         "MatMul": lambda i, a: i[0] @ i[1],
         "MaxPool": _max_pool,

@@ -68,7 +68,7 @@ class Graph:
     def attribute(self, node: onnx.NodeProto, name: str, default: object) -> object:
         return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
-    def set(self, node: onnx.NodeProto, name: str, value: int) -> None:
+    def set(self, node: onnx.NodeProto, name: str, value: float) -> None:
         kept = [a for a in node.attribute if a.name != name]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute(name, value)])

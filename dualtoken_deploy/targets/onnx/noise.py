@@ -51,11 +51,17 @@ class _Watch:
 
 
 def measure(
-    model: onnx.ModelProto, products: Products, inputs: Array, rounded: Round, behind: Callable[[str], bool]
+    model: onnx.ModelProto,
+    products: Products,
+    inputs: Array,
+    rounded: Round,
+    behind: Callable[[str], bool],
+    tell: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Sensitivities of the units of a float graph whose products are named in `products`.
 
-    `rounded`: a value or weight as INT8 keeps it. `behind`: whether a kind of product writes INT8 too.
+    `rounded`: a value or weight as INT8 keeps it. `behind`: whether a kind of product writes INT8 too. `tell` hears of
+    units that lie behind what cannot be computed here, of which nothing is known.
     """
     graph = TorchGraph(model)
     units = [u.name for u in products.units]
@@ -76,6 +82,9 @@ def measure(
                 if gradient is not None:
                     along = float((gradient * watch.errors[name]).sum())
                     errors[place[layer_of(name)], p * DIRECTIONS + k] += along
+    unseen = [name for name, row in zip(units, errors, strict=True) if not row.any()]
+    if unseen and graph.unknown and tell is not None:
+        tell(f"what {len(unseen)} of {len(units)} layers do is not known: behind {', '.join(graph.unknown)}")
     return Sensitivity(tuple(units), errors, HOW)
 
 

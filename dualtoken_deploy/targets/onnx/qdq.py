@@ -140,7 +140,7 @@ class QdqQuantizer:
         """`method`: one of ranges.METHODS; `slow`: products that stay in float since their engine is faster so. Raises
         UsageError on another method."""
         check_method(method)
-        self.model, self.style, self._inputs = _named(model), style, calibration.inputs
+        self.model, self.style, self._inputs, self._tell = _named(model), style, calibration.inputs, tell
         self.products = read_products(self.model).without(slow)
         self._nodes = [n.name for n in self.model.graph.node if n.output[0] in self.products.eligible]
         axes = channel_axes(self.model)
@@ -244,8 +244,9 @@ class QdqQuantizer:
     def sensitivity(self, products: Products | None = None) -> Sensitivity:
         """What each unit's rounding does to the outputs; of other `products` than all that may be INT8, if given."""
         return measure(
-            self.migrated, products or self.products, self._inputs, self._rounded(self.migrated), self._behind
-        )
+            self.migrated, products or self.products, self._inputs, self._rounded(self.migrated), self._behind,
+            self._tell,
+        )  # fmt: skip
 
 
 # Two targets that take one graph are calibrated once.

@@ -16,6 +16,7 @@ from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style, onnxruntime_s
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend, artifact_of, float_graph, graph_sha256
 from dualtoken_deploy.targets.onnx.slow import slow_in_integers
 from dualtoken_deploy.targets.openvino.ir import save_ir
+from dualtoken_deploy.targets.openvino.norms import scale_free_norms
 from dualtoken_deploy.targets.request import Prepared, Request, Tell
 
 
@@ -55,12 +56,13 @@ def prepare(
 ) -> Prepared:
     """`quantizer` qdq: pairs in this CPU's scheme; nncf: NNCF's own calibration and placement."""
     exported = float_graph(module, request, DEFAULT_RULES, tell)  # pooling by convolution gains nothing in INT8
+    model = scale_free_norms(exported.model)
     backend: Backend
     if quantizer == "nncf":
-        backend = NncfBackend(exported.model, calibration, tell)
+        backend = NncfBackend(model, calibration, tell)
     else:
         found = onnxruntime_style()
         style = Style(found.name, found.unsigned, found.reduce_range, conv_outputs=False)
-        slow = slow_in_integers(exported.model) if style.unsigned else ()  # measured on x86 alone
-        backend = OpenVinoBackend(exported.model, calibration, method, style, tell, slow)
+        slow = slow_in_integers(model) if style.unsigned else ()  # measured on x86 alone
+        backend = OpenVinoBackend(model, calibration, method, style, tell, slow)
     return Prepared(backend, artifact_of(exported))
