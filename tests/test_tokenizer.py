@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +19,14 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dualtoken_deploy import Bundle, create_model, export
 from dualtoken_deploy.data.folders import open_parts
+from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.models import systems, tokenizer
+from dualtoken_deploy.models.own_sources import other_source
 from dualtoken_deploy.models.tokenizer import ResidualQuantizer
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
+from dualtoken_deploy.targets.onnx.moves import without_idle_moves
+from dualtoken_deploy.targets.onnx.quantize import float_graph
+from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.tasks.quality import psnr_db, ssim
 from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.tasks.tokenize import code_map
@@ -136,6 +143,44 @@ def test_no_file_scatters(tokens: Callable[..., Path]) -> None:
     kinds = {node.op_type for node in onnx.load(tokens() / "model.onnx").graph.node}
     assert "ArgMin" in kinds
     assert not [kind for kind in kinds if kind.startswith("Scatter") or kind in ("Loop", "Scan", "If")]
+
+
+COMPILE = """import sys, openvino as ov
+core = ov.Core()
+core.compile_model(core.read_model(sys.argv[1]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})"""
+
+
+def test_openvino_takes_a_product_behind_a_map_that_was_turned_back(tmp_path: Path) -> None:
+    """One product in integers, at the tokens of the pixel codes, is enough for OpenVINO 2026.4 to refuse the file (in a
+    process, since it may crash as well). Where it does no longer, the rewrite may go."""
+    import onnx
+
+    source = other_source(NAME)
+    contract = source.contract("image", 1, False)
+    request = Request("fp32", contract, source.outputs(contract.size, 1), None, {}, task=source.task)
+    model = float_graph(source.make(), request, DEFAULT_RULES, lambda _: None).model
+    place = next(i for i, node in enumerate(model.graph.node) if node.output[0].startswith("to_pixel"))
+    product = model.graph.node[place]
+    assert product.op_type == "MatMul"
+    weight = next(onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == product.input[1])
+    whole = np.rint(weight / np.abs(weight).max() * 127).astype(np.int8)
+    for name, value in {"step": np.float32(0.03), "zero": np.uint8(120), "whole": whole}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+    pairs = [
+        onnx.helper.make_node("QuantizeLinear", [product.input[0], "step", "zero"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["dq"]),
+        onnx.helper.make_node("DequantizeLinear", ["whole", "step"], ["weight"]),
+    ]
+    for node in reversed(pairs):
+        model.graph.node.insert(place, node)
+    product.input[:] = ["dq", "weight"]
+    done = {}
+    for name, made in (("turned", model), ("mended", without_idle_moves(model))):
+        onnx.save(made, tmp_path / f"{name}.onnx")
+        command = [sys.executable, "-c", COMPILE, str(tmp_path / f"{name}.onnx")]
+        done[name] = subprocess.run(command, capture_output=True, check=False).returncode
+    assert done["mended"] == 0
+    assert done["turned"] != 0
 
 
 def test_a_picture_is_drawn_beside_its_codes(tokens: Callable[..., Path], photograph: Path, tmp_path: Path) -> None:

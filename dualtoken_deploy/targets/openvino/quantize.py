@@ -12,6 +12,7 @@ from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
+from dualtoken_deploy.targets.onnx.moves import without_idle_moves
 from dualtoken_deploy.targets.onnx.qdq import QdqQuantizer, Style, onnxruntime_style, without_zero_points
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend, artifact_of, float_graph, graph_sha256
 from dualtoken_deploy.targets.onnx.slow import slow_in_integers
@@ -56,7 +57,7 @@ def prepare(
 ) -> Prepared:
     """`quantizer` qdq: pairs in this CPU's scheme; nncf: NNCF's own calibration and placement."""
     exported = float_graph(module, request, DEFAULT_RULES, tell)  # pooling by convolution gains nothing in INT8
-    model = scale_free_norms(exported.model)
+    model = scale_free_norms(without_idle_moves(exported.model))
     backend: Backend
     if quantizer == "nncf":
         backend = NncfBackend(model, calibration, tell)
