@@ -1,6 +1,6 @@
 """Moves that end where they began: a map made of tokens and turned to the same tokens again.
 
-    x (N, H W, C) -> (N, H, W, C) -> (N, C, H, W) -> (N, C, H W) -> (N, H W, C)  =  x
+norm of tokens (N, H W, C) -> (N, H, W, C) -> (N, C, H, W) -> (N, C, H W) -> (N, H W, C)
 """
 
 from __future__ import annotations
