@@ -277,7 +277,7 @@ def test_the_server_answers_what_predict_says(forecaster: Callable[..., Path], t
     binary = np.frombuffer(packed.body[int(packed.headers["inference-header-content-length"]) :], "<f4")
     for found in (np.array(out["data"], np.float32), binary):
         for column, row in zip(found.reshape(8, 4).T, want.answers, strict=True):
-            assert_close(column, np.array(row.values), relative=1e-6)  # type: ignore[union-attr]
+            assert_close(column, np.array(row.values), relative=1e-6)
     assert picture.code == 400
     assert picture.json["error"] == "ahead takes series, no pictures; send tensors to its infer route"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -18,7 +20,7 @@ def moved(chain: list[tuple[str, object]]) -> onnx.ModelProto:
     """y = relu(moves(relu(x))), z = the last but one value in between."""
     nodes, last = [helper.make_node("Relu", ["x"], ["v0"])], "v0"
     for i, (kind, how) in enumerate(chain, 1):
-        given = {"perm": how} if kind == "Transpose" else {}
+        given: dict[str, Any] = {"perm": how} if kind == "Transpose" else {}
         nodes.append(helper.make_node(kind, [last, *([] if given else [str(how)])], [f"v{i}"], **given))
         last = f"v{i}"
     nodes += [helper.make_node("Relu", [last], ["y"]), helper.make_node("Neg", [f"v{len(chain) - 1}"], ["z"])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -39,7 +41,7 @@ def quantized_convolution_and_norm(kind: str, factor: float, moved: bool) -> onn
     ]
     last = nodes[-1].output[0]
     nodes += [helper.make_node("Mul", ["factor", last], ["f"]), *(moves if moved else [])]
-    attributes = {"num_groups": 2} if kind == "GroupNormalization" else {}
+    attributes: dict[str, Any] = {"num_groups": 2} if kind == "GroupNormalization" else {}
     nodes.append(helper.make_node(kind, [nodes[-1].output[0], "scale", "bias"], ["y"], epsilon=1e-5, **attributes))
     nodes.append(helper.make_node("Add", ["f", "f"], ["z"]))  # another reader of the product
     shapes = {"y": [int(side) for side in constants["shape"]], "z": None}

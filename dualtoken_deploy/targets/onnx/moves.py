@@ -51,7 +51,8 @@ def _idle(moves: list[onnx.NodeProto], shape: list[int], graph: Graph) -> bool:
     moved = numbers
     for move in moves:
         if move.op_type == "Transpose":
-            moved = moved.transpose(graph.attribute(move, "perm", None))  # type: ignore[arg-type]
+            perm: Any = graph.attribute(move, "perm", None)
+            moved = moved.transpose(perm)
         else:
             wanted = graph.shapes.get(move.output[0], [])
             if not wanted or not all(wanted):
