@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,14 +368,17 @@ def test_options_of_the_command_are_read_from_the_manifest() -> None:
     from dualtoken_deploy.cli.making import export
     from dualtoken_deploy.recipe import reproduce
 
-    said = read(
+    def manifest(command: str) -> Any:
+        return SimpleNamespace(asked=None, command=command)  # of before `asked`
+
+    text = (
         "dualtoken export --variant t --target coreml --opset 21 --deployment-target iOS17 --layout plain "
-        "--calibration digits --calibration-size 40 --max-drop 1",
-        export,
+        "--calibration digits --calibration-size 40 --max-drop 1"
     )
+    said = read(manifest(text), export)
     assert (said.opset, said.settings["deployment_target"], said.settings["layout"]) == (21, "iOS17", "plain")
     assert said.int8 is not None
     assert (said.int8.calibration, said.int8.size, said.int8.max_drop, said.int8.method) == ("digits", 40, 1, "minmax")
-    assert read("dualtoken_deploy.export(...)", export) == reproduce.Said()
+    assert read(manifest("dualtoken_deploy.export(...)"), export) == reproduce.Said()
     with pytest.raises(UsageError, match="cannot be read"):
-        read("dualtoken export --what 3", export)
+        read(manifest("dualtoken export --what 3"), export)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtoken_deploy.bundle.blocks import Calibration, SearchResult
-from dualtoken_deploy.errors import ToleranceError
+from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.pipeline.check import _doubts
 from dualtoken_deploy.quantize import gate
-from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, search
+from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, assigned, search
+from dualtoken_deploy.quantize import gate
+from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, assigned, search
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.quantize.sequential import ERROR_RATE, breaks
 
@@ -148,6 +149,17 @@ def test_a_time_limit_stops_with_the_best_seen() -> None:
     assert not found.met
     assert len(found.trace) == 1
     assert found.timed_out
+
+
+def test_an_assignment_that_is_known_is_scored_once() -> None:
+    model = Model(noises(3))
+    found = assigned(UNITS, model, 1.0, TOTAL, ("stem.conv2", "head.neck"), lambda _: None)
+    assert (model.calls, found.in_float, len(found.trace)) == (1, ("stem.conv2", "head.neck"), 1)
+    assert found.int8_share == pytest.approx((TOTAL - 10 - 15 - 105) / TOTAL)
+    assert found.drop == pytest.approx(100 * sum(n for k, n in noises(3).items() if k not in found.in_float))
+    assert not assigned(UNITS, model, 1e-9, TOTAL, (), lambda _: None).met
+    with pytest.raises(UsageError, match=r"^stem\.conv9 is no layer"):
+        assigned(UNITS, model, 1.0, TOTAL, ("stem.conv9",), lambda _: None)
 
 
 def test_a_search_that_came_to_its_end_was_not_timed_out() -> None:

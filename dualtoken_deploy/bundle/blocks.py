@@ -217,6 +217,31 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskedInt8:
+    """How a precision with ranges was asked for, in the words of `quantize.gate.Int8Options`. `calibration`: a word, or
+    the folder as it was given."""
+
+    calibration: str
+    size: int
+    method: str
+    metric: str | None = None
+    max_drop: float
+    quantizer: str | None = None
+    time_limit_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What export was asked for that no other field has, whoever asked: command line, recipe or Python. `int8` None: a
+    precision without ranges, or with those of the built-in photographs."""
+
+    opset: int | None = None
+    device: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    int8: AskedInt8 | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Build:
     """What a compiled file depends on. `ships`: the files that an app takes along, all where it is empty.
     `float32_share_allowed`: of the layers with matrix products. `details`: the target's own, read with `typed`; in JSON

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dualtoken_deploy.bundle.blocks import Build, Calibration, Evaluated, Licenses, Measured, Origin, Weights
+from dualtoken_deploy.bundle.blocks import Asked, Build, Calibration, Evaluated, Licenses, Measured, Origin, Weights
 from dualtoken_deploy.bundle.decode import decode, parse, plain
 from dualtoken_deploy.errors import BundleError, install_command
 from dualtoken_deploy.spec import InputContract, TensorSpec, Tolerance
@@ -28,6 +28,7 @@ class Manifest:
     labels, detections), "classes" and "width". `origin`: what eager is rebuilt from; None in bundles of before it.
     `state` "prepared": a step on the device (`dualtoken build`) is still to come; "compiled": the vendor's compiler
     made what ships, and no device has run it; "complete": what ships was run. `build`: how it was compiled or built.
+    `asked`: options of the export, from which it can be made again; None in bundles of before it.
     `evaluated`: accuracies that `dualtoken card --data` measured, one a set of pictures.
     """
 
@@ -55,6 +56,7 @@ class Manifest:
     dense: Mapping[str, Any] | None = None
     origin: Origin | None = None
     licenses: Licenses | None = None
+    asked: Asked | None = None
     evaluated: tuple[Evaluated, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -74,6 +76,7 @@ class Manifest:
             "build": None if self.build is None else self.build.to_json(),
             "origin": plain(self.origin),
             "licenses": plain(self.licenses),
+            "asked": plain(self.asked),
             "evaluated": plain(self.evaluated),
         }
         return {"schema_version": data.pop("schema_version"), **data}

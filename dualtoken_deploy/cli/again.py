@@ -6,23 +6,30 @@ import inspect
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dualtoken_deploy.cli import asked
 from dualtoken_deploy.cli.common import importing, progress, show, with_torch
 from dualtoken_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from dualtoken_deploy.bundle.manifest import Manifest
     from dualtoken_deploy.recipe.reproduce import Said
 
 LOCK = "lock"
 WITH_LOCK = (LOCK, "labels", "output", "force", "allow_native", "json_output")  # what --lock leaves open
 
 
-def said(command: str, export: Callable[..., None]) -> Said:
-    """What the command in a manifest gave beside the model; nothing of a bundle that Python made."""
+def said(manifest: Manifest, export: Callable[..., None]) -> Said:
+    """What the export was asked for beside the model."""
     module = with_torch("making a bundle again", importing("recipe.reproduce"))
+    return module.Said.of(manifest) or _of_command(module, manifest.command, export)
+
+
+def _of_command(module: Any, command: str, export: Callable[..., None]) -> Said:
+    """Of a manifest of before `asked`, what its command says; nothing of a bundle that Python or a recipe made."""
     app = typer.Typer(add_completion=False)
     app.command()(export)
     found: Said = module.Said()
@@ -38,22 +45,9 @@ def said(command: str, export: Callable[..., None]) -> Said:
         raise UsageError(f"the manifest's command cannot be read ({error.format_message()}): {command}") from error
     int8 = None
     if given["calibration"] is not None:
-        said_of_int8 = {
-            "size": given["calibration_size"], "method": given["calibrator"], "metric": given["metric"],
-            "max_drop": given["max_drop"], "quantizer": given["quantizer"], "time_limit_s": given["search_seconds"],
-            "race": False,  # what it is compared by is bytes
-        }  # fmt: skip
-        int8 = module.Int8Options(
-            given["calibration"], **{name: value for name, value in said_of_int8.items() if value is not None}
-        )
-    settings = {
-        "deployment_target": given["deployment_target"],
-        "layout": given["layout"],
-        "compute_capability": ",".join(given["compute_capability"] or ()) or None,
-        "weightless": "yes" if given["weightless"] else None,
-        "batches": given["batches"],
-    }
-    return module.Said(given["opset"], given["device"], settings, int8)  # type: ignore[no-any-return]
+        said_of_int8 = {**asked.int8_fields(given), "race": False, "max_slowdown": None}  # it is compared by bytes
+        int8 = module.Int8Options(given["calibration"], **said_of_int8)
+    return module.Said(given["opset"], given["device"], asked.settings(given), int8)  # type: ignore[no-any-return]
 
 
 def check_alone(export: Callable[..., None], given: Mapping[str, Any]) -> None:
@@ -61,17 +55,10 @@ def check_alone(export: Callable[..., None], given: Mapping[str, Any]) -> None:
     parameters = inspect.signature(export, eval_str=True).parameters
     others = [name for name, p in parameters.items() if name not in WITH_LOCK and given[name] != p.default]
     if others:
-        names = ", ".join(_option(name, parameters[name]) for name in others)
+        names = ", ".join(asked.option_names(export, others))
         raise UsageError(
             f"--lock takes everything from the manifest but --labels, --output and --force; leave {names} out"
         )
-
-
-def _option(name: str, parameter: inspect.Parameter) -> str:
-    infos = (info for info in get_args(parameter.annotation) if isinstance(info, typer.models.OptionInfo))
-    words = (text for info in infos for text in (info.default, *(info.param_decls or ())))  # the first stands there
-    declared = [text for text in words if isinstance(text, str) and text.startswith("--")]
-    return declared[0] if declared else f"--{name.replace('_', '-')}"
 
 
 def export_locked(
@@ -81,7 +68,7 @@ def export_locked(
     module = with_torch("making a bundle again", importing("recipe.reproduce"))
     locked = module.Lock.read(lock, labels)
     with progress() as tell:
-        found, result = module.remake(locked, said(locked.manifest.command, export), output, force, tell)
+        found, result = module.remake(locked, said(locked.manifest, export), output, force, tell)
     document = None if result is None else result.to_json() | {LOCK: found.to_json()}
     show(as_json, document or {LOCK: found.to_json()}, lambda r: r.reproduction_table(found))
     found.gate()

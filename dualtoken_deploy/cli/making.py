@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualtoken_deploy.cli import asked
 from dualtoken_deploy.cli.again import check_alone, export_locked
 from dualtoken_deploy.cli.common import (
     AllowNative,
@@ -244,65 +245,49 @@ def export(
 
     --model runs the code that it names, as python would: give it models that you trust.
     """
+    given = dict(locals())
     if lock is not None:
-        from dualtoken_deploy.bundle.trust import permit_native
-
-        check_alone(export, locals())
-        permit_native(allow_native)
+        _check_lock(given)
         export_locked(export, lock, labels, output, force, json_output)
         return
     if allow_native:
         raise UsageError("--allow-native is for --lock, whose manifest names code; --model runs yours without it")
     if not target:
         raise UsageError("give --target (`dualtoken targets` lists them), or --lock with the manifest of a bundle")
-    from dualtoken_deploy.targets.table import get_target
-
     exporting = with_torch("exporting", importing("pipeline.several"))
-    if "all" in target:
-        names = exporting.exportable_targets(precision, head, model)
-    else:
-        names = [get_target(name).name for name in dict.fromkeys(target)]
+    names = _target_names(exporting, target, precision, head, model)
     if variant is not None and model is not None:
         raise UsageError("--variant and --model both name the model; give one of them")
-    quantizing = {
-        "size": calibration_size, "method": calibrator, "metric": metric, "max_drop": max_drop,
-        "quantizer": quantizer, "time_limit_s": search_seconds, "max_slowdown": max_slowdown,
-        "race": False if no_race else None,
-    }  # fmt: skip
-    said_of_int8 = {name: value for name, value in quantizing.items() if value is not None}
-    if calibration is None and said_of_int8:
-        names = ", ".join(INT8_OPTIONS[name] for name in said_of_int8)
-        raise UsageError(
-            f"{names} without --calibration changes nothing in {precision}; give --calibration with a precision that "
-            f"is calibrated (int8), or leave {'it' if len(said_of_int8) == 1 else 'them'} out"
-        )
-    int8 = None if calibration is None else exporting.Int8Options(calibration, **said_of_int8)
+    asked.check_int8(export, given)
+    int8 = None if calibration is None else exporting.Int8Options(calibration, **asked.int8_fields(given))
     said = exporting.Model(
         variant or model, weights, labels, image_size, seed, head, classes, width, suppress, argmax, task,
         json_arguments(model_arg or []), split_names(output_names),
         exporting.own_preprocessing(task, preprocess, mean, std, crop_ratio, resize), model_options(option or []),
         licenses or (),
     )  # fmt: skip
-    settings = {
-        "deployment_target": deployment_target,
-        "layout": layout,
-        "compute_capability": ",".join(compute_capability) if compute_capability else None,
-        "weightless": "yes" if weightless else None,
-        "batches": batches,
-    }
     with progress() as tell:
         results = exporting.export_several(
             said, names, precision, output, batch, input_kind, opset, device, force, int8,
-            settings, triton_repository, fail_fast, command_line(), tell, say,
+            asked.settings(given), triton_repository, fail_fast, command_line(), tell, say,
         )  # fmt: skip
     _show_exports(results, json_output)
 
 
-INT8_OPTIONS = {
-    "size": "--calibration-size", "method": "--calibrator", "metric": "--metric", "max_drop": "--max-drop",
-    "quantizer": "--quantizer", "time_limit_s": "--search-seconds", "max_slowdown": "--max-slowdown",
-    "race": "--no-race",
-}  # fmt: skip
+def _check_lock(given: Mapping[str, Any]) -> None:
+    from dualtoken_deploy.bundle.trust import permit_native
+
+    check_alone(export, given)
+    permit_native(given["allow_native"])
+
+
+def _target_names(exporting: Any, given: Sequence[str], precision: str, head: str | None, model: str | None) -> Any:
+    """Each target once; those that `all` stands for."""
+    from dualtoken_deploy.targets.table import get_target
+
+    if "all" in given:
+        return exporting.exportable_targets(precision, head, model)
+    return [get_target(name).name for name in dict.fromkeys(given)]
 
 
 def _show_exports(results: Sequence[Any], json_output: bool) -> None:

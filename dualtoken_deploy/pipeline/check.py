@@ -110,6 +110,7 @@ def draft_manifest(plan: Plan, module: nn.Module, request: Request, artifact: Ar
         task=plan.task.name,
         origin=source.origin,
         licenses=source.licenses or known_licenses(source),
+        asked=plan.asked,
     )
 
 

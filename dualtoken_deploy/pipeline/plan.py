@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from dualtoken_deploy.bundle.blocks import Asked, AskedInt8
 from dualtoken_deploy.errors import UsageError, missing_extra
 from dualtoken_deploy.models.source import ONNX, REFERENCE, Source, is_onnx_file
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS
@@ -49,6 +50,14 @@ class Plan:
         """The model, for messages."""
         said = self.source.described
         return f"{said['head']} on {said['variant']}" if "head" in said else self.source.name
+
+    @property
+    def asked(self) -> Asked:
+        """What a manifest keeps of it, so that the bundle can be made again."""
+        int8 = None
+        if self.int8 is not None:
+            int8 = AskedInt8(**{own.name: getattr(self.int8, own.name) for own in fields(AskedInt8)})
+        return Asked(opset=self.opset, device=self.device, settings=self.settings, int8=int8)
 
     def tolerance(self, outputs: tuple[str, ...]) -> Tolerance:
         """What the saved files must reach; `outputs` are their names."""

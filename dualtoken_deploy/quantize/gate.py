@@ -20,7 +20,7 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Backend
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.judge import Judge
-from dualtoken_deploy.quantize.search import Score, search
+from dualtoken_deploy.quantize.search import Score, assigned, search
 from dualtoken_deploy.quantize.sequential import Overdrawn
 from dualtoken_deploy.tasks.base import Outputs
 
@@ -35,7 +35,8 @@ RunFolder = Callable[[Path, Array], Iterator[Outputs]]
 @dataclass(frozen=True)
 class Int8Options:
     """What was asked for. `metric` None: that of the task where the held-out pictures have their truth, else agreement,
-    or sqnr where outputs have none. `race`: the bundle is timed beside float files of its target; `max_slowdown`: how
+    or sqnr where outputs have none. `in_float`: the layers that stay in float, where they are known; None: they are
+    searched for. `race`: the bundle is timed beside float files of its target; `max_slowdown`: how
     many times their latency it may have, None: any, and it is said."""
 
     calibration: str
@@ -45,6 +46,7 @@ class Int8Options:
     max_drop: float = 0.5
     quantizer: str | None = None
     time_limit_s: float | None = None
+    in_float: tuple[str, ...] | None = None
     race: bool = True
     max_slowdown: float | None = None
 
@@ -184,6 +186,8 @@ def _search(
     tell: Tell,
 ) -> SearchResult:
     products = backend.products
+    if options.in_float is not None:
+        return assigned(products.units, scorer, options.max_drop, products.total, options.in_float, tell)
     alike = (calibration.sha256, judge.metric, *sorted(products.eligible))
     key = hashlib.sha256()
     for part in (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dualtoken_deploy.bundle.blocks import SearchResult, Step
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.files import write_atomically
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 
@@ -101,6 +102,20 @@ def search(
     return run.run(guess)
 
 
+def assigned(
+    units: Sequence[Unit], scorer: Scorer, budget: float, total_macs: int, in_float: Sequence[str], tell: Tell
+) -> SearchResult:
+    """An assignment that is known, scored once; nothing is searched for. Raises UsageError on a layer that is none of
+    `units`."""
+    if unknown := set(in_float) - {unit.name for unit in units}:
+        raise UsageError(f"{sorted(unknown)[0]} is no layer that is quantized here; leave in_float to the search")
+
+    def never() -> Sensitivity:
+        raise NotImplementedError  # what each layer does is not asked for
+
+    return _Search(units, ScoreCache(scorer), budget, total_macs, never, tell, None).take(frozenset(in_float))
+
+
 class _Search:
     def __init__(
         self, units: Sequence[Unit], scorer: ScoreCache, budget: float, total: int,
@@ -124,6 +139,11 @@ class _Search:
             kept = self._bisect(known, first, guess)
             if kept is not None:
                 self._prune(kept)
+        return self._result()
+
+    def take(self, kept: frozenset[str]) -> SearchResult:
+        """Scores one assignment alone."""
+        self._try("the layers in float that were given", kept)
         return self._result()
 
     def _bisect(self, known: Sensitivity, first: Score, guess: frozenset[str] | None) -> frozenset[str] | None:

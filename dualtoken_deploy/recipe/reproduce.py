@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dualtoken_deploy.bundle.consistency import check
 from dualtoken_deploy.bundle.labels import read_labels
 from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import DOCUMENTS, LABELS, MANIFEST, MAX_MANIFEST, Bundle, new_folder
-from dualtoken_deploy.errors import BundleError, ToleranceError, UsageError
+from dualtoken_deploy.errors import BundleError, MissingError, ToleranceError, UsageError
 from dualtoken_deploy.files import is_folder, read_bytes
 from dualtoken_deploy.machine import describe_machine, library_versions
 from dualtoken_deploy.models.own_sources import source_of
@@ -26,12 +26,21 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Said:
-    """What the export's command said that the manifest has no field for."""
+    """What the export was asked for beside the model."""
 
     opset: int | None = None
     device: str | None = None
     settings: Mapping[str, str | None] = field(default_factory=dict)
     int8: Int8Options | None = None
+
+    @staticmethod
+    def of(manifest: Manifest) -> Said | None:
+        """As the manifest keeps it; None where it is of before that, and its command alone can say."""
+        asked = manifest.asked
+        if asked is None:
+            return None
+        int8 = None if asked.int8 is None else Int8Options(**asdict(asked.int8), race=False)  # it is compared by bytes
+        return Said(asked.opset, asked.device, asked.settings, int8)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,7 @@ def _plan(locked: Lock, said: Said, output: Path | None) -> Plan:
         raise UsageError(f"{locked.name} was built on a device, whose timings choose its kernels: nothing repeats that")
     source = source_of(manifest)
     source = replace(source, labels=locked.labels or source.labels, licenses=manifest.licenses)
+    said = _as_found(locked, said)
     folder = output or Path("bundles") / default_name(source, manifest.target, manifest.precision)
     contract = manifest.input
     return plan(
@@ -133,11 +143,32 @@ def _plan(locked: Lock, said: Said, output: Path | None) -> Plan:
     )  # fmt: skip
 
 
+def _as_found(locked: Lock, said: Said) -> Said:
+    """With the layers in float that the manifest names: a search that had a time limit, or began where another target's
+    ended, would not end there again. Raises MissingError where nothing says what the bundle was calibrated with."""
+    calibration = locked.manifest.calibration
+    if calibration is None or calibration.search is None:
+        return said
+    if said.int8 is None:
+        raise MissingError(
+            f"{locked.name} was calibrated with {calibration.name}, and does not say by which options (an earlier "
+            "version made it from a recipe or from Python): export it anew once"
+        )
+    return replace(said, int8=replace(said.int8, in_float=calibration.in_float))
+
+
 def _compare(locked: Lock, folder: Path) -> Reproduction:
     before, again = locked.manifest, Bundle.open(folder).manifest
     names = (name for name in {**before.files, **again.files} if name not in DOCUMENTS)  # they tell of machines
     files = {name: before.files.get(name) == again.files.get(name) for name in names}
-    return Reproduction(locked.name, files, _different(before))
+    return Reproduction(locked.name, files, (*_other_pictures(before, again), *_different(before)))
+
+
+def _other_pictures(before: Manifest, again: Manifest) -> tuple[str, ...]:
+    was, now = before.calibration, again.calibration
+    if was is None or now is None or was.sha256 == now.sha256:
+        return ()
+    return (f"the pictures of {was.name}, of which {was.images} calibrated (here {now.images} of {now.name})",)
 
 
 def _different(manifest: Manifest) -> tuple[str, ...]:
