@@ -111,7 +111,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], library_error:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as temporary:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
+            temporary.chmod(mode)  # as the umask has files: a library may have put a private one there (safetensors)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

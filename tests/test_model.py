@@ -20,6 +20,7 @@ from PIL import Image
 
 from dualtoken_deploy import Classifier, Detector, Segmenter, predict
 from dualtoken_deploy.cli import main
+from dualtoken_deploy.cli.using import _csv_line
 from dualtoken_deploy.data.images import as_pixels, load_image
 from dualtoken_deploy.errors import ImageError, MissingError, UsageError
 from dualtoken_deploy.use.validate import validate
@@ -158,6 +159,33 @@ def test_avif_always_and_heic_with_its_extra(photograph: Path, tmp_path: Path, m
 
 
 # the command
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        ("=1+1", "'=1+1"), ("+cmd", "'+cmd"), ("-cmd", "'-cmd"), ("@SUM(A1)", "'@SUM(A1)"), ("\uff1d1", "'\uff1d1"),
+        ("-0.25", "-0.25"), ("+1e-3", "+1e-3"), ("cat", "cat"), ("a=b", "a=b"), ("", ""), ("-", "'-"),
+    ],
+)  # fmt: skip
+def test_no_cell_is_a_formula(cell: str, shown: str) -> None:
+    """OWASP's list of first characters; the numbers of a vector stay numbers."""
+    assert next(csv.reader([_csv_line([cell, "x"])])) == [shown, "x"]
+
+
+def test_a_file_named_as_a_formula_is_a_name(
+    small_bundle: MakeBundle,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "=cmd|' -C calc'!A0.jpg"
+    (tmp_path / name).write_bytes((folder / "c.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    main(["predict", str(small_bundle()), name, "--format", "csv", "--top", "1"])
+    (line,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert line["image"] == f"'{name}"
 
 
 def test_one_bad_picture_is_a_row(small_bundle: MakeBundle, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

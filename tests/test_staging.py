@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dualtoken_deploy import staging
 from dualtoken_deploy.bundle.store import new_folder
@@ -171,10 +173,12 @@ def test_modes_follow_the_umask(umask: int, folder: int, file: int, tmp_path: Pa
     try:
         run_again(tmp_path / "out", FOLDER)
         run_again(tmp_path / "file.txt", FILE)
+        write_atomically(tmp_path / "w.safetensors", lambda path: save_file({"a": np.zeros(2)}, path))
     finally:
         os.umask(before)
-    found = [oct((tmp_path / name).stat().st_mode & 0o777) for name in ("out", "out/model.onnx", "file.txt")]
-    assert found == [oct(folder), oct(file), oct(file)]
+    names = ("out", "out/model.onnx", "file.txt", "w.safetensors")
+    found = [oct((tmp_path / name).stat().st_mode & 0o777) for name in names]
+    assert found == [oct(folder), oct(file), oct(file), oct(file)]  # safetensors itself leaves 0o600, whatever is asked
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.is_file()}
     assert names == {"config.json", "last.safetensors", "best.safetensors", "best.json", "metrics.csv", "curve.svg"}
+    assert len({path.stat().st_mode for path in finished.iterdir() if path.is_file()}) == 1  # weights are no secret
     lines = (finished / "metrics.csv").read_text().splitlines()
     assert len(lines) == 4
     info = json.loads((finished / "best.json").read_text())

@@ -66,7 +66,6 @@ def predict(
     """
     from dualtoken_deploy.bundle.store import Bundle
     from dualtoken_deploy.bundle.trust import permit_native
-    from dualtoken_deploy.use import predict as module
     from dualtoken_deploy.use import sources
     from dualtoken_deploy.use.model import Model
 
@@ -85,11 +84,7 @@ def predict(
         return
     names = [] if webcam is not None else sources.find_pictures(images or [])
     moving = webcam is not None or any(map(sources.is_video, names))
-    filming = moving and output is not None and output.suffix.lower() == ".mp4"
-    if output is not None and not filming:
-        if moving:
-            raise UsageError(f"{output} does not end in .mp4; what was found in a video is drawn as one")
-        module.check_drawing(opened, output, len(names))
+    filming = output is not None and _films(opened, output, moving, len(names))
     with progress() as tell:
         tell(f"loading {opened.name}")
         model = Model(opened, device, threads, top, min_score)
@@ -102,6 +97,18 @@ def predict(
     with model:
         answers = _answered(model, taken, output, len(names), filming)
         _tell(model, answers, len(names), TABLE if json_output else asked, json_output)
+
+
+def _films(bundle: Bundle, output: Path, moving: bool, pictures: int) -> bool:
+    """Whether what is found is drawn as a video. Raises UsageError where it can be drawn in no way."""
+    from dualtoken_deploy.use.predict import check_drawing
+
+    if moving and output.suffix.lower() == ".mp4":
+        return True
+    if moving:
+        raise UsageError(f"{output} does not end in .mp4; what was found in a video is drawn as one")
+    check_drawing(bundle, output, pictures)
+    return False
 
 
 def _forecast(bundle: Bundle, names: list[str], device: str | None, threads: int | None, json_output: bool) -> None:
@@ -224,8 +231,23 @@ def _cells(model: Model, frame: Frame, found: Prediction | None) -> list[list[st
 
 def _csv_line(cells: Sequence[str]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="").writerow([printable(cell) for cell in cells])
+    csv.writer(out, lineterminator="").writerow([_harmless(printable(cell)) for cell in cells])
     return out.getvalue()
+
+
+# What a cell begins with that a spreadsheet computes (OWASP, "CSV Injection"); the last four are = + - @ in full width
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def _harmless(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula: names of files and classes are whoever's. Numbers stay."""
+    if not cell.startswith(FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def visualize(
