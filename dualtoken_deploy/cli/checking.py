@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dualtoken_deploy.cli.common import (
+    ROUNDS,
+    SECONDS,
     AllowNative,
     Bundles,
     Device,
     Json,
+    Limit,
     OneBundle,
     Threads,
     answer,
@@ -41,7 +44,7 @@ def validate(
             "Without it the one input stored in the bundle."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    limit: Limit = None,
     reference: Annotated[
         str | None,
         typer.Option(help="eager or golden; unless given eager with --data and torch, else golden."),
@@ -83,7 +86,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="Labelled folder (its val part where it has two), or digits, shapes; dense: scenes.")
     ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
+    limit: Limit = None,
     variant: Annotated[str | None, typer.Option(help="Checked against what the weights say.")] = None,
     confusion: Annotated[Path | None, typer.Option(help="Draw the confusion matrix here (.png, .svg, .pdf).")] = None,
     device: Device = None,
@@ -167,8 +170,8 @@ def bench(
     ] = None,
     threads: Threads = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size, where the bundles leave it open.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 2.0,
+    rounds: Annotated[int, ROUNDS] = 5,
+    seconds: Annotated[float, SECONDS] = 2.0,
     until: Annotated[
         float | None,
         typer.Option(help="Go on until each ratio's 90 % interval is narrower than this share of it, such as 0.1."),
@@ -241,9 +244,9 @@ def _run_scenario(
 def compare(
     data: Annotated[str, typer.Option(help="Pictures, best labelled: a folder, or digits, shapes, photographs.")],
     bundles: Bundles = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the bench.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for each contestant in a round.")] = 1.0,
+    limit: Limit = None,
+    rounds: Annotated[int, ROUNDS] = 5,
+    seconds: Annotated[float, SECONDS] = 1.0,
     picture: Annotated[Path | None, typer.Option(help="Draw accuracy against latency here (.png, .svg, .pdf).")] = None,
     on: Annotated[
         list[str] | None,

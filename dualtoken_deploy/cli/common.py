@@ -33,6 +33,11 @@ Licenses = Annotated[
     typer.Option("--license", help="SPDX expression; of one part: weights=EXPR, code=EXPR. May be repeated."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take this many images, spread over the set.")]
+ROUNDS = typer.Option(min=1, help="Interleaved rounds.")
+SECONDS = typer.Option(min=0.01, help="Seconds for each contestant in a round.")
+YARDSTICK_ROUNDS = typer.Option(min=0, help="Rounds beside the yardstick; 0: no latency.")
+YARDSTICK_SECONDS = typer.Option(min=0.01, help="Seconds in a round for each of the two.")
 
 
 def answer(text: str) -> None:

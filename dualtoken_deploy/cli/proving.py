@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dualtoken_deploy.cli.common import (
+    YARDSTICK_ROUNDS,
+    YARDSTICK_SECONDS,
     AllowNative,
     Bundles,
     Device,
     Json,
     Licenses,
+    Limit,
     OneBundle,
     Threads,
     answer,
@@ -39,63 +44,76 @@ def verify(
         Path | None, typer.Option(help="TOML: how much worse each row may be; see docs/ci.md.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Pictures, as of validate; those of the baseline.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images; as the baseline.")] = None,
+    limit: Limit = None,
     reference: Annotated[str | None, typer.Option(help="eager or golden; as the baseline.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=0, help="Rounds beside the yardstick; 0: no latency.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.01, help="Seconds in a round for each of the two.")] = None,
+    rounds: Annotated[int | None, YARDSTICK_ROUNDS] = None,
+    seconds: Annotated[float | None, YARDSTICK_SECONDS] = None,
     device: Device = None,
     threads: Threads = None,
     allow_native: AllowNative = False,
     json_output: Json = False,
 ) -> None:
-    """Checks who signed a bundle, and measures it against its baseline; rows that fell exit with 5."""
-    from dualtoken_deploy.bundle.store import Bundle
-    from dualtoken_deploy.bundle.trust import permit_native
-    from dualtoken_deploy.prove.measure import Report, Setting, measure, subject_of
-    from dualtoken_deploy.prove.tolerances import Tolerances
-    from dualtoken_deploy.prove.verify import check_same, check_setting, compare
+    """Checks who signed a bundle, and measures it against its baseline; rows that fell exit with 5.
 
+    It is measured as the baseline was, where nothing else is said.
+    """
     if baseline is None and not signature:
         raise UsageError(
             "nothing to hold the bundle against; give --baseline REPORT.json, --signature KEY.pub, or both"
         )
     if signature:
-        from dualtoken_deploy.bundle.signature import check_signature
-
-        say(f"{bundle} is as it was signed, by {check_signature(Bundle.open(bundle), signature)}")
+        _check_signature(bundle, signature)
     if baseline is None:
         if json_output:
             show(True, {"bundle": str(bundle), "signed": True}, lambda _: None)
         return
+    from dualtoken_deploy.bundle.trust import permit_native
+
     permit_native(allow_native)
+    given = {
+        "data": data, "limit": limit, "reference": reference, "rounds": rounds, "seconds": seconds, "device": device,
+        "threads": threads,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    _verify_figures(bundle, baseline, update, tolerances, given, json_output)
+
+
+def _check_signature(bundle: Path, keys: list[Path]) -> None:
+    from dualtoken_deploy.bundle.signature import check_signature
+    from dualtoken_deploy.bundle.store import Bundle
+
+    say(f"{bundle} is as it was signed, by {check_signature(Bundle.open(bundle), keys)}")
+
+
+def _verify_figures(
+    bundle: Path, baseline: Path, update: bool, tolerances: Path | None, given: Mapping[str, Any], json_output: bool
+) -> None:
+    """Measures the bundle, and holds it against the baseline or writes that. Raises ToleranceError on what fell."""
+    from dualtoken_deploy.bundle.store import Bundle
+    from dualtoken_deploy.prove.measure import Report, Setting, measure, subject_of
+    from dualtoken_deploy.prove.tolerances import Tolerances
+    from dualtoken_deploy.prove.verify import check_same, check_setting, compare
+
     limits = Tolerances() if tolerances is None else Tolerances.read(tolerances)
     if not update and not baseline.exists():
         raise InputError(
             f"there is no {baseline}; make it with: dualtoken verify {bundle} --baseline {baseline} --update"
         )
-    before = Report.read(baseline) if baseline.exists() and not update else None
+    before = Report.read(baseline) if not update else None
     opened = Bundle.open(bundle)
     base = Setting() if before is None else before.setting
-    given = {
-        "data": data, "limit": limit, "reference": reference, "rounds": rounds, "seconds": seconds, "device": device,
-        "threads": threads,
-    }  # fmt: skip
-    setting = Setting(**{**vars(base), **{name: value for name, value in given.items() if value is not None}})
+    setting = replace(base, **given)
     if before is not None:
         check_same(before, subject_of(opened), str(baseline))
         check_setting(before.setting, setting, str(baseline))
     with progress() as tell:
         now = measure(opened, setting, command_line(), tell)
+    found = compare(str(bundle), str(baseline), before or now, now, limits)
     if before is None:
         now.write(baseline)
-        show(
-            json_output,
-            now.to_json(),
-            lambda r: r.verification_table(compare(str(bundle), str(baseline), now, now, limits)),
-        )
+        show(json_output, now.to_json(), lambda r: r.verification_table(found))
         remark(f"wrote {baseline}")
         return
-    found = compare(str(bundle), str(baseline), before, now, limits)
     show(json_output, found.to_json(), lambda r: r.verification_table(found))
     for note in found.notes:
         remark(f"note: {note}")
@@ -109,10 +127,10 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here; on stdout without either.")] = None,
     data: Annotated[str | None, typer.Option(help="Pictures, best labelled, as of validate; else golden.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    limit: Limit = None,
     reference: Annotated[str, typer.Option(help="eager or golden.")] = "golden",
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds beside the yardstick; 0: no latency.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds in a round for each of the two.")] = 0.5,
+    rounds: Annotated[int, YARDSTICK_ROUNDS] = 5,
+    seconds: Annotated[float, YARDSTICK_SECONDS] = 0.5,
     drift: Annotated[
         bool, typer.Option("--drift", help="Layer by layer too, which needs PyTorch and takes long.")
     ] = False,
@@ -156,7 +174,7 @@ def card(
     bundle: OneBundle,
     licenses: Licenses = None,
     data: Annotated[str | None, typer.Option(help="Labelled pictures: their accuracy goes into it.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take this many images.")] = None,
+    limit: Limit = None,
     device: Device = None,
     threads: Threads = None,
     allow_native: AllowNative = False,
