@@ -92,6 +92,8 @@ def dualtoken(words: Sequence[str]) -> tuple[int, Any, str]:
     """Exit code, the JSON that was printed, and the line of the error."""
     command = [sys.executable, "-m", "dualtoken_deploy", *words, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise SystemExit(f"{shown(words)} was ended by signal {-done.returncode}; that says nothing of the cell")
     errors = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
     try:
         said = json.loads(done.stdout)
