@@ -154,6 +154,64 @@ def test_pictures_travel_and_a_gate_that_is_missed_there_is_exit_5_here(
     assert line.startswith(f"error: loop: {small_bundle()}: sqnr_db")
 
 
+# A net in the place of T (mix), and one precision: the way is the same, and takes seconds.
+SHORTER = (
+    ('variant = "t-mix"', 'model = "net.py:make"'), ('weights = "digits"', 'image_size = 32\nlabels = "labels.txt"'),
+    ('precisions = ["fp32", "int8"]', 'precisions = ["fp32"]'), ("top1 = 0.98", "sqnr_db = 60\nlimit = 20"),
+    ('tolerances = "tolerances.toml"', 'tolerances = "tolerances.toml"\nlimit = 20\nrounds = 0'),
+    ('names = ["jetson"]', 'names = ["loop"]\nrounds = 1\nseconds = 0.05'),
+    ('html = "report.html"', 'html = "report.html"\nlimit = 20\nrounds = 0'),
+)  # fmt: skip
+NET = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""
+
+
+@needs_sshd
+def test_the_run_of_the_page_goes_all_the_way(
+    named: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/ci.md's recipe: export, gates, verify against a baseline, bench over ssh, sign, report, in one command."""
+    pytest.importorskip("model_signing", reason="the extra [sign] is not installed")
+    from tests.test_signature import make_keys
+
+    root = Path(__file__).parent.parent
+    recipe = (root / "docs/ci.md").read_text().partition("```toml\n# recipe.toml")[2].partition("```")[0]
+    for said, shorter in SHORTER:
+        assert recipe.count(said) == 1, said
+        recipe = recipe.replace(said, shorter)
+    monkeypatch.chdir(tmp_path)
+    named()
+    Path("recipe.toml").write_text(f"#{recipe}")
+    Path("net.py").write_text(NET)
+    Path("labels.txt").write_text("\n".join("0123456789"))
+    shutil.copy(root / "examples/ci/tolerances.toml", "tolerances.toml")
+    private, public = make_keys(tmp_path, "a")
+    private.rename("key.pem")
+    names = [f"make-{target}-fp32" for target in ("onnxruntime", "openvino")]
+    steps = prints(capsys, "run", "recipe.toml", "--json")["steps"]
+    each = [f"{step} {name}" for step in ("export", "gates", "verify") for name in names]
+    each += ["bench on loop", *(f"sign {name}" for name in names), "report all"]
+    assert [(f"{s['step']} {s['bundle']}", s["state"]) for s in steps] == [(name, "done") for name in each]
+
+    measured = json.loads(Path("measured/loop.json").read_text())
+    check_schema("bench", measured)
+    assert [row["name"] for row in measured["contestants"]] == [*names, "gemm"]
+    assert (measured["on"]["device"], bool(measured["on"]["machine"]["cpu"])) == ("loop", True)
+    page = Path("report.html").read_text()
+    assert all(name in page for name in names)
+    bundle, baseline = Path("bundles", names[0]), Path("ci", f"{names[0]}.json")
+    main(["verify", str(bundle), "--baseline", str(baseline), "--signature", str(public)])
+    assert "held" in capsys.readouterr().out
+    assert {s["state"] for s in prints(capsys, "run", "recipe.toml", "--json")["steps"]} == {"skipped"}
+    Path("recipe.toml").write_text(f"#{recipe.replace('loop', 'nowhere')}")
+    code, line = fails(capsys, "run", "recipe.toml")
+    assert (code, "there is no device 'nowhere'" in line) == (2, True)
+
+
 def test_options_and_paths_become_those_of_the_device(tmp_path: Path) -> None:
     """Of bench and evaluate: what is a folder here travels, words stay words, defaults are left out."""
     from dualtoken_deploy.cli import checking

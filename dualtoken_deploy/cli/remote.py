@@ -43,6 +43,7 @@ def remotely(command: Callable[..., Any]) -> Callable[..., Any]:
 def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, Any]) -> None:
     from dualtoken_deploy.remote.devices import find_device
     from dualtoken_deploy.remote.session import Session, extras_of
+    from dualtoken_deploy.remote.timed import about
 
     values = {key: p.default for key, p in signature.parameters.items()} | dict(given)
     for key in WRITTEN:
@@ -62,7 +63,7 @@ def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, 
         data: Any = json.loads(outcome.out) if outcome.out.strip() else {}
         if isinstance(data, dict):
             data.pop("error", None)
-            data["on"] = {"device": device.name, "url": device.url, "machine": dict(outcome.machine)}
+            data["on"] = about(device, dict(outcome.machine))
         show(True, data, lambda _: None)
     elif outcome.out.strip():
         write_out(outcome.out.rstrip("\n"))
@@ -83,6 +84,7 @@ ON_ANDROID = {
 def _send_to_phone(name: str, defaults: Mapping[str, Any], values: Mapping[str, Any], device: Any) -> None:
     """Raises UsageError on what no program there can be asked."""
     from dualtoken_deploy.remote.phone import bench_on, validate_on
+    from dualtoken_deploy.remote.timed import about
     from dualtoken_deploy.use.validate import gate
 
     if name not in ON_ANDROID:
@@ -101,7 +103,7 @@ def _send_to_phone(name: str, defaults: Mapping[str, Any], values: Mapping[str, 
     if name == "validate":
         with progress() as tell:
             results, machine = validate_on(device, bundles, tell)
-        on = {"device": device.name, "url": device.url, "machine": machine}
+        on = about(device, machine)
         show(as_json, {"results": [r.to_json() for r in results], "on": on}, lambda r: r.validation_table(results))
         figures = {key.removeprefix("min_"): value for key, value in values.items() if key.startswith("min_")}
         gate(results, **{{"sqnr": "sqnr_db"}.get(key, key): value for key, value in figures.items()})
@@ -111,7 +113,7 @@ def _send_to_phone(name: str, defaults: Mapping[str, Any], values: Mapping[str, 
             device, bundles, tell, values["against"], values["threads"], values["rounds"], values["seconds"],
             values["device"],
         )  # fmt: skip
-    on = {"device": device.name, "url": device.url, "machine": dict(report.machine)}
+    on = about(device, dict(report.machine))
     show(as_json, report.to_json() | {"on": on}, lambda r: r.phone_table(report.to_json()))
     for note in report.notes:
         remark(f"note: {note}")

@@ -93,6 +93,17 @@ class VerifyTable(_Table, frozen=True):
     seconds: float = 0.5
 
 
+class DevicesTable(_Table, frozen=True):
+    """Where the bundles are timed: `names` as `--on` takes them. `folder`: a report for each, DEVICE.json, as
+    `dualtoken bench --on DEVICE --json` prints it."""
+
+    names: Names
+    folder: str = "measured"
+    rounds: int = 5
+    seconds: float = 2.0
+    threads: int | None = None
+
+
 class SignTable(_Table, frozen=True):
     """`key`: a private key in PEM, as `dualtoken sign --key` takes it."""
 
@@ -118,13 +129,14 @@ class Recipe(_Table, frozen=True):
     output: str = "bundles"
     gates: GateTable | None = None
     verify: VerifyTable | None = None
+    devices: DevicesTable | None = None
     sign: SignTable | None = None
     report: ReportTable | None = None
 
 
 TABLES = {
     "": Recipe, "model": ModelTable, "export": ExportTable, "int8": Int8Table, "gates": GateTable,
-    "verify": VerifyTable, "sign": SignTable, "report": ReportTable,
+    "verify": VerifyTable, "devices": DevicesTable, "sign": SignTable, "report": ReportTable,
 }  # fmt: skip
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,7 +19,7 @@ import msgspec
 from dualtoken_deploy.bundle.manifest import COMPLETE
 from dualtoken_deploy.bundle.signature import sign
 from dualtoken_deploy.bundle.store import MANIFEST, Bundle, sha256
-from dualtoken_deploy.errors import DualTokenError, InputError
+from dualtoken_deploy.errors import DualTokenError, InputError, MissingError
 from dualtoken_deploy.files import read_bytes, write_atomically
 from dualtoken_deploy.machine import library_versions
 from dualtoken_deploy.models.count import count_params
@@ -32,6 +35,8 @@ from dualtoken_deploy.prove.tolerances import Tolerances
 from dualtoken_deploy.prove.verify import check_same, compare
 from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.recipe.file import Recipe
+from dualtoken_deploy.remote.devices import Device, find_device
+from dualtoken_deploy.remote.timed import bench_there
 from dualtoken_deploy.targets.precision import NO_CALIBRATION
 from dualtoken_deploy.targets.table import get_target
 from dualtoken_deploy.use.validate import gate, validate
@@ -45,7 +50,8 @@ LIBRARIES = ("dualtoken-deploy", "torch", "numpy", "onnx", "onnxscript", "onnxsi
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do with one bundle ("all": with all of them). `key` hashes what it is done from; `run` does it."""
+    """One thing to do with one bundle ("all": with all of them; "on DEVICE": with all of them there). `key` hashes what
+    it is done from; `run` does it."""
 
     name: str
     bundle: str
@@ -79,6 +85,7 @@ class Kitchen:
         self.output = folder / recipe.output
         self.model = self._model()
         self.source = open_source(self.model)
+        self.devices = [find_device(name) for name in dict.fromkeys(recipe.devices.names if recipe.devices else ())]
         self.plans = list(self._plans())
         names = [p.output.name for p in self.plans]
         if doubled := next((name for name in names if names.count(name) > 1), None):
@@ -141,7 +148,12 @@ class Kitchen:
         return found
 
     def _closing(self, exports: list[Step]) -> Iterator[Step]:
-        names, keys = tuple(e.bundle for e in exports), tuple(e.key for e in exports)
+        keys = tuple(e.key for e in exports)
+        for device in self.devices:
+            assert self.recipe.devices is not None  # noqa: S101 (it names them)
+            file = self.folder / self.recipe.devices.folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', device.name)}.json"
+            digest = _digest(keys, self.recipe.devices, device.url)
+            yield Step("bench", f"on {device.name}", digest, partial(self._bench, device, file), file)
         if self.recipe.sign is not None:
             key = self.folder / self.recipe.sign.key
             for e in exports:
@@ -154,7 +166,7 @@ class Kitchen:
         if self.recipe.report is not None:
             page = self.recipe.report.html or self.recipe.report.markdown
             where = None if page is None else self.folder / page
-            yield Step("report", "all", _digest(keys, self.recipe.report), self._report, where, names)
+            yield Step("report", "all", _digest(keys, self.recipe.report), self._report, where)
 
     def _asks_for(self) -> float:
         """What export asks of the disk for itself before it begins, in MiB, for one bundle."""
@@ -205,13 +217,25 @@ class Kitchen:
             return
         compare(str(folder), str(baseline), before, now, limits).gate()
 
+    def _bench(self, device: Device, file: Path, tell: Tell) -> None:
+        table = self.recipe.devices
+        assert table is not None  # noqa: S101 (as above)
+        there = [bundle.path for bundle in self._here() if bundle.manifest.state == COMPLETE]
+        if not there:
+            raise MissingError(f"no bundle of the recipe can run on {device.name}; look at what its export said")
+        found = bench_there(device, there, table.rounds, table.seconds, table.threads, tell)
+        text = json.dumps(found, indent=1) + "\n"
+        write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _here(self) -> list[Bundle]:
+        return [Bundle.open(p.output) for p in self.plans if (p.output / MANIFEST).is_file()]
+
     def _report(self, tell: Tell) -> None:
         table = self.recipe.report
         assert table is not None  # noqa: S101 (as above)
         setting = Setting(self._path(table.data), table.limit, rounds=table.rounds, seconds=table.seconds)
-        here = [Bundle.open(p.output) for p in self.plans if (p.output / MANIFEST).is_file()]
         made = document(
-            [look(bundle, setting, False, "dualtoken run", tell) for bundle in here],
+            [look(bundle, setting, False, "dualtoken run", tell) for bundle in self._here()],
             datetime.now(UTC).strftime("%Y-%m-%d"),
         )
         for name, render in ((table.html, html), (table.markdown, markdown)):
@@ -236,15 +260,20 @@ class Kitchen:
             return False
         return bool(noted.get("manifest") == sha256(bundle.path / MANIFEST))
 
-    def cook(self, tell: Tell, force: bool = False) -> Iterator[Result]:
-        """Does what is to be done, one after the other; a bundle that fails takes its own later steps along."""
-        failed: set[str] = set()
+    def cook(
+        self, tell: Tell, force: bool = False, already: Mapping[tuple[str, str], Result] = MappingProxyType({})
+    ) -> Iterator[Result]:
+        """Does what is to be done, one after the other; a bundle that fails takes its own later steps along. `already`:
+        by step and bundle what was done elsewhere."""
+        failed = {bundle for (_, bundle), result in already.items() if result.error is not None}
         for step in self.steps():
-            if failed & set(step.needs) and step.bundle != "all":
+            if (step.name, step.bundle) in already:
+                continue
+            if failed & set(step.needs):
                 yield Result(step.name, step.bundle, LEFT_OUT)
                 continue
             if not force and self.is_done(step):
-                yield Result(step.name, step.bundle, SKIPPED, self._seconds(step))
+                yield Result(step.name, step.bundle, SKIPPED, self.seconds(step))
                 continue
             start = time.perf_counter()
             try:
@@ -254,22 +283,28 @@ class Kitchen:
                 yield Result(step.name, step.bundle, FAILED, round(time.perf_counter() - start, 1), error)
                 continue
             seconds = round(time.perf_counter() - start, 1)
-            self._note(step, seconds)
+            self.note(step, seconds)
             yield Result(step.name, step.bundle, DONE, seconds)
 
     def expect(self) -> Iterator[tuple[Step, str, float | None]]:
         """Each step, whether it is done, and the seconds that it took before; nothing is touched."""
         for step in self.steps():
-            yield step, DONE if self.is_done(step) else TO_DO, self._seconds(step)
+            yield step, DONE if self.is_done(step) else TO_DO, self.seconds(step)
 
-    def _seconds(self, step: Step) -> float | None:
+    def step(self, name: str, bundle: str) -> Step:
+        """One that there is."""
+        return next(step for step in self.steps() if (step.name, step.bundle) == (name, bundle))
+
+    def seconds(self, step: Step) -> float | None:
+        """That it took in an earlier run."""
         found: float | None = self.record.get(f"{step.name} {step.bundle}", {}).get("seconds")
         return found
 
-    def _note(self, step: Step, seconds: float) -> None:
+    def note(self, step: Step, seconds: float) -> None:
+        """Keeps in the record that a step is done."""
         key = step.key
         if step.name == "verify":  # a baseline that it made is what the next run is held against
-            export = next(s for s in self.steps() if s.name == "export" and s.bundle == step.bundle)
+            export = self.step("export", step.bundle)
             key = _digest(export.key, self.recipe.verify, self._files("verify", step.bundle))
         noted: dict[str, Any] = {"key": key, "seconds": seconds}
         if step.name == "export" and step.output is not None:
