@@ -55,6 +55,22 @@ def test_a_signed_bundle_is_a_bundle_and_its_key_is_named(
     assert [p.name for p in signed.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_relative_path_signs_the_same(
+    own_bundle: Path,
+    keys: dict[str, tuple[Path, Path]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the pages' commands have it: what is signed from the folder above is whole from anywhere, and again."""
+    private, public = keys["ours"]
+    monkeypatch.chdir(own_bundle.parent)
+    for _ in range(2):
+        main(["sign", own_bundle.name, "--key", str(private)])
+        for path in (own_bundle.name, str(own_bundle)):
+            main(["verify", path, "--signature", str(public)])
+            assert "is as it was signed" in capsys.readouterr().err
+
+
 def test_the_vendors_own_program_takes_the_signature(signed: Path, keys: dict[str, tuple[Path, Path]]) -> None:
     """An independent reader: the library's command line, told no more than where things are."""
     import sys

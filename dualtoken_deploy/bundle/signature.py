@@ -102,7 +102,8 @@ def _why(error: Exception) -> str:
 
 def _everything_but(*files: Path) -> hashing.Config:
     hashing: Any = _module("hashing")
-    return hashing.Config().set_ignored_paths(paths=list(files), ignore_git_paths=False)
+    # names in the bundle's folder: a path from elsewhere would be looked for below it, and not be left out
+    return hashing.Config().set_ignored_paths(paths=[file.name for file in files], ignore_git_paths=False)
 
 
 def _check_key(path: Path, kind: str, word: str) -> None:
