@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dualtoken_deploy.bundle.blocks import Calibration, SearchResult
 from dualtoken_deploy.errors import ToleranceError, UsageError
 from dualtoken_deploy.pipeline.check import _doubts
-from dualtoken_deploy.quantize import gate
-from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, assigned, search
 from dualtoken_deploy.quantize import gate
 from dualtoken_deploy.quantize.search import HOPELESS, SCORES, Score, ScoreCache, Unit, assigned, search
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
