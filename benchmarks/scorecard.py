@@ -60,6 +60,7 @@ MODELS: Mapping[str, Model] = {
         Model("t-mix-shapes", ("--variant", "t-mix", "--weights", "shapes"), "shapes"),
         Model("retinanet-scenes", ("--head", "retinanet", "--weights", "scenes-detect"), "scenes"),
         Model("pspnet-scenes", ("--head", "pspnet", "--weights", "scenes-segment"), "scenes"),
+        Model("tokenizer-shapes", ("--variant", "dualtoken-tokenizer-s", "--weights", "shapes-tokens"), "shapes"),
         Model("tsm2-lorenz", ("--variant", "tsm2", "--weights", "lorenz"), "lorenz"),
         *(Model(name, ("--variant", name)) for name in VARIANTS),
     )
