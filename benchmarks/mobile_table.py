@@ -5,7 +5,8 @@
 
 Each row is `dualtoken export`, `dualtoken inspect` and, with trained weights, `dualtoken evaluate`; int8 is calibrated
 on the data set of the weights, at most half a point lost, and of random weights on the built-in photographs, whatever
-is lost. Bundles that are there are kept, so a run that was ended goes on. `--rounds`: of one interleaved
+is lost. Bundles and rows (BUNDLE.row.json) that are there are kept, so a run that was ended goes on, and the timing
+can be a run of its own. `--rounds`: of one interleaved
 `dualtoken bench` of all rows against ONNX Runtime fp32, one thread; 0 times nothing.
 """
 
@@ -59,7 +60,11 @@ def make(bundle: Path, variant: str, weights: str, target: str, precision: str, 
 
 
 def cells(bundle: Path, weights: str) -> list[str]:
-    """One row of the table, read from a bundle."""
+    """One row of the table, read from a bundle; kept beside it."""
+    kept = bundle.with_suffix(".row.json")
+    if kept.exists():
+        found: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
     seen = dualtoken("inspect", str(bundle))
     manifest = seen["manifest"]
     measured = manifest["measured"].get("photographs") or manifest["measured"]["golden"]
@@ -67,7 +72,9 @@ def cells(bundle: Path, weights: str) -> list[str]:
     share = f"{100 * seen['int8_mac_share']:.1f} %" if manifest["precision"] == "int8" else "-"
     size = sum((bundle / name).stat().st_size for name in manifest["files"] if name.startswith("model"))
     count = sum(n for kind, n in seen["operators"].items())
-    return [str(count), delegate(seen), f"{measured['sqnr_db']:.1f}", top1, share, f"{size / 2**20:.2f}"]
+    found = [str(count), delegate(seen), f"{measured['sqnr_db']:.1f}", top1, share, f"{size / 2**20:.2f}"]
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def delegate(inspection: Any) -> str:
