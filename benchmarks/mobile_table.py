@@ -6,8 +6,8 @@
 Each row is `dualtoken export`, `dualtoken inspect` and, with trained weights, `dualtoken evaluate`; int8 is calibrated
 on the data set of the weights, at most half a point lost, and of random weights on the built-in photographs, whatever
 is lost. Bundles and rows (BUNDLE.row.json) that are there are kept, so a run that was ended goes on, and the timing
-can be a run of its own. `--rounds`: of one interleaved
-`dualtoken bench` of all rows against ONNX Runtime fp32, one thread; 0 times nothing.
+can be a run of its own. `--rounds`: of one interleaved `dualtoken bench` of all rows against ONNX Runtime fp32, one
+thread; 0 times nothing.
 """
 
 from __future__ import annotations
