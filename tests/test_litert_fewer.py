@@ -14,7 +14,7 @@ from dualtoken_deploy.targets.litert import flat
 from dualtoken_deploy.targets.litert.fewer import space_to_depth, split_slices, stay_channels_last, take_away
 from dualtoken_deploy.targets.litert.runner import open_interpreter
 from dualtoken_deploy.targets.litert.structure import gpu_refusals, structure
-from dualtoken_deploy.targets.litert.ways import keep_batch, keep_maps, one_batch
+from dualtoken_deploy.targets.litert.ways import equal_constants, keep_batch, keep_maps, one_batch
 
 tfl = flat.schema()
 Options = tuple[str, dict[str, Any]]
@@ -173,6 +173,13 @@ def heads(rows: int = 0) -> Made:
     return made
 
 
+def biased(*sizes: int) -> Made:
+    """Scores of two windows and three heads, and a constant that is added to them."""
+    made = Made(2, 3, 5, 5)
+    made.ends(made.add("ADD", [0, made.weight(*sizes)], [2, 3, 5, 5]))
+    return made
+
+
 CASES: list[tuple[Callable[[Any], int], Callable[[], Made], int, int]] = [
     (split_slices, parts, 1, 2),
     (space_to_depth, lambda: merged(1), 1, 0),
@@ -186,6 +193,9 @@ CASES: list[tuple[Callable[[Any], int], Callable[[], Made], int, int]] = [
     (keep_batch, lambda: tokens(1), 0, 0),  # a map of four axes is on the way
     (one_batch, heads, 1, 0),
     (one_batch, lambda: heads(5), 0, 0),
+    (keep_maps, lambda: biased(3, 5, 5), 0, 0),  # four axes already, and a constant of other rows
+    (equal_constants, lambda: biased(3, 5, 5), 1, 0),
+    (equal_constants, lambda: biased(5), 0, 0),
 ]
 
 
@@ -200,6 +210,13 @@ def test_what_is_computed_stays(
     assert len(list(flat.operators(made.model))) == len(before) - fewer
     for found, value in zip(run(made.model, tmp_path / "after.tflite"), wanted, strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_takes_a_bias_of_equal_rank() -> None:
+    made = biased(3, 5, 5)
+    assert len(list(gpu_refusals(made.model))) == 1
+    take_away(made.model)
+    assert not list(gpu_refusals(made.model))
 
 
 def test_every_value_has_the_batch_first(tmp_path: Path) -> None:

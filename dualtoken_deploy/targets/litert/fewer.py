@@ -14,7 +14,7 @@ import numpy as np
 
 from dualtoken_deploy.targets.litert.flat import kinds_of, schema
 from dualtoken_deploy.targets.litert.graph import BINARY, UNARY, Graph, Step, reshape_to, turns_by
-from dualtoken_deploy.targets.litert.ways import keep_batch, keep_maps, one_batch
+from dualtoken_deploy.targets.litert.ways import equal_constants, keep_batch, keep_maps, one_batch
 
 TO_PLANES, TO_MAP = [0, 3, 1, 2], [0, 2, 3, 1]  # permutations of a map's four axes
 SPLIT, SPACE_TO_DEPTH = ("SPLIT", 49), ("SPACE_TO_DEPTH", 26)  # with their number in the schema's BuiltinOperator
@@ -168,7 +168,15 @@ def _planes(graph: Graph, step: Step) -> list[Step]:
 FEWER: Mapping[str, Callable[[Any], int]] = MappingProxyType(
     {
         function.__name__: function
-        for function in (split_slices, space_to_depth, stay_channels_last, keep_maps, keep_batch, one_batch)
+        for function in (
+            split_slices,
+            space_to_depth,
+            stay_channels_last,
+            keep_maps,
+            keep_batch,
+            one_batch,
+            equal_constants,
+        )
     }
 )
 

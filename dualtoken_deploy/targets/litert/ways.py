@@ -176,7 +176,7 @@ def _bends(graph: Graph, step: Step, index: int, rows: Mapping[int, list[int]]) 
         return len(graph.shape(op.inputs[0])) == 3 and axes in ([1], [2], [-1], [-2]) and (
             index == op.inputs[0] or bool(op.options.keepDims)
         )  # fmt: skip
-    if op.kind not in BINARY:
+    if op.kind not in BINARY or any(len(graph.shape(i)) > 3 for i in (*op.inputs, *op.outputs)):
         return False
     constants = [graph.shape(i) for i in op.inputs if graph.constant(i)]
     return all(len(s) <= 1 or math.prod(s[:-1]) in rows for s in constants)
@@ -192,12 +192,27 @@ def _follow(
     elif op.kind == "MEAN" and op.inputs[0] in way and len(before[op.inputs[0]]) == 3:
         token = graph.integers(op.inputs[1])[0] in (1, -2)
         step.own.inputs = np.array([op.inputs[0], graph.add_integers([1, 2] if token else [3])], np.int32)
-    elif op.kind in BINARY and op.outputs[0] in way:
+    elif op.kind in BINARY and len(before.get(op.outputs[0], ())) in (2, 3):
         for i in op.inputs:
             sizes = graph.shape(i)
             if graph.constant(i) and len(sizes) in (2, 3):
                 lead = rows[math.prod(sizes[:-1])]
                 graph.read_instead(step, i, graph.reshaped_constant(i, [*lead, sizes[-1]]))
+
+
+def equal_constants(model: Any) -> int:
+    """A constant of fewer axes than what it is added to, but more than one, has as many: GPUs take no two ranks."""
+    graph, count = Graph(model), 0
+    for step in graph.steps:
+        if step.op.kind not in BINARY:
+            continue
+        rank = max(len(graph.shape(i)) for i in step.op.inputs)
+        for i in step.op.inputs:
+            sizes = graph.shape(i)
+            if graph.constant(i) and 1 < len(sizes) < rank:
+                graph.read_instead(step, i, graph.reshaped_constant(i, [*[1] * (rank - len(sizes)), *sizes]))
+                count += 1
+    return count
 
 
 def one_batch(model: Any) -> int:
