@@ -63,6 +63,7 @@ MODELS: dict[str, Callable[[], Source]] = {
     "t-mix": lambda: variant_source("t-mix"),
     "lightvit-t": lambda: variant_source("lightvit-t"),
     "dualformer-t": lambda: variant_source("dualformer-t"),
+    "vim2-t, 64": lambda: variant_source("vim2-t", image_size=64),
     "retinanet on t-mix, 320": lambda: head_source("retinanet", "t-mix", None, (320, 320)),
     "pspnet on t-mix, 256": lambda: head_source("pspnet", "t-mix", None, (256, 256)),
     "swin of transformers, 64": lambda: foreign("swin"),
