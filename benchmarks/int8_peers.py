@@ -1,6 +1,10 @@
 """INT8 of this project beside what else a user would take, on one graph, with the same pictures, in one run.
 
     python benchmarks/int8_peers.py [digits|shapes] [--only NAME...] [--calibration-size 100] [--max-drop 0.5]
+        [--litert BUNDLE]
+
+ai-edge-quantizer's rows need the model converted to LiteRT in float32 (`dualtoken export --target litert --precision
+fp32`): that bundle is --litert.
 
 Each gets the float ONNX graph of the trained model and the same calibration pictures, and is judged on the same
 held-out ones in the runtime that it is for: points of top-1 lost against the float graph, the share of the MACs that
@@ -30,6 +34,10 @@ from dualtoken_deploy.quantize.calibration import CalibrationSet, HeldOut
 from dualtoken_deploy.quantize.gate import Int8Options, quantize_within_budget
 from dualtoken_deploy.quantize.judge import make_judge
 from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.targets.litert import flat
+from dualtoken_deploy.targets.litert.compress import KINDS
+from dualtoken_deploy.targets.litert.products import read_products as read_litert_products
+from dualtoken_deploy.targets.litert.runner import MODEL, LiteRtRunner
 from dualtoken_deploy.targets.onnx.qdq import NEUTRAL, Style, onnxruntime_style, read_products
 from dualtoken_deploy.targets.onnx.quantize import OnnxBackend
 from dualtoken_deploy.targets.onnx.values import Prober
@@ -51,6 +59,7 @@ class Case:
     expected: Array  # (N, classes) of the float graph
     truth: Array
     max_drop: float
+    litert: Path | None = None  # the float32 file for LiteRT
 
     @property
     def name(self) -> str:
@@ -76,6 +85,8 @@ def specs(case: Case) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
 
 
 def open_runner(case: Case, made: Made) -> Any:
+    if made.runtime == "litert":
+        return LiteRtRunner(made.path, *specs(case), 1)
     kind = OnnxRuntimeRunner if made.runtime == "onnxruntime" else OpenVinoRunner
     return kind(made.path, *specs(case), RunnerOptions(threads=1))
 
@@ -92,7 +103,13 @@ def share(case: Case, made: Made, products: Products) -> float:
     if made.planned is not None:
         return made.planned
     with open_runner(case, made) as runner:
-        nodes = runner.execution().nodes
+        # OpenVINO calls a product after the scale that it joins with it, where weights come as integers
+        nodes = {
+            name.removesuffix("/DequantizationMultiply"): dtype for name, dtype in runner.execution().nodes.items()
+        }
+    if made.runtime == "litert":
+        assert case.litert is not None  # noqa: S101 (else there is no such contestant)
+        products = read_litert_products(flat.read(case.litert), KINDS)
     return sum(n for name, n in products.macs.items() if nodes.get(name) in ("int8", "uint8")) / products.total
 
 
@@ -188,17 +205,41 @@ def nncf_controlled(case: Case, folder: Path) -> Made:
     return Made(folder / "model.xml", "openvino")
 
 
-def contestants() -> dict[str, Callable[[Case, Path], Made]]:
+def ai_edge(kind: str) -> Callable[[Case, Path], Made]:
+    """A recipe of ai-edge-quantizer's own, by its name; a static one is calibrated by its own calibrator."""
+
+    def quantize(case: Case, folder: Path) -> Made:
+        from ai_edge_quantizer import quantizer, recipe
+
+        tool = quantizer.Quantizer(str(case.litert), getattr(recipe, kind)())
+        statistics = None
+        if tool.need_calibration:
+            inputs = case.calibration.inputs
+            feeds = [{case.name: inputs[i : i + 1]} for i in range(len(inputs))]
+            (signature,) = flat.read(case.litert).signatureDefs
+            statistics = tool.calibrate({signature.signatureKey.decode(): feeds}, num_threads=1)
+        tool.quantize(statistics, enable_progress_bar=False).export_model(str(folder / MODEL))
+        return Made(folder / MODEL, "litert")
+
+    return quantize
+
+
+def contestants(litert: bool) -> dict[str, Callable[[Case, Path], Made]]:
     style = onnxruntime_style()
     dense = Style(style.name, style.unsigned, style.reduce_range, conv_outputs=False)
+    edge = {
+        "ai-edge-quantizer static_wi8_ai8": ai_edge("static_wi8_ai8"),
+        "ai-edge-quantizer dynamic_wi8_afp32": ai_edge("dynamic_wi8_afp32"),
+    }
     return {
         "ours, ONNX Runtime": ours(OnnxBackend, style, "onnxruntime"),
         "ours, OpenVINO": ours(OpenVinoBackend, dense, "openvino"),
         "ours, symmetric S8/S8": ours(OnnxBackend, NEUTRAL, "onnxruntime", executed=False),
         "ORT quantize_static, defaults": ort_static(per_channel=False, unsigned=False),
         "ORT quantize_static, U8/S8 per channel": ort_static(per_channel=True, unsigned=True),
-        "NNCF quantize": nncf_plain,
+        "NNCF quantize, for transformers": nncf_plain,
         "NNCF quantize_with_accuracy_control": nncf_controlled,
+        **(edge if litert else {}),
     }
 
 
@@ -208,17 +249,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--calibration-size", type=int, default=100)
     parser.add_argument("--max-drop", type=float, default=0.5)
+    parser.add_argument("--litert", type=Path, help="a bundle of the same weights: LiteRT, fp32")
     given = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)
     graph, calibration, held_out = open_weights(given.weights, given.calibration_size)
     truth = np.array([sample.label for sample, _ in held_out.truth])
     expected = Prober(graph, ["logits"]).run_each(held_out.inputs)["logits"]
-    case, products = Case(graph, calibration, held_out, expected, truth, given.max_drop), read_products(graph)
+    file = None if given.litert is None else given.litert / MODEL
+    case, products = Case(graph, calibration, held_out, expected, truth, given.max_drop, file), read_products(graph)
     print(f"float: {100 * case.top1(expected):.2f} % of {len(truth)} pictures; calibration: {len(calibration.inputs)}")
     print(
         "| contestant | top-1 lost (points) | SQNR (dB) | MACs in INT8 | CPU s |\n| --- | ---: | ---: | ---: | ---: |"
     )
-    for name, quantize in contestants().items():
+    for name, quantize in contestants(file is not None).items():
         if given.only and not any(part in name for part in given.only):
             continue
         with tempfile.TemporaryDirectory() as place:
