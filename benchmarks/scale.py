@@ -6,8 +6,8 @@
 
 A point is the least CPU time of a call, which other jobs on the machine stretch less than the time on the wall (with
 one thread both are the same on a quiet one), and the most memory that its process held. Each runtime has one bundle for
-all points. The exponent is the slope of log(time) over log(pixels), or over log(batch), by least squares, with Student's
-90 % interval; 1 is linear. Memory has a part that does not grow, so its slope is in MiB a megapixel.
+all points. The exponent is the slope of log(time) over log(pixels), or over log(batch), by least squares, with
+Student's 90 % interval; 1 is linear. Memory has a part that does not grow, so its slope is in MiB a megapixel.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measure_point(path: Path, side: int, batch: int, threads: int, seconds: floa
 
 
 def run(folder: Path, rounds: int, seconds: float, threads: int, output: Path) -> None:
-    """Rounds over all points in an order that changes; what `output` has already is kept: a run that was cut goes on."""
+    """Rounds over all points in an order that changes; what `output` has is kept: a run that was cut goes on."""
     said = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"points": {}}
     found: dict[str, list[dict[str, float]]] = said["points"]
     said |= {"threads": threads, "rounds": rounds, "seconds": seconds, "machine": describe_machine()}
