@@ -34,6 +34,7 @@ from dualtoken_deploy.targets.coreml.mil.program import find_specification
 from dualtoken_deploy.targets.coreml.mil.vendor import model_proto
 from dualtoken_deploy.targets.coreml.mil.weights import WeightFile
 from dualtoken_deploy.targets.coreml.runner import ENGINE, MilReferenceRunner
+from dualtoken_deploy.targets.coreml.validation import validated_once
 from dualtoken_deploy.targets.load import RunnerOptions
 from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
@@ -118,6 +119,26 @@ def test_the_two_layouts_side_by_side(packages: Callable[..., Bundle]) -> None:
         assert layout["off_neural_engine"] == 1  # classify, behind the program
     # the head and the two token-axis products of a block stay where they are; all else becomes convolutions
     assert structures["iOS18", "ane"]["linear"] < 10 < structures["iOS18", "plain"]["linear"]
+
+
+def test_a_program_that_a_pass_breaks_is_found_at_the_end() -> None:
+    """coremltools' own check of a program whose value nothing makes any longer; not between passes."""
+    from coremltools.converters.mil.mil import Builder, Program
+
+    @Builder.program(input_specs=[Builder.TensorSpec(shape=(1,))])  # type: ignore[untyped-decorator]
+    def program(x: Any) -> Any:
+        return Builder.relu(x=Builder.square(x=x))
+
+    with validated_once():
+        program.validate()
+    main, own = program.functions["main"], Program.validate
+    main.operations.remove(main.find_ops(op_type="square")[0])
+    between = validated_once()
+    between.__enter__()
+    program.validate()
+    with pytest.raises(ValueError, match=r"square_0.*not visible"):
+        between.__exit__(None, None, None)
+    assert Program.validate is own
 
 
 # --- precisions ------------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def _gpu(processor: str | None) -> bool:
 
 def _ask(phone: Phone, placed: Placed, threads: int | None, seconds: float, gpu: bool) -> Ask:
     height, width = placed.bundle.manifest.input.size
-    if not placed.program.by_seconds and threads is None and placed.bundle.manifest.target == "ncnn":
+    if threads is None and placed.program.names_threads:
         threads = phone.machine["cores"]
     ask = Ask(placed.files, threads, seconds, PROBE, gpu, (3, height, width))
     if placed.program.by_seconds:

@@ -48,6 +48,7 @@ class Program:
     `by_seconds`: it repeats for some seconds; otherwise it takes a number of calls. `answer(program, model, input spec,
     input file, output)`: the words that make it write its outputs, `written(output, count)`: the files that it writes
     then; None where it cannot. `limit`: what its figures are not. `one_output`: its file does not say which is which.
+    `names_threads`: it has to be told a number of threads; the others take one of their own.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Program:
     written: Callable[[str, int], list[str]] = lambda output, _: [output]
     limit: str | None = None
     one_output: bool = False
+    names_threads: bool = False
 
 
 def _litert(program: str, ask: Ask) -> list[str]:
@@ -139,7 +141,10 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType(
             "executor_runner", _executorch, _read_executorch, answer=_answer_executorch,
             written=lambda output, count: [f"{output}-{i}.bin" for i in range(count)],
         ),
-        "ncnn": Program("benchncnn", _ncnn, _read_ncnn, limit="benchncnn times the graph with weights of its own"),
+        "ncnn": Program(
+            "benchncnn", _ncnn, _read_ncnn, names_threads=True,
+            limit="benchncnn times the graph with weights of its own",
+        ),
     }
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.targets.apple.torch_program import quiet
 from dualtoken_deploy.targets.coreml.mil import MilProgram, load_program
+from dualtoken_deploy.targets.coreml.validation import validated_once
 from dualtoken_deploy.targets.runner import Array
 
 STEM_CONVOLUTIONS = 5  # the first of the program; in 8 bits they alone cost trained models their accuracy
@@ -46,7 +47,7 @@ def quantize_activations(model: Any, inputs: Sequence[Array]) -> tuple[Any, list
         op_type_configs=dict.fromkeys(QUANTIZED, quantizer), op_name_configs=dict.fromkeys(stem)
     )
     try:
-        with quiet():
+        with quiet(), validated_once():
             pair = PASS_REGISTRY["compression::insert_prefix_quantize_dequantize_pair"]
             pair.set_options([PassOption("config", config), PassOption("activation_stats", ranges)])
             quantized = utils._apply_graph_pass(model, pair, skip_model_load=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.targets.apple.torch_program import quiet
+from dualtoken_deploy.targets.coreml.validation import validated_once
 from dualtoken_deploy.targets.runner import Array
 
 
@@ -95,7 +96,7 @@ def compress(model: Any, precision: str, grouped: bool) -> Any:
     `grouped`: the deployment target has tables for groups of channels. Raises ConversionError.
     """
     try:
-        with quiet():
+        with quiet(), validated_once():
             return COMPRESSIONS[precision](model, grouped)
     except Exception as error:  # coremltools raises what its passes raise
         raise ConversionError(f"coremltools cannot compress to {precision}: {first_line(error)}") from error

@@ -34,6 +34,7 @@ from dualtoken_deploy.targets.coreml.package import OUTPUTS, describe, save
 from dualtoken_deploy.targets.coreml.passes import teach
 from dualtoken_deploy.targets.coreml.rounding import PICTURES, round_layers
 from dualtoken_deploy.targets.coreml.structure import structure
+from dualtoken_deploy.targets.coreml.validation import validated_once
 from dualtoken_deploy.targets.request import Artifact, Request, Samples, Tell
 from dualtoken_deploy.targets.runner import planar, planar_shape
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS, W8A8, get_target
@@ -199,7 +200,7 @@ def convert(ct: Any, module: nn.Module, request: Request, deployment: str, tell:
     outputs = [(name, dtypes.get(name, np.float32)) for name in output_names(request)]
     tell(f"converting to Core ML for {deployment}")
     try:
-        with quiet():
+        with quiet(), validated_once():
             converted = ct.convert(
                 program,
                 source="pytorch",
