@@ -96,8 +96,8 @@ def test_rows_are_rounded_as_they_come(backend: PteBackend, made: Bundle) -> Non
         want, got = (p.module()(image) for p in (found._source.program, program))
     measured = compare(want.numpy(), got.numpy()).sqnr_db
     assert -10 * np.log10(found.sensitivity().noise()) == pytest.approx(measured, abs=4)
-    with pytest.raises(UsageError, match="measures no ranges; leave --calibrator mse out"):
-        prepare(rebuild(made.manifest), request, pictures, "dynamic", "mse", lambda _: None)
+    with pytest.raises(UsageError, match="measures no ranges; leave --calibrator entropy out"):
+        prepare(rebuild(made.manifest), request, pictures, "dynamic", "entropy", lambda _: None)
 
 
 def test_layers_in_float_have_no_pairs(backend: PteBackend) -> None:
