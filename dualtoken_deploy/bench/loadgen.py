@@ -177,7 +177,7 @@ def _read(name: str, bundle: Bundle, scenario: str, folder: Path, duration_s: fl
         float(scores[0]) / unit, float(found["50.00 percentile latency (ns)"]) / 1e6,
         float(found["99.00 percentile latency (ns)"]) / 1e6, int(counts[-1]), int(answer["samples"]),
         found["Result is"],
-        tuple(key.strip() for key, value in found.items() if key.endswith("satisfied") and value.upper() == "NO"),
+        tuple(f"{key}: no" for key, value in found.items() if key.endswith("satisfied") and value.upper() == "NO"),
         duration_s < LEAST_S, float(answer["target_qps"]), str(folder),
     )  # fmt: skip
 
