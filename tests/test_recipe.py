@@ -260,11 +260,16 @@ def test_the_schema_has_every_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
-    """ONNX and OpenVINO's IR, golden, labels and manifest: nothing of when or where, nor of the order of sets."""
+    """ONNX and OpenVINO's IR, golden, labels and manifest: nothing of when or where, nor of the order of sets.
+
+    A process traces for itself, once for both.
+    """
     import sys
 
     code = (
-        "import sys; from tests.conftest import TINY, SMALL; from types import MappingProxyType; "
+        "import pathlib, sys; from tests.conftest import TINY, SMALL, onnx_export; from types import MappingProxyType; "
+        "from tests.traces import shared; "
+        "onnx_export.trace = shared(onnx_export.trace, pathlib.Path(sys.argv[1] + '-traces')); "
         "from dualtoken_deploy.models import registry; "
         "registry.VARIANTS = MappingProxyType({**registry.VARIANTS, TINY.name: TINY}); "
         "from dualtoken_deploy import export; "
