@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from dualtoken_deploy.bundle.store import Bundle
+from dualtoken_deploy.targets.onnx.graph import Graph
 from dualtoken_deploy.targets.onnxruntime.layout import attention_over_tokens, drop_unit_batch, transpose_first
 
 
@@ -194,3 +195,25 @@ def test_a_picture_that_is_read_elsewhere_too_is_not_turned() -> None:
         node("Add", "planes again", "out"),
     ]
     assert laid_out(graph(nodes, {"x": [1, 8, 6, 3]}, [1, 3, 8, 6], gain=weight(3)), transpose_first)[1] == 0
+
+
+def test_shapes_are_inferred_without_the_weights_and_they_come_back() -> None:
+    """A product of a large weight and a Reshape by a small constant, beside what onnx infers from the whole model."""
+    weight = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("MatMul", ["x", "w"], ["y"]),
+                helper.make_node("Reshape", ["y", "s"], ["z"]),
+            ],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 64])],
+            [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array([3, 4, 8]), "s")],
+        )
+    )
+    whole = {v.name: v for v in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info}
+    shapes = Graph(model).shapes
+    assert shapes["y"] == [d.dim_value for d in whole["y"].type.tensor_type.shape.dim] == [3, 32]
+    assert shapes["z"] == [3, 4, 8]
+    assert (numpy_helper.to_array(model.graph.initializer[0]) == weight).all()

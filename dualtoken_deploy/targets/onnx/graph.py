@@ -12,12 +12,28 @@ from onnx import helper, numpy_helper
 HEADS_LAST = [0, 2, 1, 3]  # (B, heads, N, d) <-> (B, N, heads, d)
 
 
+_READ = 4096  # bytes of the largest constant that a shape can come from
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph with all shapes that follow. Weights are taken out meanwhile: onnx copies the whole model twice, which
+    for every attention of S was a fifth of its export."""
+    held = [(tensor, tensor.raw_data) for tensor in model.graph.initializer if len(tensor.raw_data) > _READ]
+    for tensor, _ in held:
+        tensor.ClearField("raw_data")
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    finally:
+        for tensor, data in held:
+            tensor.raw_data = data
+
+
 class Graph:
     """Look-ups in a model, and additions to it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        inferred = _inferred(model)
         self.shapes = {
             v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
             for v in (*inferred.value_info, *inferred.input, *inferred.output)
