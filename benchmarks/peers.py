@@ -4,7 +4,8 @@
     python benchmarks/peers.py race FOLDER [--minutes 10] [--picture peers.svg] > peers.md
 
 The peers are architectures of transformers with random weights at 224x224 (latency does not depend on them, so long as
-no values are denormal: see `settled`), so the accuracies are those that their authors publish, on ImageNet-1k with their own recipes; nothing here measures them.
+no values are denormal: see `settled`), so the accuracies are those that their authors publish, on ImageNet-1k with
+their own recipes; nothing here measures them.
 MACs are counted here.
 """
 
@@ -68,7 +69,8 @@ PEERS = {
                             config="EfficientNetConfig",
                             options={"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224,
                                      "hidden_dim": 1280, "depthwise_padding": []}),
-    "regnety-400mf": Peer(74.0, "torchvision's weights, V1", model="RegNetForImageClassification", config="RegNetConfig",
+    "regnety-400mf": Peer(74.0, "torchvision's weights, V1", model="RegNetForImageClassification",
+                          config="RegNetConfig",
                           options={"embedding_size": 32, "hidden_sizes": [48, 104, 208, 440], "depths": [1, 3, 6, 6],
                                    "groups_width": 8, "layer_type": "y"}),
     # 2.9 M parameters: the class of transformers lacks the last 1x1 convolution of the published head (6.0 M)
