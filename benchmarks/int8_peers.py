@@ -103,10 +103,7 @@ def share(case: Case, made: Made, products: Products) -> float:
     if made.planned is not None:
         return made.planned
     with open_runner(case, made) as runner:
-        # OpenVINO calls a product after the scale that it joins with it, where weights come as integers
-        nodes = {
-            name.removesuffix("/DequantizationMultiply"): dtype for name, dtype in runner.execution().nodes.items()
-        }
+        nodes = runner.execution().nodes
     if made.runtime == "litert":
         assert case.litert is not None  # noqa: S101 (else there is no such contestant)
         products = read_litert_products(flat.read(case.litert), KINDS)

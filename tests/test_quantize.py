@@ -360,7 +360,7 @@ def test_nncf_under_the_gate(
     assert said.search.trace[0].action == "all in INT8"
     found = inspect_bundle(bundle)
     assert found.int8_mac_share == pytest.approx(said.planned_int8_mac_share, abs=0.01)
-    assert found.int8_mac_share > 0.3
+    assert found.int8_mac_share > 0.9  # half of it where OpenVINO's names are not undone
     check_promise(found)
 
 

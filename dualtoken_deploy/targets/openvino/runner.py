@@ -80,9 +80,14 @@ class OpenVinoRunner(Bordered):
             operators[layer.node_type] += 1
             suffix = layer.exec_type.rpartition("_")[2].lower()
             dtypes.setdefault(layer.node_type, Counter())[_DTYPES.get(suffix, suffix)] += 1
-            nodes[layer.node_name.removesuffix("/WithoutBiases")] = _DTYPES.get(suffix, suffix)
+            nodes[_own_name(layer.node_name)] = _DTYPES.get(suffix, suffix)
         precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
         return Execution(dict(sorted(operators.items())), precision, nodes)
+
+
+def _own_name(name: str) -> str:
+    """The product's name in the file: OpenVINO calls one after what it joins with it, a bias or the weights' scale."""
+    return name.removesuffix("/WithoutBiases").removesuffix("/DequantizationMultiply")
 
 
 def _declared(ports: Any, specs: tuple[TensorSpec, ...]) -> dict[str, Declared]:
