@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import struct
 import subprocess
@@ -26,9 +27,10 @@ from dualtoken_deploy.errors import BundleError, ConversionError, MissingError, 
 from dualtoken_deploy.models.count import count_macs
 from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.models.registry import random_model
+from dualtoken_deploy.targets.executorch import brief, look, program
 from dualtoken_deploy.targets.executorch import export as exporter
-from dualtoken_deploy.targets.executorch import program
 from dualtoken_deploy.targets.executorch.program import check_file, read
+from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.numerics import assert_close
 from tests.test_traced_rules import PARITY, Of, apply_more, highest_rank, operations, random, traced
@@ -137,6 +139,57 @@ def test_without_the_rules_it_falls_apart(made: Bundle, tmp_path: Path) -> None:
     assert pieces[1] == (1, 0)
 
 
+class Everything(nn.Module):
+    """Work for many of the passes that are left out where they have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.after = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.row, self.layer, self.rise = nn.Conv1d(4, 4, 3), nn.Linear(12, 4), nn.PReLU(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rise(F.relu(self.norm(self.conv(x))))
+        x = F.interpolate(F.max_pool2d(self.after(F.gelu(x)), 2), scale_factor=2, mode="bilinear")
+        x = torch.cat([x, x + 1, x + 2, x + 3, x + 4, x + 5], 2).mean((2, 3)).reshape(1, 2, 4).repeat(1, 3, 3)
+        a = self.layer(x.reshape(6, 12))[:4].reshape(1, 4, 4)
+        a = F.hardtanh(self.row(torch.cat([a, a], 2)))[..., :4]
+        return F.scaled_dot_product_attention(a, a, a) @ a
+
+
+def parts(path: Path) -> tuple[Any, ...]:
+    """All that a file is made of, but the numbers by which debuggers group operators."""
+    pte = program.load(path)
+    graphs = look.graphs_of(pte)
+    for graph in graphs.values():
+        for node in graph["xnodes"]:
+            node.pop("debug_handle")
+    (plan,) = pte.program.execution_plan
+    buffers = [bytes(buffer) for buffer in pte.named_data.buffers]
+    return graphs, plan, pte.named_data.pte_data, buffers, [c.storage for c in pte.program.constant_buffer]
+
+
+def test_lowering_in_brief_gives_the_same_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves out no pass that has work."""
+    with torch.no_grad():
+        program = torch.export.export(Everything().eval(), (random(1, 3, 18, 18).float(),))
+    ran: list[str] = []
+    has_work = brief._has_work
+
+    def watch(name: str, graph: Any) -> bool:
+        ran.extend([name] if has_work(name, graph) else [])
+        return has_work(name, graph)
+
+    monkeypatch.setattr(brief, "_has_work", watch)
+    exporter.lower(program, tmp_path / "brief")
+    monkeypatch.setattr(exporter, "brief", contextlib.nullcontext)
+    exporter.lower(program, tmp_path / "whole")
+    assert parts(tmp_path / "brief") == parts(tmp_path / "whole")
+    assert set(ran) & set(brief.WORK) >= {
+        *("ConvertToUpsampleBilinear2d", "FuseBatchNormPass", "FuseActivationPass", "DecomposeConcatenate"),
+        *("Conv1dUnsqueezePass", "ConstPropPass", "RemoveMixedTypeOperators", "LegalizePortableDimOrderPass"),
+    }
+
+
 def test_a_graph_with_a_relu_is_read(tmp_path: Path) -> None:
     """Its upper end is infinite, which flatc writes as no JSON reader has it."""
     with torch.no_grad():
@@ -151,6 +204,41 @@ def test_a_product_outside_the_delegate_is_a_promise_not_kept(made: Bundle, monk
     monkeypatch.setattr(program, "read", lambda _: replace(found, outside=("aten::bmm.out", *found.outside)))
     with pytest.raises(ToleranceError, match=r"float32\+outside XNNPACK here, the manifest promises float32"):
         check_promise(inspect_bundle(made))
+
+
+def change_weights(path: Path, layer: str, products: list[str], change: Callable[[Any], Any]) -> None:
+    """Changes the weights of a product in a file, which lie in its named data."""
+    pte = program.load(path)
+    (graph,) = look.graphs_of(pte).values()
+    (node,) = [n for n, name in zip(
+        [n["xnode_union"] for n in graph["xnodes"] if n["xnode_union_type"] in program.PRODUCTS], products, strict=True
+    ) if name == layer]  # fmt: skip
+    (value,) = [v for v in map(program.tensor_of, look._values(graph)) if v["id_out"] == node["filter_id"]]
+    key = graph["constant_data"][value["constant_buffer_idx"]]["named_key"]
+    place = pte.named_data.pte_data[key].buffer_index
+    old = np.frombuffer(pte.named_data.buffers[place], {"fp32": np.float32}.get(value["datatype"][13:], np.int8))
+    new = np.ascontiguousarray(change(old.reshape(value["dims"])))
+    pte.named_data.buffers[place] = new.astype(old.dtype).tobytes()
+    look.write(pte, path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "change"),
+    [("stage1.block1.token.broadcast.proj", lambda w: w.T), ("stage3.block1.ffn.fc1", lambda w: 4 * w),
+     ("stem.conv1.conv", lambda w: 4 * w)],
+)  # fmt: skip
+def test_diagnose_points_at_a_planted_fault(own: Path, layer: str, change: Callable[[Any], Any]) -> None:
+    bundle = Bundle.open(own)
+    change_weights(own / MODEL, layer, list(bundle.manifest.operators["products"]), change)
+    assert diagnose(Bundle.open(own, verify=False), limit=2).suspect == layer
+
+
+def test_diagnose_finds_nothing_in_a_whole_bundle(made: Bundle) -> None:
+    found = diagnose(made, limit=2)
+    assert found.suspect is None
+    assert found.unseen <= 0.05 * (len(found.layers) + found.unseen)
+    assert min(layer.sqnr_db for layer in found.layers) >= 100
+    assert {"stem", "stage1.block1", "stage3.block1", "logits"} <= {block.name for block in found.blocks}
 
 
 def test_products_are_named_and_counted_as_torch_counts(made: Bundle) -> None:

@@ -358,6 +358,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 ),
                 libraries=("executorch", "torchao"),
                 quantizers=("static", "dynamic"),
+                looks=_LOOKS,
                 devices=(Device("Android phone or iPhone, in an app built on ExecuTorch", "fp32", "export on Linux"),),
             ),
             Target(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from dualtoken_deploy.deploy.traced import TRACED_RULES, Program
 from dualtoken_deploy.deploy.traced_products import PRODUCT_RULES
 from dualtoken_deploy.errors import ConversionError, first_line
+from dualtoken_deploy.targets.executorch.brief import brief
 from dualtoken_deploy.targets.executorch.program import Contents, read
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
 from dualtoken_deploy.targets.mobile.noise import PRODUCTS
@@ -38,33 +37,16 @@ def trace(model: nn.Module, request: Request, tell: Tell) -> Source:
 def lower(program: Program, path: Path) -> None:
     """Writes a program, whatever XNNPACK does not take left to the plain kernels. Raises ConversionError."""
     try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()), forgetful():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), brief():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
+            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-            path.write_bytes(lowered.buffer)
+            # each pass would run the whole program again to check it; export checks the file against eager
+            unchecked = EdgeCompileConfig(_check_ir_validity=False)
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=unchecked)
+            path.write_bytes(edge.to_executorch().buffer)
     except Exception as error:  # its passes raise what they raise
         raise ConversionError(f"ExecuTorch cannot lower the model: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def forgetful() -> Iterator[None]:
-    """Without the history of each node that torch keeps for debugging: every pass copies all of it anew, so that a
-    third of the lowering went into it."""
-    from torch.fx import traceback
-
-    whole: Any = traceback.NodeSource
-
-    class Brief(whole):  # type: ignore[misc]
-        def __init__(self, node: Any, pass_name: str = "", action: Any = None) -> None:
-            super().__init__(None, pass_name, action)
-
-    traceback.NodeSource = Brief  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        traceback.NodeSource = whole  # type: ignore[misc]
 
 
 def describe(path: Path, source: Source) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualtoken_deploy.errors import BundleError, first_line, missing_extra
+from dualtoken_deploy.errors import BundleError, DualTokenError, first_line, missing_extra
 
 IDENTIFIER = b"ET12"
 HEADER = b"eh00"  # with it a .pte says how long it is
 XNNPACK = "XnnpackBackend"
 GRAPH = b"XH00"  # of what the delegate is given
+ALIGNMENT = 16  # of the parts in it
 PRODUCTS = ("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply")
 _BARE = re.compile(r"(?<=: )(-?inf|nan)\b")  # as flatc writes what JSON has no word for: a ReLU's upper end
 _NUMBERS = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
@@ -74,13 +76,8 @@ def check_file(path: Path) -> None:
 
 def read(path: Path) -> Contents:
     """What a file holds. Raises MissingError without the extra, BundleError on a file that is not whole."""
-    check_file(path)
-    try:
-        from executorch.exir._serialize._program import deserialize_pte_binary
-    except ImportError as error:
-        raise missing_extra("executorch", "reading a .pte") from error
-    try:
-        program = deserialize_pte_binary(path.read_bytes()).program
+    with whole(path):
+        program = load(path).program
         (plan,) = program.execution_plan
         steps = [step.instr_args for chain in plan.chains for step in chain.instructions]
         outside = tuple(
@@ -89,13 +86,32 @@ def read(path: Path) -> Contents:
         )  # fmt: skip
         blobs = [program.backend_delegate_data[d.processed.index].data for d in plan.delegates if d.id == XNNPACK]
         return Contents(outside, tuple(tuple(_nodes(bytes(blob))) for blob in blobs))
-    except Exception as error:  # flatc and its reader raise what they raise
+
+
+def load(path: Path) -> Any:
+    """A .pte as ExecuTorch's own serializer reads and writes it. Raises MissingError, BundleError."""
+    check_file(path)
+    try:
+        from executorch.exir._serialize._program import deserialize_pte_binary
+    except ImportError as error:
+        raise missing_extra("executorch", "reading a .pte") from error
+    return deserialize_pte_binary(path.read_bytes())
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """What flatc and its readers raise, which is anything, as a BundleError."""
+    try:
+        yield
+    except DualTokenError:
+        raise
+    except Exception as error:
         raise BundleError(f"{path} is damaged ({first_line(error)}); copy the bundle anew") from error
 
 
 def _nodes(blob: bytes) -> Iterator[Node]:
-    graph = _graph(blob)
-    tensors = [_tensor(value["xvalue_union"]) for value in graph["xvalues"]]
+    graph = open_graph(blob)
+    tensors = [tensor_of(value["xvalue_union"]) for value in graph["xvalues"]]
     values = {tensor["id_out"]: tensor for tensor in tensors}
     for node in graph["xnodes"]:
         kind, fields = node["xnode_union_type"], node["xnode_union"]
@@ -103,25 +119,56 @@ def _nodes(blob: bytes) -> Iterator[Node]:
         yield Node(kind, _dtype(fields, values), _macs(kind, dims) if kind in PRODUCTS else 0)
 
 
-def _graph(blob: bytes) -> Mapping[str, Any]:
+def open_graph(blob: bytes) -> dict[str, Any]:
     """XNNPACK's graph of a delegate, by ExecuTorch's own schema."""
-    import executorch.backends.xnnpack.serialization as serialization
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
-    if blob[4:8] != GRAPH:
-        raise ValueError(f"XNNPACK's part begins with {blob[4:8]!r}")
-    start, size = struct.unpack_from("<II", blob, 10)
-    schema = Path(next(iter(serialization.__path__))) / "schema.fbs"
+    start, size, *_ = _parts(blob)
     with tempfile.TemporaryDirectory(prefix="dualtoken-executorch.") as folder:
         file = Path(folder) / "graph.bin"
         file.write_bytes(blob[start : start + size])
-        _flatc_decompile(folder, str(schema), str(file))
+        _flatc_decompile(folder, str(_schema()), str(file))
         text = file.with_suffix(".json").read_text(encoding="utf-8")
         found: dict[str, Any] = dict(json.loads(_BARE.sub(lambda m: _NUMBERS[m[0]], text)))
         return found
 
 
-def _tensor(value: Mapping[str, Any]) -> Mapping[str, Any]:
+def replace_graph(blob: bytes, graph: Mapping[str, Any]) -> bytes:
+    """A delegate with another graph over the same constants."""
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+    from executorch.exir._serialize._flatbuffer import _flatc_compile
+
+    _, _, constants, size = _parts(blob)
+    with tempfile.TemporaryDirectory(prefix="dualtoken-executorch.") as folder:
+        file = Path(folder) / "graph.json"
+        file.write_text(json.dumps(graph), encoding="utf-8")
+        _flatc_compile(folder, str(_schema()), str(file))
+        made = file.with_suffix(".bin").read_bytes()
+    start, end = _aligned(XNNHeader.EXPECTED_LENGTH), _aligned(len(made))
+    header: bytes = XNNHeader(start, len(made), start + end, size).to_bytes()
+    return header.ljust(start, b"\0") + made.ljust(end, b"\0") + blob[constants : constants + size]
+
+
+def _parts(blob: bytes) -> tuple[int, int, int, int]:
+    """Where a delegate's graph begins and its bytes, the same of its constants."""
+    if blob[4:8] != GRAPH:
+        raise ValueError(f"XNNPACK's part begins with {blob[4:8]!r}")
+    start, size, constants = struct.unpack_from("<III", blob, 10)
+    (count,) = struct.unpack_from("<Q", blob, 22)
+    return start, size, constants, count
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _schema() -> Path:
+    import executorch.backends.xnnpack.serialization as serialization
+
+    return Path(next(iter(serialization.__path__))) / "schema.fbs"
+
+
+def tensor_of(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """A quantized value has its tensor inside."""
     inside: Mapping[str, Any] = value.get("tensor_value", value)
     return inside

@@ -138,6 +138,8 @@ def quantize(program: Program, chosen: set[str], ranges: dict[str, Range] | None
                 fast = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
                 config = replace(config, input_activation=fast, output_activation=fast)
             quantizer = XNNPACKQuantizer().set_global(config)
+            # batch norms are folded: their patterns are traced for each call, and are of training alone
+            quantizer.SUPPORTED_PATTERNS = [p for p in quantizer.SUPPORTED_PATTERNS if not p.is_qat]
             # of a convolution its weight and bias are asked for too
             quantizer.set_filter_function(lambda node: node.name in chosen or node.op == "get_attr")
             observed = prepare_pt2e(program.module(), quantizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +15,7 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.targets.inner import Insides, Look, Tell
 from dualtoken_deploy.targets.litert import flat
 from dualtoken_deploy.targets.litert.runner import MODEL, open_interpreter
-from dualtoken_deploy.targets.mobile.inner import batch_of, first_of, mobile_insides
-
-MAPS = ("conv2d", "avg_pool2d", "max_pool2d", "gelu")  # operations whose four axes are a map
+from dualtoken_deploy.targets.mobile.inner import as_saved, batch_of, first_of, mobile_insides
 
 
 def litert_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
@@ -31,20 +28,8 @@ def litert_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
         for op in flat.operators(model)
         for i in op.outputs
     }
-    turned = {name: _as_saved(value, shapes.get(name), inside.kinds[name]) for name, value in inside.values.items()}
+    turned = {name: as_saved(value, shapes.get(name), inside.kinds[name]) for name, value in inside.values.items()}
     return replace(inside, values=turned)
-
-
-def _as_saved(value: Array, shape: tuple[int, ...] | None, kind: str) -> Array:
-    """A map (N, C, H, W) as (N, H, W, C) where the file has it so; where both would fit, by the operation. Tokens of a
-    map as that map, and matrices in a stack with the axis of the batch."""
-    if shape is None or len(shape) != 4:
-        return value
-    if value.ndim < 4:
-        return value if value.size % math.prod(shape[1:]) else value.reshape(-1, *shape[1:])
-    last = value.transpose(0, 2, 3, 1)
-    fits = last.shape[1:] == shape[1:]
-    return last if fits and (value.shape[1:] != shape[1:] or kind in MAPS) else value
 
 
 def probe_litert(bundle: Bundle, names: Sequence[str], inputs: Array) -> dict[str, Array]:
