@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.targets.executorch.quantize import PteBackend, prepare, quantize
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.tasks.table import TASKS
+from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from tests.contracts import make_contract
+from tests.test_executorch import MODEL, change_weights
 
 CONTRACT = make_contract("image", (64, 64), 1)
 INT8 = Int8Options(
@@ -58,6 +62,12 @@ def test_integers_execute_in_one_piece(made: Bundle) -> None:
     assert inspection.executed_precision["XNNConv2d"] == "int8"
     assert any("in 1 pieces" in note for note in inspection.notes)
     assert made.size_bytes < 0.36 * 4 * sum(p.numel() for p in rebuild(made.manifest).parameters())
+
+
+def test_diagnose_points_at_a_fault_among_integers(made: Bundle, tmp_path: Path) -> None:
+    layer, own = "stage3.block1.ffn.fc1", Path(shutil.copytree(made.path, tmp_path / "bundle"))
+    change_weights(own / MODEL, layer, list(made.manifest.operators["products"]), lambda w: -w)
+    assert diagnose(Bundle.open(own, verify=False), limit=2).suspect == layer
 
 
 def test_multiplications_are_torchs(made: Bundle) -> None:
