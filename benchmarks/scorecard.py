@@ -1,13 +1,17 @@
 """The scorecard: every model x target x precision in one JSON and one page, cell by cell.
 
-    .venv/bin/python benchmarks/scorecard.py --only "t-mix-digits onnxruntime" [--minutes 10] [--again]
-    .venv/bin/python benchmarks/scorecard.py --latency t-mix-digits       # one interleaved bench of its bundles
-    .venv/bin/python benchmarks/scorecard.py --page                       # the page again, nothing is measured
+    .venv/bin/python -m benchmarks.scorecard --only "t-mix-digits onnxruntime" [--only ...] [--minutes 10] [--again]
+    .venv/bin/python -m benchmarks.scorecard --shared --only "s fp32" --cell-seconds 300   # one process a model
+    .venv/bin/python -m benchmarks.scorecard --latency t-mix-digits       # one interleaved bench of its bundles
+    .venv/bin/python -m benchmarks.scorecard --page                       # the page again, nothing is measured
 
 A cell is `dualtoken export`, `inspect`, and where its data has the truth `evaluate`; each has its date, versions,
 machine, commands and CPU seconds. Cells that are there are kept, so that a run that was ended goes on; `--again`
-measures them anew, `--minutes` ends after so many minutes of CPU. What was not measured says so, and what was refused
-says why. Bundles stay in --bundles, for the latency; it is a part of its own, since it wants a quiet machine.
+measures them anew, `--minutes` ends after so many minutes of CPU. The `--only` are taken in their order, within each
+the cells that cost least first. What was not measured says so, and what was refused says why. Bundles stay in
+--bundles, for the latency; it is a part of its own, since it wants a quiet machine. `--shared` runs the same commands
+in one process a model, with what they have in common made once (scorecard_process.py): the figures are the same, the
+CPU seconds are fewer and are said to be of a shared process.
 
     benchmarks/results/scorecard.json   docs/schemas/results/scorecard.schema.json   docs/scorecard.md
 """
@@ -16,28 +20,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scorecard_page import NOT_MEASURED, page
+from benchmarks.scorecard_process import GivenUpError, Own, Run, Shared
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.registry import VARIANTS
-from dualtoken_deploy.targets.precision import SEARCH
+from dualtoken_deploy.targets.precision import NO_CALIBRATION, SEARCH
 from dualtoken_deploy.targets.table import TARGETS
-from dualtoken_deploy.tasks.table import PLAIN, get_task
+from dualtoken_deploy.tasks.table import get_task
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results/scorecard.json", ROOT / "docs/scorecard.md"
 BUNDLES = Path("bundles/scorecard")
-NOT_MEASURED = "not measured"
 SLOW_IMAGES = 40  # for what stands in for a runtime, a second and more each
 MAX_DROP = "0.5"  # points, of models with trained weights
 
@@ -67,6 +72,29 @@ MODELS: Mapping[str, Model] = {
 }
 
 
+# Beside the runtimes that run here by themselves: what compiles, converts elsewhere, or runs in a stand-in for seconds
+COSTLY = ("tensorrt-rtx", "ncnn", "executorch", "litert", "coreml", "aotinductor", "coreai")
+
+
+def cost(key: tuple[Model, str, str]) -> tuple[int, int]:
+    """Of a cell within its model, to sort by: float files before searched ones, light targets before heavy ones."""
+    _, target, precision = key
+    searched = TARGETS[target].precision(precision).calibration != NO_CALIBRATION
+    return int(searched), COSTLY.index(target) + 1 if target in COSTLY else 0
+
+
+def asked_for(only: Sequence[str]) -> list[tuple[Model, str, str]]:
+    """The cells that have all words of one of `only`, in the order of `only`, then of the models, then of cost."""
+    order = list(MODELS)
+    found = []
+    for key in keys():
+        words = {key[0].name, *key[1:]}
+        place = next((n for n, ask in enumerate(only) if set(ask.split()) <= words), None)
+        if place is not None or not only:
+            found.append((place or 0, order.index(key[0].name), *cost(key), key))
+    return [key for *_, key in sorted(found, key=lambda row: row[:-1])]
+
+
 def keys() -> Iterator[tuple[Model, str, str]]:
     """Every cell there is: a model, a target and one of its precisions."""
     for model in MODELS.values():
@@ -89,38 +117,21 @@ def export_words(model: Model, target: str, precision: str, folder: Path) -> lis
     return words
 
 
-def dualtoken(words: Sequence[str]) -> tuple[int, Any, str]:
-    """Exit code, the JSON that was printed, and the line of the error."""
-    command = [sys.executable, "-m", "dualtoken_deploy", *words, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        raise SystemExit(f"{shown(words)} was ended by signal {-done.returncode}; that says nothing of the cell")
-    errors = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-    try:
-        said = json.loads(done.stdout)
-    except ValueError:
-        said = {}
-    return done.returncode, said, errors[-1] if errors else (done.stderr.strip().splitlines() or ["no message"])[-1]
-
-
-Run = Callable[[Sequence[str]], tuple[int, Any, str]]
-
-
 def shown(words: Sequence[str]) -> str:
     return shlex.join(["dualtoken", *words])
 
 
-def measure(model: Model, target: str, precision: str, bundles: Path, run: Run = dualtoken) -> Json:
+def measure(model: Model, target: str, precision: str, bundles: Path, run: Run) -> Json:
     """What one cell is, or how it was refused."""
     folder = bundles / f"{model.name}-{target}-{precision}"
     words = export_words(model, target, precision, folder)
     cell: Json = {"model": model.name, "target": target, "precision": precision, "state": "refused"}
     about: Json = {"date": today(), "versions": versions(target), "commands": [shown(words)]}
-    used = cpu_seconds()
+    used = run.used()
     code, made, error = run(words)
     state = made.get("state") if isinstance(made, dict) else None
     if state not in ("complete", "prepared", "compiled"):
-        return cell | {"why": error, "exit": code} | about | {"cpu_s": round(cpu_seconds() - used, 1)}
+        return cell | {"why": error, "exit": code} | about | {"cpu_s": round(run.used() - used, 1), "process": run.kind}
     size = made.get("size_mib")
     cell |= {
         "state": "measured" if state == "complete" else state,
@@ -143,7 +154,7 @@ def measure(model: Model, target: str, precision: str, bundles: Path, run: Run =
         if model.data is not None:
             limit = () if code == 0 and seen.get("engine") is None else ("--limit", str(SLOW_IMAGES))
             cell["accuracy"] = accuracy(model.data, str(folder), about["commands"], run, limit)
-    return cell | about | {"cpu_s": round(cpu_seconds() - used, 1)}
+    return cell | about | {"cpu_s": round(run.used() - used, 1), "process": run.kind}
 
 
 def accuracy(data: str, what: str, commands: list[str], run: Run, limit: Sequence[str] = ()) -> Json | None:
@@ -187,16 +198,10 @@ def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def latency(model: str, cards: Card, bundles: Path, rounds: int, seconds: float, run: Run = dualtoken) -> None:
+def latency(model: str, cards: Card, bundles: Path, rounds: int, seconds: float, run: Run) -> None:
     """One bench of every bundle of a model that runs here, against eager, one thread. Raises SystemExit on failure."""
-    cells = [cell for cell in cards.cells() if cell["model"] == model and cell["state"] == "measured"]
-    # a reference execution has no time of the device's
-    timed = {str(bundles / name_of(cell)): cell for cell in cells if ": " not in cell["executed_where"]}
+    cells = [cell for cell in cards.cells() if cell["model"] == model and timeable(cell)]
+    timed = {str(bundles / name_of(cell)): cell for cell in cells}
     timed = {path: cell for path, cell in timed.items() if Path(path, "manifest.json").exists()}
     if not timed:
         raise SystemExit(f"no bundle of {model} in {bundles} can be timed; measure its cells first")
@@ -240,7 +245,8 @@ class Card:
         if self.path.exists():
             data = json.loads(self.path.read_text(encoding="utf-8"))
             self.machines, self.eager = data["machines"], data["eager"]
-            self._cells = {name_of(cell): cell for cell in data["cells"] if cell["state"] != NOT_MEASURED}
+            said = (cell for cell in data["cells"] if cell["state"] != NOT_MEASURED or "why" in cell)
+            self._cells = {name_of(cell): cell for cell in said}
 
     @property
     def machine(self) -> str:
@@ -274,6 +280,11 @@ class Card:
         self._cells[name_of(cell)] = {**cell, "machine": cell.get("machine", self.machine)}
         self.write()
 
+    def give_up(self, model: Model, target: str, precision: str, why: str) -> None:
+        """A cell stays without figures, and says why."""
+        cell = {"model": model.name, "target": target, "precision": precision, "state": NOT_MEASURED, "why": why}
+        self.put(cell | {"date": today()})
+
     def cells(self) -> list[Json]:
         """Every cell there is, in the order of the tables; those that were not measured say so."""
         return [
@@ -300,124 +311,13 @@ class Card:
         temporary.replace(self.path)
 
 
-# --- the page ---
-
-INTRO = """# Scorecard
-
-<!-- made by benchmarks/scorecard.py --page from benchmarks/results/scorecard.json; do not edit -->
-
-Every model, target and precision that there is: {count} cells, of which {measured} were measured (complete, or prepared
-and compiled where no device was at hand), {refused} refused, and **{rest} not measured**. `.venv/bin/python
-benchmarks/scorecard.py --only "MODEL TARGET PRECISION"` measures one, `--latency MODEL` times the bundles of a model in
-one interleaved bench. The same as data, with each cell's commands and library versions:
-`benchmarks/results/scorecard.json` (schema: `docs/schemas/results/scorecard.schema.json`).
-
-A reference execution, a prepared file and a compiled engine are no execution on a device: the column *executed* says
-which it was. "lost" are points against eager on the same held-out pictures; SQNR is to eager on the photographs of the
-export check. Models without a data set in their name have random weights of seed 0, whose INT8 is of 64 x 64 and judged
-by SQNR. Latency: one thread, p50, and speed against eager with the slowest and fastest round.
-"""
-
-
-def page(data: Mapping[str, Any]) -> str:
-    cells = data["cells"]
-    states = [cell["state"] for cell in cells]
-    refused, rest = states.count("refused"), states.count(NOT_MEASURED)
-    measured = len(cells) - refused - rest
-    intro = INTRO.format(count=len(cells), measured=measured, refused=refused, rest=rest)
-    parts = [intro, "## All cells", overview(cells)]
-    for name in MODELS:
-        own = [cell for cell in cells if cell["model"] == name and cell["state"] != NOT_MEASURED]
-        if own:
-            parts += [f"## {name}", model_table(own, data["eager"].get(name))]
-    machines = "\n".join(f"- `{key}`: {machine_line(record)}" for key, record in data["machines"].items())
-    return "\n\n".join(part.rstrip("\n") for part in (*parts, "## Machines", machines)) + "\n"
-
-
-def overview(cells: Sequence[Mapping[str, Any]]) -> str:
-    """SQNR of each model on each target, precisions in the order of the target's; "." where nothing was measured."""
-    lines = [
-        "SQNR in dB, a figure for each precision; `P` prepared, `C` compiled, `x` refused, `·` not measured.",
-        "",
-        "| model | " + " | ".join(f"{t.name}<br>{', '.join(t.precisions)}" for t in TARGETS.values()) + " |",
-        "| --- |" + " --- |" * len(TARGETS),
-    ]
-    for name in MODELS:
-        row = []
-        for target in TARGETS:
-            own = [cell for cell in cells if cell["model"] == name and cell["target"] == target]
-            marks = [mark(cell) for cell in own]
-            row.append("·" if set(marks) == {"·"} else " / ".join(marks))
-        lines.append(f"| {name} | {' | '.join(row)} |")
-    return "\n".join(lines)
-
-
-def mark(cell: Mapping[str, Any]) -> str:
-    if cell["state"] in (NOT_MEASURED, "refused"):
-        return "·" if cell["state"] == NOT_MEASURED else "x"
-    letter = {"prepared": " P", "compiled": " C"}.get(cell["state"], "")
-    return f"{cell['sqnr_db']:.0f}{letter}"
-
-
-COLUMNS = ("target", "precision", "executed", "in", "accuracy", "lost", "SQNR (dB)", "MACs in int8", "MiB", "p50 (ms)",
-           "to eager", "date", "on")  # fmt: skip
-
-
-def model_table(cells: Sequence[Mapping[str, Any]], eager: Mapping[str, Any] | None) -> str:
-    lines = []
-    if eager is not None:
-        lines += [f"Eager: {eager['metric']} {show(eager)} of {eager['images']} ({eager['data']}).", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "| --- | --- | --- | --- |" + " ---: |" * 7 + " --- | --- |"]
-    lines += [f"| {' | '.join(row(cell, eager))} |" for cell in cells]
-    return "\n".join(lines)
-
-
-def row(cell: Mapping[str, Any], eager: Mapping[str, Any] | None) -> list[str]:
-    """What a model's table says of a cell, under COLUMNS."""
-    head, tail = [cell["target"], cell["precision"]], [cell["date"], cell["machine"]]
-    if cell["state"] == "refused":
-        why = f"refused, exit {cell['exit']}: {cell['why']}".replace("|", "\\|").replace("<", "&lt;")
-        return [*head, why, *[""] * 8, *tail]
-    found, timed = cell["accuracy"], cell["latency"]
-    score = lost = share = ratio = "-"
-    if found is not None:
-        score = f"{found['metric']} {show(found)} of {found['images']}"
-        if eager is not None and eager["images"] == found["images"]:
-            lost = f"{loss(found, eager):.2f}"
-    if cell["int8_mac_share"] is not None:
-        share = f"{100 * cell['int8_mac_share']:.1f} %"
-    if timed is not None:
-        speed = timed["against_eager"]
-        ratio = f"{speed['median']:.2f}x ({speed['low']:.2f}-{speed['high']:.2f})"
-    size = "-" if cell["size_mib"] is None else f"{cell['size_mib']:.2f}"
-    p50 = "not measured" if timed is None else f"{timed['p50_ms']:.2f}"
-    ran = [cell["executed_where"], cell["executed_precision"]]
-    return [*head, *ran, score, lost, f"{cell['sqnr_db']:.1f}", share, size, p50, ratio, *tail]
-
-
-def loss(found: Mapping[str, Any], eager: Mapping[str, Any]) -> float:
-    """Points; of a figure that is no share of 1, an error, by how much it grew."""
-    if found["metric"] in PLAIN:
-        return float(found["value"] - eager["value"])
-    return float(100 * (eager["value"] - found["value"]))
-
-
-def show(found: Mapping[str, Any]) -> str:
-    return f"{found['value']:.4f}" if found["metric"] in PLAIN else f"{100 * found['value']:.2f} %"
-
-
-def machine_line(record: Mapping[str, Any]) -> str:
-    isa = " ".join(record["isa"]) or "no known instruction sets"
-    memory = f"{record['memory_mib'] / 1024:.0f} GiB" if record["memory_mib"] else "memory unknown"
-    return (
-        f"{record['cpu']} ({record['architecture']}: {isa}), {record['cores']} cores, {memory}, {record['os']}, "
-        f"Python {record['python']}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="cells whose 'model target precision' contains it")
+    parser.add_argument("--only", action="append", default=[], help="cells that have all these words")
+    parser.add_argument("--shared", action="store_true", help="one process a model, what its cells have in common once")
+    parser.add_argument("--cell-seconds", type=float, help="with --shared: give a cell up after so much CPU")
+    parser.add_argument("--hold", type=Path, help="begin no cell while this file exists")
+    parser.add_argument("--light", action="store_true", help="keep no bundle that the latency has no use for")
     parser.add_argument("--again", action="store_true", help="cells that are there, too")
     parser.add_argument("--minutes", type=float, help="begin no cell after so many minutes of CPU")
     parser.add_argument("--latency", metavar="MODEL", choices=list(MODELS))
@@ -431,35 +331,73 @@ def main() -> None:
     card = Card(given.results)
     try:
         if given.latency:
-            latency(given.latency, card, given.bundles, given.rounds, given.seconds)
+            latency(given.latency, card, given.bundles, given.rounds, given.seconds, Own())
         elif not given.page:
-            fill(card, given.only, given.again, given.minutes, given.bundles)
+            kept = given.bundles / ".shared"
+            run = Shared(kept, given.cell_seconds) if given.shared else Own()
+            ask = Ask(tuple(given.only), given.again, given.minutes, given.hold, given.light)
+            fill(card, ask, given.bundles, run)
     finally:
         card.read()
         given.output.write_text(page(card.to_json()), encoding="utf-8")
 
 
-def fill(
-    card: Card, only: Sequence[str], again: bool, minutes: float | None, bundles: Path, run: Run = dualtoken
-) -> None:
+@dataclass(frozen=True)
+class Ask:
+    """Which cells, and how long: see the options of the same names."""
+
+    only: tuple[str, ...] = ()
+    again: bool = False
+    minutes: float | None = None
+    hold: Path | None = None
+    light: bool = False
+
+
+def fill(card: Card, ask: Ask, bundles: Path, run: Run) -> None:
     """Measures the cells asked for that are not there, and keeps each at once."""
     bundles.mkdir(parents=True, exist_ok=True)
-    for model, target, precision in keys():
-        name = f"{model.name} {target} {precision}"
-        if only and not any(f" {word} " in f" {name} " for word in only):
-            continue
-        if card.measured(model, target, precision) and not again:
-            continue
-        if minutes is not None and cpu_seconds() > 60 * minutes:
-            print(f"{minutes:g} minutes of CPU are used; go on with the same command", file=sys.stderr)
-            return
+    began, last = run.used(), None
+    try:
+        for model, target, precision in asked_for(ask.only):
+            if card.measured(model, target, precision) and not ask.again:
+                continue
+            while ask.hold is not None and ask.hold.exists():
+                time.sleep(1)
+            if ask.minutes is not None and run.used() - began > 60 * ask.minutes:
+                print(f"{ask.minutes:g} minutes of CPU are used; go on with the same command", file=sys.stderr)
+                return
+            if isinstance(run, Shared):
+                if model is not last:
+                    run.fresh()  # so that memory stays bounded
+                run.begin()
+            last = model
+            one(card, (model, target, precision), bundles, run, ask.light)
+    finally:
+        if isinstance(run, Shared):
+            run.fresh()
+
+
+def one(card: Card, key: tuple[Model, str, str], bundles: Path, run: Run, light: bool) -> None:
+    """Measures a cell and keeps it."""
+    model, target, precision = key
+    name, folder = " ".join((model.name, target, precision)), bundles / f"{model.name}-{target}-{precision}"
+    used = run.used()
+    try:
         card.need_eager(model, run)
         cell = measure(model, target, precision, bundles, run)
         card.put(cell)
-        if cell["state"] == "refused":
-            shutil.rmtree(bundles / name_of(cell), ignore_errors=True)
-        said = f"{name}: {cell['state']} in {cell['cpu_s']:.0f} s of CPU {cell.get('why', '')}"
-        print(said, file=sys.stderr, flush=True)
+    except GivenUpError as error:
+        card.give_up(model, target, precision, str(error))
+        cell = {"state": NOT_MEASURED, "cpu_s": run.used() - used, "why": str(error)}
+    if cell["state"] == NOT_MEASURED or cell["state"] == "refused" or (light and not timeable(cell)):
+        shutil.rmtree(folder, ignore_errors=True)
+    said = f"{name}: {cell['state']} in {cell['cpu_s']:.0f} s of CPU {cell.get('why', '')}"
+    print(said, file=sys.stderr, flush=True)
+
+
+def timeable(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell's bundle runs here in its own runtime: a reference execution has no time of the device's."""
+    return cell["state"] == "measured" and ": " not in cell["executed_where"]
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scorecard
-from benchmarks.scorecard import MODELS, PAGE, RESULTS, Card, fill, latency, page
+from benchmarks.scorecard import MODELS, PAGE, RESULTS, Ask, Card, asked_for, fill, keys, latency, measure
+from benchmarks.scorecard_page import page
+from benchmarks.scorecard_process import Answer, GivenUpError, Own, Shared
 from dualtoken_deploy.models.registry import VARIANTS
 from dualtoken_deploy.targets.table import TARGETS
 from tests.commands import SCHEMAS
-
-Answer = tuple[int, Any, str]
 
 
 def check(data: Any) -> None:
@@ -37,14 +36,21 @@ def test_the_committed_file_has_every_cell_and_the_page_is_made_of_it() -> None:
 
 
 class Program:
-    """Answers in place of `dualtoken`, and what it was asked."""
+    """Answers in place of `dualtoken`, and what it was asked; every command takes ten seconds."""
+
+    kind = "own"
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.fails = ""
+        self.fails = self.ends = ""
+
+    def used(self) -> float:
+        return 10.0 * len(self.asked)
 
     def __call__(self, words: Sequence[str]) -> Answer:
         self.asked.append(" ".join(words))
+        if self.ends and self.ends in self.asked[-1]:
+            raise GivenUpError("not done in 300 s of CPU")
         if self.fails and self.fails in self.asked[-1]:
             return 6, {}, "a converter <failed> | here"
         if words[0] == "export":
@@ -69,7 +75,7 @@ def test_a_cell_is_measured_once_and_what_was_refused_says_why(tmp_path: Path) -
     program, file = Program(), tmp_path / "card.json"
     ask = ["t-mix-digits onnxruntime int8", "t-mix-digits coreml fp32", "t-mix-digits tensorrt fp16", "s openvino fp32"]
     program.fails = "--variant s --target openvino"
-    fill(Card(file), ask, False, None, tmp_path, program)
+    fill(Card(file), Ask(tuple(ask)), tmp_path, program)
     data = json.loads(file.read_text())
     check(data)
     found = {f"{c['model']} {c['target']} {c['precision']}": c for c in data["cells"] if c["state"] != "not measured"}
@@ -86,9 +92,9 @@ def test_a_cell_is_measured_once_and_what_was_refused_says_why(tmp_path: Path) -
     assert (refused["exit"], refused["why"]) == (6, "a converter <failed> | here")
     assert data["eager"]["t-mix-digits"]["value"] == 0.95
     before = len(program.asked)
-    fill(Card(file), ask, False, None, tmp_path, program)
+    fill(Card(file), Ask(tuple(ask)), tmp_path, program)
     assert len(program.asked) == before  # they are there
-    fill(Card(file), ask[:1], True, None, tmp_path, program)
+    fill(Card(file), Ask((ask[0],), again=True), tmp_path, program)
     assert [text.split()[0] for text in program.asked[before:]] == ["export", "inspect", "evaluate"]
 
     latency("t-mix-digits", Card(file), tmp_path, 3, 0.2, program)
@@ -110,23 +116,62 @@ def test_a_cell_is_measured_once_and_what_was_refused_says_why(tmp_path: Path) -
     assert f"1 refused, and **{every - 4} not measured**" in shown
 
 
-def test_a_run_that_is_ended_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path: Path) -> None:
     """By --minutes of CPU; and by an error in the middle, whose cell alone is lost."""
     program, file = Program(), tmp_path / "card.json"
-    used = iter((0.0, 0.0, 5.0, 70.0, 70.0, 70.0))
-    monkeypatch.setattr(scorecard, "cpu_seconds", lambda: next(used))
-    fill(Card(file), ["s onnxruntime"], False, 1.0, tmp_path, program)
+    fill(Card(file), Ask(("s onnxruntime",), minutes=0.3), tmp_path, program)
     assert [text.split()[6] for text in program.asked if text.startswith("export")] == ["fp32"]
-    monkeypatch.undo()
 
-    def broken(words: Sequence[str]) -> Answer:
-        if "--precision int8" in " ".join(words):
-            raise KeyboardInterrupt
-        return program(words)
+    class Broken(Program):
+        def __call__(self, words: Sequence[str]) -> Answer:
+            if "--precision int8" in " ".join(words):
+                raise KeyboardInterrupt
+            return super().__call__(words)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(Card(file), ["s onnxruntime"], False, None, tmp_path, broken)
+        fill(Card(file), Ask(("s onnxruntime",)), tmp_path, Broken())
     states = {
         c["precision"]: c["state"] for c in Card(file).cells() if (c["model"], c["target"]) == ("s", "onnxruntime")
     }
     assert states == {"fp32": "measured", "fp16": "measured", "int8": "not measured"}
+
+
+def test_a_cell_that_is_given_up_says_why_and_is_not_begun_again(tmp_path: Path) -> None:
+    program, file = Program(), tmp_path / "card.json"
+    program.ends = "--precision int8"
+    fill(Card(file), Ask(("s onnxruntime",)), tmp_path, program)
+    data = json.loads(file.read_text())
+    check(data)
+    assert "| onnxruntime | int8 | not measured: not done in 300 s of CPU |" in page(data)
+    before = len(program.asked)
+    fill(Card(file), Ask(("s onnxruntime",)), tmp_path, program)
+    assert len(program.asked) == before
+
+
+def test_cells_come_in_the_order_asked_for_and_of_cost() -> None:
+    order = [" ".join((key[0].name, *key[1:])) for key in asked_for(("s openvino", "t-mix-digits", "t fp32"))]
+    assert order[:4] == ["s openvino fp32", "s openvino fp16", "s openvino bf16", "s openvino int8"]
+    place = {name: n for n, name in enumerate(order)}
+    floats = place["t-mix-digits openvino bf16"], place["t-mix-digits coreai fp16"]
+    assert 4 <= floats[0] < floats[1] < place["t-mix-digits onnxruntime int8"] < place["t onnxruntime fp32"]
+    assert len(asked_for(())) == len(list(keys()))
+
+
+def test_a_shared_process_answers_what_commands_of_their_own_do(tmp_path: Path) -> None:
+    """One cell both ways, and an error; and a cell that takes too long ends its process, not the run."""
+    shared, own = Shared(tmp_path / "kept"), Own()
+    try:
+        wrong = ["export", "--variant", "t-mox", "--target", "onnxruntime", "--output", str(tmp_path / "wrong")]
+        assert shared(wrong) == own(wrong)
+        tsm2 = MODELS["tsm2-lorenz"]
+        cells = [measure(tsm2, "onnxruntime", "fp32", tmp_path / "bundles", run) for run in (own, shared)]
+        assert [(cell.pop("process"), cell.pop("cpu_s") > 0) for cell in cells] == [("own", True), ("shared", True)]
+        assert cells[0] == cells[1]
+        assert cells[0]["state"] == "measured"
+        shared.limit_s = 0.01
+        shared.begin()
+        with pytest.raises(GivenUpError, match="CPU"):
+            shared(["export", *tsm2.words, "--target", "openvino", "--output", str(tmp_path / "long")])
+        assert shared(["targets"])[0] == 0
+    finally:
+        shared.fresh()
