@@ -1,22 +1,24 @@
 """Where the scorecard's commands run: each in a process of its own, or many in one that shares what they all need.
 
 A command of its own is what a user types. Cells of one model share imports, decoded photographs, torch's table of ONNX
-operators, traced graphs and LiteRT's conversions: what the command line's own `main` answers is the same, and takes a
-fraction of the time (tests/test_scorecard.py holds both against each other).
+operators, traced and simplified graphs and LiteRT's conversions: what the command line's own `main` answers is the
+same, and takes a fraction of the time (tests/test_scorecard.py holds both against each other).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
+import os
 import resource
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -191,6 +193,24 @@ def sharing(kept: Path) -> Iterator[None]:
         mock.patch("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image)),
         mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
         mock.patch.object(onnx_export, "trace", shared(onnx_export.trace, kept)),
+        mock.patch.object(onnx_export, "simplify", simplified_once(onnx_export.simplify, kept)),
         mock.patch.object(litert_export, "convert", shared_conversion(litert_export.convert, kept)),
     ):
         yield
+
+
+def simplified_once(simplify: Callable[[Any, Any], Any], folder: Path) -> Callable[[Any, Any], Any]:
+    """`simplify`, which checks what it made, with its results kept by the graph that it is given."""
+    import onnx
+
+    def once(model: Any, request: Any) -> Any:
+        digest = hashlib.sha256(repr((request.task, request.contract.tensor, request.outputs)).encode())
+        digest.update(model.SerializeToString(deterministic=True))
+        file = folder / f"{digest.hexdigest()}-simplified.onnx"
+        if not file.exists():
+            part = file.with_suffix(f".{os.getpid()}")
+            onnx.save(simplify(model, request), part)
+            part.rename(file)
+        return onnx.load(file)
+
+    return once
