@@ -5,9 +5,12 @@ python benchmarks/docs_pictures.py
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,8 @@ TRAINED = SEARCHED.with_name("tokenizer-shapes-12-epochs.csv")
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 FP32, INT8 = (Path("bundles") / f"t-mix-digits-onnxruntime-{precision}" for precision in ("fp32", "int8"))
 FOUND = Path("bundles") / "retinanet-t-mix-scenes-detect-onnxruntime-fp32"
+NAMED = Path("bundles") / "efficientnet-lite0-onnxruntime-fp32"
+PAGE = IMAGES.parent / "serve-page.png"
 SCALE = 4  # scenes are small
 
 
@@ -85,6 +90,31 @@ def found() -> None:
         Image.fromarray(detect.draw(large, detect(large))).save(IMAGES / "found.png")
 
 
+def page() -> None:
+    """The server's page after a photograph was chosen, in headless Chromium (apt-get install chromium)."""
+    from tests.serving import serving
+    from tests.test_serve_browser import Browser
+
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "log", f"lite0={NAMED}") as server:
+        browser = Browser(Path(folder) / "profile")
+        try:
+            browser.send("Page.navigate", url=server.addresses["http"])
+            browser.until("document.getElementById('model').options.length === 1")
+            browser.send("Page.setInterceptFileChooserDialog", enabled=True)
+            browser.key("Tab")
+            browser.key("Tab")
+            browser.key("Enter", "\r")
+            chooser = browser.event("Page.fileChooserOpened")
+            photograph = str(IMAGES / "coffee.jpg")
+            browser.send("DOM.setFileInputFiles", files=[photograph], backendNodeId=chooser["backendNodeId"])
+            browser.until("document.querySelectorAll('#classes li').length === 5")
+            shot = base64.b64decode(browser.send("Page.captureScreenshot", format="png")["data"])
+        finally:
+            browser.close()
+    with Image.open(io.BytesIO(shot)) as picture:
+        picture.convert("RGB").quantize(256).save(PAGE, optimize=True)
+
+
 PICTURES = {
     "search": search,
     "compare": comparison,
@@ -93,6 +123,7 @@ PICTURES = {
     "curves": curves,
     "tokens": tokens,
     "found": found,
+    "page": page,
 }
 
 

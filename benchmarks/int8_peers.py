@@ -1,14 +1,16 @@
 """INT8 of this project beside what else a user would take, on one graph, with the same pictures, in one run.
 
     python benchmarks/int8_peers.py [digits|shapes] [--only NAME...] [--calibration-size 100] [--max-drop 0.5]
-        [--litert BUNDLE]
+        [--litert BUNDLE] [--cpu-limit 600] [--ranking-subset 60]
 
 ai-edge-quantizer's rows need the model converted to LiteRT in float32 (`dualtoken export --target litert --precision
 fp32`): that bundle is --litert.
 
 Each gets the float ONNX graph of the trained model and the same calibration pictures, and is judged on the same
 held-out ones in the runtime that it is for: points of top-1 lost against the float graph, the share of the MACs that
-executes in integers as the runtime's profiler says, and CPU seconds from the graph to the file. A contestant that has
+executes in integers as the runtime's profiler says, and CPU seconds from the graph to the file. One that is not done
+after --cpu-limit seconds is ended, and its row says how far it came; --ranking-subset is how many pictures NNCF's
+accuracy control ranks layers by (all held-out ones unless given). A contestant that has
 no runtime here (symmetric S8/S8, for TensorRT) is computed as plain float arithmetic over its Q/DQ pairs; its share is
 the planned one.
 """
@@ -17,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -60,6 +64,7 @@ class Case:
     truth: Array
     max_drop: float
     litert: Path | None = None  # the float32 file for LiteRT
+    ranking: int | None = None  # pictures that NNCF's accuracy control ranks layers by
 
     @property
     def name(self) -> str:
@@ -176,6 +181,17 @@ def nncf_plain(case: Case, folder: Path) -> Made:
     return Made(folder / "model.xml", "openvino")
 
 
+SCORED: list[int] = []  # pictures of each score that NNCF's accuracy control asked for
+
+
+class OverLimitError(Exception):
+    """A contestant is not done after the CPU seconds that it may take."""
+
+
+def _over(_number: int, _frame: FrameType | None) -> None:
+    raise OverLimitError(f"{len(SCORED)} scores of {sum(SCORED)} pictures in all")
+
+
 def nncf_controlled(case: Case, folder: Path) -> Made:
     """Its budget is an absolute drop of what the validation function gives, on the same held-out pictures."""
     import nncf
@@ -187,6 +203,7 @@ def nncf_controlled(case: Case, folder: Path) -> Made:
 
     def validate(compiled: Any, data: Any) -> tuple[float, None]:
         right = [int(np.asarray(compiled(image)[0]).argmax()) == label for image, label in data]
+        SCORED.append(len(right))
         return float(np.mean(right)), None
 
     model = nncf.quantize_with_accuracy_control(
@@ -196,6 +213,9 @@ def nncf_controlled(case: Case, folder: Path) -> Made:
         validate,
         max_drop=case.max_drop / 100,
         subset_size=len(samples),
+        advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+            ranking_subset_size=case.ranking, num_ranking_workers=1
+        ),
         model_type=nncf.ModelType.TRANSFORMER,
     )
     save_ir(model, folder)
@@ -246,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--calibration-size", type=int, default=100)
     parser.add_argument("--max-drop", type=float, default=0.5)
+    parser.add_argument("--cpu-limit", type=float, default=0.0, help="end a contestant after so many CPU seconds")
+    parser.add_argument("--ranking-subset", type=int, help="of NNCF's accuracy control")
     parser.add_argument("--litert", type=Path, help="a bundle of the same weights: LiteRT, fp32")
     given = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)
@@ -253,7 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     truth = np.array([sample.label for sample, _ in held_out.truth])
     expected = Prober(graph, ["logits"]).run_each(held_out.inputs)["logits"]
     file = None if given.litert is None else given.litert / MODEL
-    case, products = Case(graph, calibration, held_out, expected, truth, given.max_drop, file), read_products(graph)
+    case, products = Case(graph, calibration, held_out, expected, truth, given.max_drop, file,
+                          given.ranking_subset), read_products(graph)  # fmt: skip
+    signal.signal(signal.SIGPROF, _over)
     print(f"float: {100 * case.top1(expected):.2f} % of {len(truth)} pictures; calibration: {len(calibration.inputs)}")
     print(
         "| contestant | top-1 lost (points) | SQNR (dB) | MACs in INT8 | CPU s |\n| --- | ---: | ---: | ---: | ---: |"
@@ -263,13 +287,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as place:
             began = time.process_time()
+            SCORED.clear()
+            signal.setitimer(signal.ITIMER_PROF, given.cpu_limit)
             try:
                 made = quantize(case, Path(place))
+            except OverLimitError as error:
+                print(f"| {name} | not done: {error} | | | over {given.cpu_limit:.0f} |", flush=True)
+                continue
             except Exception as error:  # noqa: BLE001  # a contestant that fails has a row that says so
                 print(
                     f"| {name} | failed: {type(error).__name__}: {str(error).splitlines()[0][:90]} | | | |", flush=True
                 )
                 continue
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
             seconds = time.process_time() - began
             logits = run(case, made, held_out.inputs)
             lost = 100 * (case.top1(expected) - case.top1(logits))

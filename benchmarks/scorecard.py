@@ -32,7 +32,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scorecard_page import NOT_MEASURED, page
+from benchmarks.scorecard_page import NOT_MEASURED, SUMMARY, page, summary
 from benchmarks.scorecard_process import GivenUpError, Own, Run, Shared
 from dualtoken_deploy.machine import describe_machine
 from dualtoken_deploy.models.registry import VARIANTS
@@ -42,6 +42,7 @@ from dualtoken_deploy.tasks.table import get_task
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results/scorecard.json", ROOT / "docs/scorecard.md"
+README = ROOT / "README.md"
 BUNDLES = Path("bundles/scorecard")
 SLOW_IMAGES = 40  # for what stands in for a runtime, a second and more each
 MAX_DROP = "0.5"  # points, of models with trained weights
@@ -340,6 +341,16 @@ def main() -> None:
     finally:
         card.read()
         given.output.write_text(page(card.to_json()), encoding="utf-8")
+        if given.output == PAGE:
+            summarize(README, summary(card.to_json()))
+
+
+def summarize(path: Path, line: str) -> None:
+    """Puts the line in the place of the one that begins as it does."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    (place,) = (n for n, text in enumerate(lines) if text.startswith(SUMMARY))
+    lines[place] = line
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

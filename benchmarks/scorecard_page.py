@@ -27,12 +27,36 @@ by SQNR. Latency: one thread, p50, and speed against eager with the slowest and 
 """
 
 
-def page(data: Mapping[str, Any]) -> str:
-    cells = data["cells"]
+def counts(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Cells, and how many of them were measured (prepared and compiled among them), refused, and neither."""
     states = [cell["state"] for cell in cells]
     refused, rest = states.count("refused"), states.count(NOT_MEASURED)
-    measured = len(cells) - refused - rest
-    intro = INTRO.format(count=len(cells), measured=measured, refused=refused, rest=rest)
+    return {"count": len(cells), "measured": len(cells) - refused - rest, "refused": refused, "rest": rest}
+
+
+SUMMARY = "- [docs/scorecard.md](docs/scorecard.md): "
+
+
+def summary(data: Mapping[str, Any]) -> str:
+    """The line of README.md that the page stands behind."""
+    said = counts(data["cells"])
+    ran = sum(cell["state"] == "measured" for cell in data["cells"])
+    whole = [name for name in models(data["cells"]) if not _open(data["cells"], name)]
+    done = f"; every cell of {', '.join(f'`{name}`' for name in whole)}" if whole else ""
+    return (
+        f"{SUMMARY}every model, target and precision, {said['count']} cells, each with what was measured, when, where, "
+        f"by which command, or that it was not: {ran} exported and run, {said['measured'] - ran} prepared or compiled "
+        f"for engines that are not here, {said['refused']} refused with the reason{done}"
+    )
+
+
+def _open(cells: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(cell["model"] == name and cell["state"] == NOT_MEASURED for cell in cells)
+
+
+def page(data: Mapping[str, Any]) -> str:
+    cells = data["cells"]
+    intro = INTRO.format(**counts(cells))
     parts = [intro, "## All cells", overview(cells)]
     for name in models(cells):
         own = [cell for cell in cells if cell["model"] == name and (cell["state"] != NOT_MEASURED or "why" in cell)]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scorecard import MODELS, PAGE, RESULTS, Ask, Card, asked_for, fill, keys, latency, measure
-from benchmarks.scorecard_page import page
+from benchmarks.scorecard import MODELS, PAGE, README, RESULTS, Ask, Card, asked_for, fill, keys, latency, measure
+from benchmarks.scorecard_page import page, summary
 from benchmarks.scorecard_process import Answer, GivenUpError, Own, Shared
 from dualtoken_deploy.models.registry import VARIANTS
 from dualtoken_deploy.targets.table import TARGETS
@@ -33,6 +33,7 @@ def test_the_committed_file_has_every_cell_and_the_page_is_made_of_it() -> None:
     assert set(VARIANTS) - {"tiny-mix", "tiny-lightvit", "tiny-dualformer", "tiny-vim2"} <= set(MODELS)
     assert {cell["machine"] for cell in data["cells"] if "machine" in cell} <= set(data["machines"])
     assert PAGE.read_text() == page(data)
+    assert summary(data) in README.read_text().splitlines()
 
 
 class Program:
