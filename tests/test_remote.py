@@ -303,16 +303,48 @@ def test_what_a_device_lacks_is_one_line(
     assert left_over(sshd) == []
 
 
-def make_wheel(folder: Path, requires: str = "") -> Path:
+OLD = "import platform\nplatform.python_version = lambda: '3.9.18'\n"
+# the kernel's own answer to a write where there is no room
+FULL = (
+    "import io, pathlib\nopened = pathlib.Path.open\n"
+    "def full(path, mode='r', **more):\n"
+    "    return io.open('/dev/full', mode, 0) if mode == 'wb' else opened(path, mode, **more)\n"
+    "pathlib.Path.open = full\n"
+)
+
+
+@needs_sshd
+@pytest.mark.parametrize(
+    ("begins_with", "code", "words"),
+    [(OLD, 3, "has Python 3.9.18 as "), (FULL, 4, "loop: the disk is full")],
+    ids=["an old Python", "no room"],
+)
+def test_a_device_that_is_too_old_or_full_is_one_line(
+    begins_with: str, code: int, words: str, sshd: Sshd, named: Callable[..., str], tmp_path: Path,
+    small_bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "sitecustomize.py").write_text(begins_with)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    there = tmp_path / "device"
+    name = named(python=str(python), folder=str(there))
+    found, line = fails(capsys, "inspect", small_bundle(), "--on", name)
+    assert found == code
+    assert words in line
+    assert [path for part in ("work", "files") for path in (there / part).iterdir()] == []
+
+
+def make_wheel(folder: Path, requires: str = "", tag: str = "py3-none-any") -> Path:
     """The smallest wheel with our name: its program prints what it was asked, its machine is "tiny"."""
     folder.mkdir(exist_ok=True)
-    wheel, info = folder / "dualtoken_deploy-0.0.1-py3-none-any.whl", "dualtoken_deploy-0.0.1.dist-info"
+    wheel, info = folder / f"dualtoken_deploy-0.0.1-{tag}.whl", "dualtoken_deploy-0.0.1.dist-info"
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("dualtoken_deploy/__init__.py", "")
         file.writestr("dualtoken_deploy/machine.py", "def describe_machine(): return {'cpu': 'tiny'}")
         file.writestr("dualtoken_deploy/__main__.py", "import json, sys; print(json.dumps({'asked': sys.argv[1:]}))")
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: dualtoken-deploy\nVersion: 0.0.1\n{requires}")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: {tag}\n")
         file.writestr(f"{info}/RECORD", "")
     return folder
 
@@ -321,7 +353,7 @@ def make_wheel(folder: Path, requires: str = "") -> Path:
 def test_an_environment_is_made_once_from_a_wheelhouse_and_one_that_fails_is_not_kept(
     sshd: Sshd, named: Callable[..., str], tmp_path: Path, own_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a network: the wheels travel. A package that is in none of them is named."""
+    """Without a network: the wheels travel. A package that is in none of them is named, and so is another machine's."""
     environments = sshd.folder / "device" / "env"
     lacking = make_wheel(tmp_path / "lacking", "Requires-Dist: no-such-package-here\n")
     named(environment="made", wheelhouse=str(lacking))
@@ -329,17 +361,43 @@ def test_an_environment_is_made_once_from_a_wheelhouse_and_one_that_fails_is_not
     assert code == 3
     assert "cannot install dualtoken_deploy-0.0.1-py3-none-any.whl: ERROR: No matching distribution" in line
     assert "no-such-package-here" in line
+    named(environment="made", wheelhouse=str(make_wheel(tmp_path / "foreign", tag="cp311-cp311-linux_s390x")))
+    code, line = fails(capsys, "inspect", own_bundle, "--on", "loop")
+    assert code == 3
+    assert "dualtoken_deploy-0.0.1-cp311-cp311-linux_s390x.whl is not a supported wheel on this platform" in line
     assert list(environments.iterdir()) == []
-    named(environment="made", wheelhouse=str(make_wheel(tmp_path / "whole")))
-    main(["inspect", str(own_bundle), "--on", "loop", "--json"])  # whose answer is the tiny program's own
+    named(environment="made")
+    house = ["--wheelhouse", str(make_wheel(tmp_path / "whole"))]
+    main(["inspect", str(own_bundle), "--on", "loop", *house, "--json"])  # whose answer is the tiny program's own
     found = json.loads(capsys.readouterr().out)
     assert found["asked"] == ["inspect", str(own_bundle), "--json"]  # there by its name there
     assert found["on"]["machine"] == {"cpu": "tiny"}
     (made,) = environments.iterdir()
     before = made.stat().st_ctime_ns
-    main(["inspect", str(own_bundle), "--on", "loop", "--json"])
+    main(["inspect", str(own_bundle), "--on", "loop", *house, "--json"])
     assert json.loads(capsys.readouterr().out)["asked"]
     assert [p.stat().st_ctime_ns for p in environments.iterdir()] == [before]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--wheelhouse is of wheels that travel to a device; give --on too"),
+        (["--on", "loop"], "loop has an environment of its own"),
+        (["--on", "adb://R5CT1234"], "runs no Python"),
+    ],
+)
+def test_wheels_that_nothing_would_install_are_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    small_bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    file = tmp_path / "dualtoken" / "devices.toml"
+    file.parent.mkdir()
+    file.write_text('[loop]\nurl = "ssh://127.0.0.1"\nenvironment = "own"\n')
+    code, line = fails(capsys, "inspect", small_bundle(), *words, "--wheelhouse", tmp_path)
+    assert code == 2
+    assert said in line
 
 
 @needs_sshd

@@ -6,17 +6,25 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from dualtoken_deploy.cli.common import Json, find_bundles, progress, remark, show, write_out
 from dualtoken_deploy.errors import DualTokenError, UsageError
 
+if TYPE_CHECKING:
+    from dualtoken_deploy.remote.devices import Device
+
 On = Annotated[
     str | None,
     typer.Option(help="Run it on this device: ssh://[USER@]HOST[:PORT], adb://SERIAL or a name of devices.toml."),
+]
+Wheelhouse = Annotated[
+    Path | None,
+    typer.Option(help="With --on: wheels of this machine that travel along, for a device without a network."),
 ]
 BUNDLES = ("bundles", "bundle", "source")  # positional, and carried where they are folders here
 CARRIED = ("data", "against")  # options whose value may be a folder or file here
@@ -24,24 +32,42 @@ WRITTEN = ("markdown", "confusion", "search", "picture")  # options that write h
 
 
 def remotely(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with --on. Without it nothing changes."""
+    """The command with --on and --wheelhouse. Without them nothing changes."""
     signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
-    def run(*arguments: Any, on: str | None = None, **named: Any) -> Any:
+    def run(*arguments: Any, on: str | None = None, wheelhouse: Path | None = None, **named: Any) -> Any:
+        if on is None and wheelhouse is not None:
+            raise UsageError("--wheelhouse is of wheels that travel to a device; give --on too")
         if on is None:
             return command(*arguments, **named)
-        return _send(command.__name__, signature, on, signature.bind(*arguments, **named).arguments)
+        device = _device(on, wheelhouse)
+        return _send(command.__name__, signature, device, signature.bind(*arguments, **named).arguments)
 
-    extra = inspect.Parameter("on", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=On)
-    parameters = sorted([*signature.parameters.values(), extra], key=lambda p: p.kind)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in (("on", On), ("wheelhouse", Wheelhouse))
+    ]
+    parameters = sorted([*signature.parameters.values(), *extra], key=lambda p: p.kind)
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return run
 
 
-def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, Any]) -> None:
-    from dualtoken_deploy.remote.devices import find_device
+def _device(on: str, wheelhouse: Path | None) -> Device:
+    """Raises UsageError on an unknown one, and on wheels that nothing there would install."""
+    from dualtoken_deploy.remote.devices import OWN, find_device
+
+    device = find_device(on)
+    if wheelhouse is None:
+        return device
+    if device.android or device.environment == OWN:
+        why = "runs no Python" if device.android else "has an environment of its own (devices.toml)"
+        raise UsageError(f"{device.name} {why}, so no wheels travel there; leave --wheelhouse out")
+    return replace(device, wheelhouse=str(wheelhouse.resolve()))
+
+
+def _send(name: str, signature: inspect.Signature, device: Device, given: Mapping[str, Any]) -> None:
     from dualtoken_deploy.remote.session import Session, extras_of
     from dualtoken_deploy.remote.timed import about
 
@@ -49,7 +75,6 @@ def _send(name: str, signature: inspect.Signature, on: str, given: Mapping[str, 
     for key in WRITTEN:
         if values.get(key) is not None:
             raise UsageError(f"--{key} writes on the machine that measures; with --on take --json, and draw it here")
-    device = find_device(on)
     if device.android:
         _send_to_phone(name, {key: p.default for key, p in signature.parameters.items()}, values, device)
         return
