@@ -18,7 +18,7 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.recipe import steps
 from dualtoken_deploy.recipe.file import TABLES, read_recipe
-from tests.commands import fails, prints
+from tests.commands import SCHEMAS, fails, prints
 from tests.conftest import SMALL
 
 RECIPE = """
@@ -254,6 +254,8 @@ def test_the_schema_has_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     tables = {kind.__name__: set(kind.__struct_fields__) for kind in TABLES.values()}
     assert {name: set(schema["$defs"][name]["properties"]) for name in tables} == tables
     assert all(schema["$defs"][name]["additionalProperties"] is False for name in tables)
+    published = SCHEMAS / "files" / "recipe.schema.json"  # dualtoken run --schema > it
+    assert json.loads(published.read_text(encoding="utf-8")) == schema
 
 
 # --- making a bundle again ---
