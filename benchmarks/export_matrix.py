@@ -1,23 +1,24 @@
-"""Every family's rows exported for every target and precision, one process each: SQNR to eager as Markdown tables.
+"""Every family's rows exported for every target and precision: SQNR to eager as Markdown tables.
 
     .venv/bin/python benchmarks/export_matrix.py [--results benchmarks/results/export-matrix.json] [--only lightvit]
 
-A cell is `dualtoken export --variant V --target T --precision P` with random weights of seed 0 at 224x224; int8 at
-64x64, calibrated on photographs and judged by SQNR, since the top-1 of random weights says nothing. ROWS has what is
-fed to the others: ViM2 at 64x64 where its scans are short, the forecaster and the tokenizer with the weights that ship.
-What was measured is kept in the results file, so that an interrupted run goes on where it stopped; a refusal is kept
-with its exit code. `--only` takes cells by parts of their names.
+A process is `dualtoken export --variant V --precision P` for all targets that are left, with random weights of seed 0
+at 224x224; int8 at 64x64, calibrated on photographs and judged by SQNR, since the top-1 of random weights says nothing.
+ROWS has what is fed to the others: ViM2 at 64x64 where its scans are short, the forecaster and the tokenizer with the
+weights that ship. What was measured is kept in the results file, so that an interrupted run goes on where it stopped; a
+refusal is kept with its exit code. `--only` takes cells whose names have all of its words.
 TensorRT's files are run in ONNX Runtime (exit 3: the engine is left to the device), Core ML's by the reference runner.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,34 +44,47 @@ ROWS = {  # options of every cell of a row
 }
 INT8 = (
     *("--image-size", "64", "--calibration", "photographs"),
-    *("--metric", "sqnr", "--max-drop", "10"),
+    *("--metric", "sqnr", "--max-drop", "10", "--no-race"),
 )
 INT8_ROWS = {  # on the held-out part of what the weights were trained on
-    "tsm2": ("--calibration", "lorenz", "--max-drop", "1"),
-    "dualtoken-tokenizer-s": ("--calibration", "shapes", "--max-drop", "1"),
+    "tsm2": ("--calibration", "lorenz", "--max-drop", "1", "--no-race"),
+    "dualtoken-tokenizer-s": ("--calibration", "shapes", "--calibration-size", "50", "--max-drop", "1", "--no-race"),
 }
 
 
-def measure(variant: str, target: str, precision: str) -> dict[str, Any]:
-    """What the manifest of one export says, or how it was refused."""
+def measure(variant: str, targets: Sequence[str], precision: str) -> dict[str, dict[str, Any]]:
+    """For each target what its export says of itself and its manifest has, or how it was refused."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "bundle"
-        what = ("--variant", variant, "--target", target, "--precision", precision, "--output", str(folder))
         options = INT8_ROWS.get(variant, INT8) if precision == "int8" else ()
-        start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "dualtoken_deploy", "export", *what, *ROWS.get(variant, ()), *options],
+            [
+                *(sys.executable, "-m", "dualtoken_deploy", "export", "--variant", variant, "--precision", precision),
+                *(word for target in targets for word in ("--target", target)),
+                *("--output", f"{name}/bundles", "--json", *ROWS.get(variant, ()), *options),
+            ],
             capture_output=True,
             text=True,
         )
-        cell: dict[str, Any] = {"exit": done.returncode, "seconds": round(time.perf_counter() - start, 1)}
-        if not (folder / "manifest.json").exists():
-            return cell | {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"}
-        measured = Bundle.open(folder).manifest.measured
-        shots = measured.photographs
-        assert shots is not None  # noqa: S101  # every export measures on them
-        cell |= {"sqnr_db": shots.sqnr_db, "top1_agreement": shots.top1_agreement, "images": shots.images}
-        return cell | ({"int8_mac_share": measured.int8_mac_share} if precision == "int8" else {})
+        if not done.stdout.strip():
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return {target: {"exit": done.returncode, "error": said} for target in targets}
+        answer = json.loads(done.stdout)
+        rows = answer if isinstance(answer, list) else [answer]
+        if len(rows) < len(targets):  # one that cannot be planned stops all
+            return {t: found for target in targets for t, found in measure(variant, [target], precision).items()}
+        return {target: cell(row, precision) for target, row in zip(targets, rows, strict=True)}
+
+
+def cell(row: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """`exit` 3: made and checked, and to be built on the device."""
+    if "error" in row:
+        return {"exit": row["error"]["code"], "error": row["error"]["message"]}
+    measured = Bundle.open(row["bundle"]).manifest.measured
+    shots = measured.photographs
+    assert shots is not None  # noqa: S101  # every export measures on them
+    found = {"exit": 3 if row["state"] == "prepared" else 0, "seconds": row["seconds"], "sqnr_db": shots.sqnr_db}
+    found |= {"top1_agreement": shots.top1_agreement, "images": shots.images}
+    return found | ({"int8_mac_share": measured.int8_mac_share} if precision == "int8" else {})
 
 
 def show(cell: dict[str, Any] | None) -> str:
@@ -95,18 +109,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/export-matrix.json"))
     parser.add_argument(
-        "--only", default="", help="cells whose name contains this, such as lightvit-t or 'openvino int8'"
+        "--only", default="", help="cells whose name has these words, such as lightvit-t or 'openvino int8'"
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text(encoding="utf-8")) if arguments.results.exists() else {}
-    for target, precision in CELLS:
-        for variant in VARIANTS:
-            key = f"{variant} {target} {precision}"
-            if key in results or arguments.only not in key:
-                continue
-            results[key] = measure(variant, target, precision)
-            print(key, results[key], flush=True)
-            arguments.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    words = arguments.only.split()
+    for variant, precision in itertools.product(VARIANTS, dict.fromkeys(p for _, p in CELLS)):
+        names = {t: f"{variant} {t} {precision}" for t, p in CELLS if p == precision}
+        left = [t for t, key in names.items() if key not in results and all(w in key for w in words)]
+        if not left:
+            continue
+        for target, found in measure(variant, left, precision).items():
+            results[names[target]] = found
+            print(names[target], found, flush=True)
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results, ("onnxruntime", "openvino")))
     print()
     print(table(results, ("tensorrt", "aotinductor", "coreml")))

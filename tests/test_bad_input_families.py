@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 
 from dualtoken_deploy import create_model
 from dualtoken_deploy.models.registry import FAMILIES, family_of, get_variant
+from dualtoken_deploy.models.systems import SYSTEMS, create_system
 from tests.commands import fails
 from tests.conftest import TINY_VIM
 
 SMALLEST = ("t-mix", "lightvit-t", "dualformer-t", TINY_VIM.name)  # one of each family
+OTHERS = ("tsm2", "dualtoken-tokenizer-s")  # that are no classifiers
 DENSE = ("retinanet", "mask-rcnn", "deeplabv3", "pspnet")
 
 
@@ -31,19 +33,27 @@ class Code:
         return os.mkdir, (self.path,)
 
 
+def state_of(variant: str) -> dict[str, torch.Tensor]:
+    model = create_system(variant) if variant in OTHERS else create_model(variant, image_size=64)
+    return model.state_dict()
+
+
 def of_another_variant(path: Path, variant: str) -> None:
-    other = SMALLEST[SMALLEST.index(variant) - 1]
-    save_file(create_model(other, image_size=64).state_dict(), path)
+    save_file(state_of(SMALLEST[SMALLEST.index(variant) - 1]), path)
+
+
+def of_a_system(path: Path, variant: str) -> None:
+    save_file(state_of(next(name for name in OTHERS if name != variant)), path)
 
 
 def of_other_shapes(path: Path, variant: str) -> None:
-    state = create_model(variant, image_size=64).state_dict()
+    state = state_of(variant)
     name = next(name for name, value in state.items() if value.ndim == 2)
     save_file({**state, name: state[name][:-1].contiguous()}, path)
 
 
 def truncated(path: Path, variant: str) -> None:
-    save_file(create_model(variant, image_size=64).state_dict(), path)
+    save_file(state_of(variant), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -60,12 +70,14 @@ def empty(path: Path, variant: str) -> None:
 
 
 def not_finite(path: Path, variant: str) -> None:
-    state = create_model(variant, image_size=64).state_dict()
+    state = state_of(variant)
     name = next(name for name, value in state.items() if value.ndim == 2)
     save_file({**state, name: torch.full_like(state[name], float("nan"))}, path)
 
 
-HARMS: tuple[tuple[Callable[[Path, str], None], str, str], ...] = (
+Harm = tuple[Callable[[Path, str], None], str, str]
+SYSTEM: Harm = (of_a_system, ".safetensors", "does not fit variant")
+HARMS: tuple[Harm, ...] = (
     (of_another_variant, ".safetensors", "holds weights of variant"),
     (of_other_shapes, ".safetensors", "1 mis-shaped: "),
     (truncated, ".safetensors", "not a whole safetensors file"),
@@ -79,10 +91,13 @@ HARMS: tuple[tuple[Callable[[Path, str], None], str, str], ...] = (
 def test_every_family_is_here() -> None:
     """Of ViM2 a small one, since its smallest variant has 22 M parameters."""
     assert [family_of(get_variant(name).config) for name in SMALLEST] == list(FAMILIES)
+    assert set(OTHERS) == set(SYSTEMS)
 
 
 MODELS = (
     *(((variant,), HARMS) for variant in SMALLEST),
+    *(((variant,), (SYSTEM, *HARMS[1:])) for variant in OTHERS),
+    (("t-mix",), (SYSTEM,)),
     *((("t-mix", "--head", head), (HARMS[2], HARMS[5])) for head in DENSE),
 )
 
@@ -102,8 +117,9 @@ def test_bad_weights(
 ) -> None:
     weights = tmp_path / f"weights{suffix}"
     harm(weights, model[0])
+    size = () if model[0] == "tsm2" else ("--image-size", "64")  # it takes a series
     code, line = fails(
-        capsys, "export", "--variant", *model, "--target", "onnx", "--image-size", "64",
+        capsys, "export", "--variant", *model, "--target", "onnx", *size,
         "--weights", weights, "--output", tmp_path / "bundle",
     )  # fmt: skip
     assert (code, message in line, weights.name in line) == (4, True, True), line

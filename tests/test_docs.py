@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dualtoken_deploy import __version__
+from dualtoken_deploy.models.listing import shipped
 from tests.commands import prints
 from tests.test_messages import PACKAGE, VALUE, parse, texts
 
@@ -158,6 +159,20 @@ def test_an_explained_error_is_one_of_the_program(quoted: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="the site needs the extra [docs]")
+def test_counts_on_the_page_of_the_families_are_those_that_are_listed() -> None:
+    """Rows of its first tables: `variant`, parameters, the paper's, ..., MACs."""
+    text = (ROOT / "docs/models-family.md").read_text(encoding="utf-8")
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"`[a-z0-9-]+`", cells[0]) and re.fullmatch(r"\d+\.\d{3}", cells[1]):
+            macs = [cell for cell in cells[2:] if re.fullmatch(r"\d+\.\d{3}", cell)]
+            found[cells[0].strip("`")] = (cells[1], *macs)
+    rows = {r["variant"]: (f"{r['params'] / 1e6:.3f}", f"{r['macs'] / 1e9:.3f}") for r in shipped("variants")}
+    systems = {name for name in rows if name.startswith(("lightvit", "dualformer", "vim2"))}
+    assert {name: found.get(name) for name in systems} == {name: rows[name] for name in systems}
+
+
 def test_the_tests_that_a_page_names_exist() -> None:
     """docs/hardening.md says which test guards what."""
     named = set(

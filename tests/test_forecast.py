@@ -17,8 +17,10 @@ from torch import nn
 from dualtoken_deploy import Bundle, export
 from dualtoken_deploy.bench import bench
 from dualtoken_deploy.data.series import FUTURE, LORENZ, PAST, SERIES, lorenz_steps, open_series
+from dualtoken_deploy.deploy import RULES, deploy_form
 from dualtoken_deploy.errors import DatasetError
 from dualtoken_deploy.models import tsm2
+from dualtoken_deploy.models.registry import randomise
 from dualtoken_deploy.models.scan import stepwise_scan
 from dualtoken_deploy.models.source import Source
 from dualtoken_deploy.models.systems import create_system
@@ -156,6 +158,17 @@ def test_a_mixer_is_its_equations() -> None:
             rows.append(c[t] @ h + s.skip * u[t])
         wanted = (torch.stack(rows) * gate * torch.sigmoid(gate)) @ mixer.leave.weight.T
         assert_close(mixer(x)[0, 0], wanted, relative=1e-12)
+
+
+@pytest.mark.parametrize("rules", [None, list(RULES)], ids=["default", "all"])
+def test_the_deploy_form_keeps_what_the_model_computes(rules: list[str] | None) -> None:
+    model = tiny(layers=2)
+    randomise(model, 0)
+    form = deploy_form(model, rules, (32, 4))
+    assert form.rules["fold_norm_affine"] > 0
+    series = noise(2, 32, 4)
+    with torch.no_grad():
+        assert_close(form.module(series), model(series), relative=1e-10)
 
 
 def test_units_do_not_matter() -> None:

@@ -153,9 +153,7 @@ def test_the_published_names_and_shapes_are_all_there(variant: str, sizes: str, 
     assert norms == {f"{b}.{n}" for b in blocks for n in ("norm", "ffn.norm")} | {"head.norm"}
 
 
-def test_a_published_file_evaluates_and_exports_without_more_words(
-    small_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_published_file_evaluates_and_exports_without_more_words(tmp_path: Path) -> None:
     """Random tensors in the shapes of T with ten classes, the digits as its data: the way is that of ImageNet."""
     model = random_model("lightvit-t", num_classes=10)
     state = {published_name(k): t for k, t in model.state_dict().items()}
@@ -165,6 +163,9 @@ def test_a_published_file_evaluates_and_exports_without_more_words(
     assert result.labels == tuple(f"class {i}" for i in range(10))
     again = create_model("lightvit-t", num_classes=10, weights=tmp_path / "lightvit_tiny.ckpt")
     assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
+    made = export("lightvit-t", weights=tmp_path / "lightvit_tiny.ckpt", image_size=64, output=tmp_path / "bundle")
+    assert made.sqnr_db > SQNR_DB["fp32"]
+    assert Bundle.open(tmp_path / "bundle").labels == result.labels
 
 
 def published_name(ours: str) -> str:

@@ -19,9 +19,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dualtoken_deploy import Bundle, create_model, export
 from dualtoken_deploy.data.folders import open_parts
+from dualtoken_deploy.deploy import RULES, deploy_form
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.models import systems, tokenizer
 from dualtoken_deploy.models.own_sources import other_source
+from dualtoken_deploy.models.registry import randomise
+from dualtoken_deploy.models.systems import create_system
 from dualtoken_deploy.models.tokenizer import ResidualQuantizer
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
 from dualtoken_deploy.targets.onnx.moves import without_idle_moves
@@ -32,9 +35,10 @@ from dualtoken_deploy.tasks.table import get_task
 from dualtoken_deploy.tasks.tokenize import code_map
 from dualtoken_deploy.use.evaluate import evaluate
 from dualtoken_deploy.use.predict import draw, predict
-from dualtoken_deploy.use.validate import validate
+from dualtoken_deploy.use.validate import gate, parse_minima, validate
 from tests.commands import fails
 from tests.conftest import TINY
+from tests.numerics import assert_close
 
 NAME = "tiny-tokenizer"
 
@@ -65,6 +69,19 @@ def test_the_nearest_code_then_the_nearest_to_the_rest() -> None:
             assert int(found.codes[image, place, depth]) == int(np.argmin(distances))
             rest = rest - made.codebook[int(np.argmin(distances))]
         torch.testing.assert_close(found.sum[image, place], x[image, place] - rest)
+
+
+@pytest.mark.parametrize("rules", [None, list(RULES)], ids=["default", "all"])
+def test_the_deploy_form_keeps_what_the_model_computes(rules: list[str] | None) -> None:
+    """Backbone rewritten, codes the same: in float64 no vector of these is near a border."""
+    model = create_system(NAME).double()
+    randomise(model, 0)
+    form = deploy_form(model, rules, (64, 64))
+    assert form.rules["fold_norm_affine"] > 0
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for found, wanted in zip(form.module(image), model(image), strict=True):
+            assert_close(found.double(), wanted.double(), relative=1e-10)
 
 
 def test_the_margin_is_the_way_to_the_next_code() -> None:
@@ -135,6 +152,56 @@ def test_codes_survive_export(tokens: Callable[..., Path], target: str) -> None:
     assert {f"equal_pixel_codes_{d}" for d in (1, 2, 3, 4)} < set(result.likeness.more)
     names = [(o.name, o.dtype, o.shape) for o in bundle.manifest.outputs]
     assert names[1:3] == [("pixel_codes", "int32", (1, 64, 4)), ("semantic_codes", "int32", (1, 4, 4))]
+
+
+@pytest.fixture(scope="module")
+def two_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of two classes."""
+    from dualtoken_deploy.data.built_in import built_in_folder
+
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("circle", "texture-checks"):
+        (folder / name).mkdir()
+        picture = min((built_in_folder("shapes") / "val" / name).iterdir())
+        (folder / name / picture.name).write_bytes(picture.read_bytes())
+    return folder
+
+
+def test_psnr_and_probe_are_gates(
+    tokens: Callable[..., Path], two_shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The untrained one draws noise; half precision is held to each figure by the same words."""
+    words = ("validate", tokens("onnxruntime", "fp16"), "--data", two_shapes)
+    (found,) = validate([tokens("onnxruntime", "fp16")], two_shapes)
+    assert found.scores is not None
+    for name in ("psnr_db", "ssim", "probe_top1"):
+        least = found.scores[name] + 0.01
+        code, text = fails(capsys, *words, "--minimum", f"{name}={least}")
+        assert (code, f"{name} {found.scores[name]:.4g} is below" in text) == (5, True), text
+    gate([found], **parse_minima([f"psnr_db={found.scores['psnr_db']}", f"probe_top1={found.scores['probe_top1']}"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("psnr_db",), "METRIC=VALUE"),
+        (("psnr_db=high",), "METRIC=VALUE"),
+        (("psnr_db=nan",), "METRIC=VALUE"),
+        (("mse=1",), "valid metrics are"),
+        (("probe_top1=0.1", "top1=0.1"), "top1 was not measured"),
+    ],
+    ids=" ".join,
+)
+def test_minima_that_are_none(
+    words: tuple[str, ...],
+    message: str,
+    tokens: Callable[..., Path],
+    two_shapes: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [part for word in words for part in ("--minimum", word)]
+    code, text = fails(capsys, "validate", tokens(), "--data", two_shapes, *given)
+    assert (code, message in text) == (2, True), text
 
 
 def test_no_file_scatters(tokens: Callable[..., Path]) -> None:

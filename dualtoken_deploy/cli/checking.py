@@ -54,6 +54,10 @@ def validate(
     min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB.")] = None,
     min_ap: Annotated[float | None, typer.Option(help="Detectors: least AP of the boxes, in 0..1.")] = None,
     min_miou: Annotated[float | None, typer.Option(help="Segmenters: least mean IoU, in 0..1.")] = None,
+    minimum: Annotated[
+        list[str] | None,
+        typer.Option(help="METRIC=VALUE: least value of any metric, such as psnr_db=22 or probe_top1=0.75. Repeat it."),
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     allow_native: AllowNative = False,
@@ -66,13 +70,17 @@ def validate(
     from dualtoken_deploy.bundle.trust import permit_native
 
     permit_native(allow_native)
-    from dualtoken_deploy.use.validate import gate
+    from dualtoken_deploy.use.validate import gate, parse_minima
     from dualtoken_deploy.use.validate import validate as run
 
+    more = parse_minima(minimum or [])
+    minima = {"agreement": min_agreement, "top1": min_top1, "sqnr_db": min_sqnr, "ap": min_ap, "miou": min_miou}
+    if twice := [name for name in more if minima.get(name) is not None]:
+        raise UsageError(f"--minimum gives {', '.join(twice)} a second time; give it once")
     with progress() as tell:
         results = run(find_bundles(bundles), data, limit, reference, device, threads, progress=tell)
     show(json_output, {"results": [r.to_json() for r in results]}, lambda r: r.validation_table(results))
-    gate(results, agreement=min_agreement, top1=min_top1, sqnr_db=min_sqnr, ap=min_ap, miou=min_miou)
+    gate(results, **{**minima, **more})
 
 
 def evaluate(

@@ -45,7 +45,9 @@ PANELS: Mapping[str, str] = MappingProxyType(
             ),
             "INT8",
         ),
-        **dict.fromkeys(("min_agreement", "min_top1", "min_sqnr", "min_ap", "min_miou"), "Minima, exit 5 below"),
+        **dict.fromkeys(
+            ("min_agreement", "min_top1", "min_sqnr", "min_ap", "min_miou", "minimum"), "Minima, exit 5 below"
+        ),
         **dict.fromkeys(
             ("deployment_target", "layout", "compute_capability", "weightless", "batches", "opset"), "One target's own"
         ),

@@ -265,7 +265,8 @@ GENERAL: Mapping[str, Callable[[Places], list[Change]]] = MappingProxyType(
 
 
 def apply_general(model: nn.Module, wanted: Iterable[str], size: Size) -> tuple[nn.Module, dict[str, int]]:
-    """The float32 module with the rules among `wanted` applied where they hold, and how often each did.
+    """The module in float32 (float64, if it was) with the rules among `wanted` applied where they hold, and how often
+    each did.
 
     A module that does not run in float64, or not while it is looked at, comes back as it is: nothing could be proved.
     """
@@ -283,7 +284,8 @@ def apply_general(model: nn.Module, wanted: Iterable[str], size: Size) -> tuple[
             working, counts[name] = _apply(working, changes, proof, NARROW if seen.narrow else EXACT)
             if counts[name]:
                 seen = observe(working, _picture(shape, SEEDS[0]), _tensors)
-    return working.float(), counts
+    exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return working if exact else working.float(), counts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dualtoken_deploy.models.dualtoken_vit import DualTokenConfig, DualTokenViT
 from dualtoken_deploy.models.lightvit import LightViT, LightViTConfig
 from dualtoken_deploy.models.published import State
 from dualtoken_deploy.models.vim2 import ViM2, ViM2Config
-from dualtoken_deploy.models.weights import read_tensors, weights_path
+from dualtoken_deploy.models.weights import read_tensors, some_names, weights_path
 
 MIN_IMAGE_SIZE = 64
 MAX_IMAGE_SIZE = 4096
@@ -236,8 +236,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False, variant: str = "this model") -> None:
-    """Loads every tensor or none. Raises WeightsError with the variant that they are of, if there is one, or with all
-    missing, unexpected and mis-shaped keys."""
+    """Loads every tensor or none. Raises WeightsError with the variant that they are of, if there is one, or with
+    missing, unexpected and mis-shaped keys, of each as many as a line holds."""
     given, wanted = read_tensors(path), model.state_dict()
     if replace_head:
         for key in ("head.fc.weight", "head.fc.bias"):
@@ -259,12 +259,12 @@ def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False,
             )
         if (other := _variant_of(given)) is not None and other != variant:
             raise WeightsError(f"{path} holds weights of variant {other}, not of {variant}; give --variant {other}")
-        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        listed = "; ".join(f"{len(names)} {kind}: {some_names(names)}" for kind, names in problems.items() if names)
         hint = "; another class count needs replace_head=True" if _only_head(problems) else ""
         raise WeightsError(f"{path} does not fit variant {variant} with these options: {listed}{hint}")
     if not all(torch.isfinite(t).all() for t in given.values() if t.is_floating_point()):
         bad = [k for k, t in given.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-        raise WeightsError(f"{path} holds NaN or infinity in {', '.join(bad)}; train or save it again")
+        raise WeightsError(f"{path} holds NaN or infinity in {some_names(bad)}; train or save it again")
     model.load_state_dict(given)
 
 

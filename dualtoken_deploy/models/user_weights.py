@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dualtoken_deploy.errors import WeightsError
-from dualtoken_deploy.models.weights import read_tensors
+from dualtoken_deploy.models.weights import read_tensors, some_names
 
-LISTED = 6  # names of a kind that an error shows
 _COUNTER = "num_batches_tracked"  # training's alone; checkpoints of old versions have none
 
 
@@ -32,11 +31,11 @@ def load_user_weights(model: nn.Module, path: Path) -> None:
         ],
     }
     if any(problems.values()):
-        said = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+        said = "; ".join(f"{len(names)} {kind}: {some_names(names)}" for kind, names in problems.items() if names)
         raise WeightsError(f"{path} does not fit {type(model).__name__}: {said}{_hint(given, wanted)}")
     bad = [k for k, t in given.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
-        raise WeightsError(f"{path} holds NaN or infinity in {_some(bad)}; train or save it again")
+        raise WeightsError(f"{path} holds NaN or infinity in {some_names(bad)}; train or save it again")
     model.load_state_dict(given, strict=False)
 
 
@@ -48,10 +47,6 @@ def _missing(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[
 def _where(tensor: Tensor) -> tuple[object, ...]:
     """The same for tensors that are one in memory; an empty one is only itself."""
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else (id(tensor),)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _hint(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +49,7 @@ DAMAGE = (
 )  # fmt: skip
 WRONG = (WeightsError, "copy or save it again")
 
+LISTED = 6  # names of a kind that an error shows
 BEST = "best.safetensors"  # of a run's folder
 
 
@@ -163,6 +164,11 @@ def _describe_published(path: Path) -> WeightsInfo | None:
     variant, classes = found
     labels = tuple(f"class {i}" for i in range(classes))
     return WeightsInfo(path, CLASSIFY, variant, {}, (224, 224), labels, "its authors' training")
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first of them, as many as an error shows, and how many more there are."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -117,6 +117,24 @@ def open_for(bundle: Bundle, data: str | Path, limit: int | None = None) -> Samp
     return images if limit is None else images.limit(limit)
 
 
+def parse_minima(words: Sequence[str]) -> dict[str, float]:
+    """METRIC=VALUE words, of any task's metrics. Raises UsageError."""
+    known = [metric for task in TASKS.values() if not task.lower for metric in task.metrics]
+    minima: dict[str, float] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = np.nan
+        if not np.isfinite(value):
+            raise UsageError(f"--minimum takes METRIC=VALUE with a number, not {word!r}")
+        if name not in known:
+            raise UsageError(f"--minimum of {name!r}: valid metrics are {', '.join(dict.fromkeys(known))}")
+        minima[name] = value
+    return minima
+
+
 def gate(results: Sequence[Validation], **minima: float | None) -> None:
     """Raises ToleranceError that names all measures below their minimum (sqnr_db, agreement, or a metric of the task),
     UsageError where one was not measured."""
