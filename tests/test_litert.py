@@ -199,7 +199,7 @@ def fourfold(weights: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("layer", "change"), [("stage1.block1.token.broadcast.proj", transposed), ("stage3.block1.ffn.fc1", fourfold)]
+    ("layer", "change"), [("stage1.block1.token.broadcast.proj", transposed), ("stage2.block1.ffn.fc1", fourfold)]
 )
 def test_diagnose_points_at_a_planted_fault(own: Path, layer: str, change: Callable[[Any], Any]) -> None:
     model = flat.read(own / MODEL)

@@ -101,11 +101,16 @@ def trace(module: nn.Module, request: Request, device: str) -> torch.export.Expo
 
 
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Compiles in a cache folder of its own, which goes again: nothing is left outside of the bundle."""
+    """Compiles in a cache folder of its own, which goes again: nothing is left outside of the bundle.
+
+    Headers are not compiled before: torch would do that anew for every package, in a folder that stays, for two files.
+    """
+    from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
+    once = config.patch({"aot_inductor.precompile_headers": False})
     try:
-        with torch.no_grad(), quiet(), fresh_cache():
+        with torch.no_grad(), quiet(), once, fresh_cache():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's exceptions share no base but this
         raise ConversionError(f"AOTInductor cannot compile {why(error)}") from error
