@@ -173,9 +173,9 @@ def test_diagnose_finds_no_suspect_in_a_sound_package(
     """Faults are planted in test_diagnose_coreml.py."""
     found = diagnose(packages(precision, **options), limit=2)
     assert (found.first, found.suspect, found.engine) == (None, None, ENGINE)
-    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage2.block1", "logits"]
+    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage3.block1", "logits"]
     names = {d.name for d in found.layers}
-    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage2.block1.token.broadcast.q", "head.neck"} <= names
+    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage1.block1.token.broadcast.q", "head.neck"} <= names
     assert found.unseen == 0
     json.dumps(found.to_json(), allow_nan=False)
 

@@ -74,9 +74,9 @@ def test_a_sound_bundle_has_no_suspect(precision: str, target: str, small_bundle
     found = diagnose(folder, limit=2)
     assert (found.first, found.suspect, found.note) == (None, None, None)
     assert found.data.startswith("digits" if precision == "int8" else "photographs")
-    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage2.block1", "logits"]
+    assert [b.name for b in found.blocks] == ["stem", "stage1.block1", "stage3.block1", "logits"]
     names = {d.name for d in found.layers}
-    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage2.block1.token.broadcast.proj"} <= names
+    assert {"stem.conv1.conv", "stage1.block1.local.pw1", "stage3.block1.token.broadcast.proj"} <= names
     # INT8 for ONNX Runtime joins products with their biases, and an attention's parts: those values are not there
     joined = (precision, target) == ("int8", "onnxruntime")
     assert found.unseen <= len(found.layers) // (3 if joined else 10)
@@ -92,7 +92,7 @@ def test_pictures_outside_of_the_ranges_are_said_to_be_so(small_bundle: Callable
 
 
 @pytest.mark.parametrize(
-    "name", ["stage1.block1.token.broadcast.q", "stage2.block1.token.broadcast.proj", "stage2.block1.ffn.fc1"]
+    "name", ["stage1.block1.token.broadcast.q", "stage3.block1.token.broadcast.proj", "stage3.block1.ffn.fc1"]
 )
 def test_a_transposed_or_rescaled_weight_is_pointed_at(
     name: str, small_bundle: Callable[..., Path], tmp_path: Path
@@ -104,7 +104,7 @@ def test_a_transposed_or_rescaled_weight_is_pointed_at(
     assert next(d for d in found.layers if d.name == found.suspect).lost_db > 20
 
 
-@pytest.mark.parametrize("name", ["stage1.block1.local.pw2", "stage2.block1.ffn.fc2"])
+@pytest.mark.parametrize("name", ["stage1.block1.local.pw2", "stage3.block1.ffn.fc2"])
 def test_a_wrong_scale_of_an_int8_layer_is_pointed_at(
     name: str, small_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

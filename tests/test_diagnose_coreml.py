@@ -75,13 +75,13 @@ def fourfold(weights: Any) -> Any:
     ("layer", "change", "options"),
     [
         ("stage1.block1.token.broadcast.q", transposed, {}),
-        ("stage2.block1.token.broadcast.proj", transposed, {}),
-        ("stage2.block1.ffn.fc1", fourfold, {}),
+        ("stage3.block1.token.broadcast.proj", transposed, {}),
+        ("stage3.block1.ffn.fc1", fourfold, {}),
         ("stem.conv1.conv", fourfold, {}),
-        ("stage2.block1.token.broadcast.q", transposed, {"layout": "plain"}),
+        ("stage1.block1.token.broadcast.q", transposed, {"layout": "plain"}),
         ("stage1.block1.local.pw2", fourfold, {"layout": "plain"}),
         ("stage1.block1.local.pw2", fourfold, {"precision": "int8"}),
-        ("stage2.block1.ffn.fc2", fourfold, {"precision": "int8"}),
+        ("stage3.block1.ffn.fc2", fourfold, {"precision": "int8"}),
     ],
 )
 def test_a_planted_fault_is_pointed_at(

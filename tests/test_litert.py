@@ -86,7 +86,7 @@ def test_values_have_the_models_own_names(made: Callable[..., Bundle]) -> None:
     names = {flat.tensor_name(model, i): op.kind for op in flat.operators(model) for i in op.outputs}
     assert names["stage1.block1.local.pw1"] == "FULLY_CONNECTED"
     assert names["stem.conv1.conv"] == "CONV_2D"
-    assert names["stage2.block1.token.broadcast/softmax"] == "SOFTMAX"
+    assert names["stage3.block1.token.broadcast/softmax"] == "SOFTMAX"
     assert names["logits"] == "FULLY_CONNECTED"
     weights = {flat.tensor_name(model, i) for op in flat.operators(model) for i in op.inputs if i >= 0}
     assert {"stage1.block1.local.pw1.weight", "logits.bias"} <= weights
@@ -199,7 +199,7 @@ def fourfold(weights: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("layer", "change"), [("stage1.block1.token.broadcast.proj", transposed), ("stage2.block1.ffn.fc1", fourfold)]
+    ("layer", "change"), [("stage1.block1.token.broadcast.proj", transposed), ("stage3.block1.ffn.fc1", fourfold)]
 )
 def test_diagnose_points_at_a_planted_fault(own: Path, layer: str, change: Callable[[Any], Any]) -> None:
     model = flat.read(own / MODEL)
