@@ -33,7 +33,7 @@ ALONE := tests/test_bench.py tests/test_bench_process.py
 test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
 	$(BIN)/python -m dualtoken_deploy.targets.litert.environment > /dev/null 2>&1 &
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
 
 # Each reader of what strangers send, for ten minutes: docs/serve.md has what came out.

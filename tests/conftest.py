@@ -44,6 +44,19 @@ TINY_VIM = Variant(
 SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 
+# Begun first, the longest in front: what comes last is short, and no process waits long for another.
+LONG = (
+    *("export", "coreml", "efficientnet", "executorch_int8", "coreai", "lightvit", "dense_bundles", "foreign_models"),
+    *("quantize", "tensorrt", "tokenizer", "aotinductor", "litert", "deploy", "vim2", "recipe", "executorch"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For --no-loadscope-reorder, which hands files out in this order and not by their number of tests."""
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tiny_variant() -> Iterator[None]:
     """Makes the small variants known to this process; tests that start another use a real variant."""

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")
+    environment["UV_CONSTRAINT"] = str(ROOT / "constraints.txt")
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -28,18 +27,23 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of a fresh environment with the wheel and the extra [onnxruntime]."""
     folder = tmp_path_factory.mktemp("device")
-    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cwd=folder)
+    built = run(sys.executable, "-m", "build", "--installer=uv", "--wheel", "--outdir", folder, ROOT, cwd=folder)
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("*.whl")
-    venv.create(folder / "venv", with_pip=True)
     binaries = folder / "venv" / "bin"
-    installed = run(binaries / "python", "-m", "pip", "install", "--quiet", f"{wheel}[onnxruntime]", cwd=folder)
-    assert installed.returncode == 0, installed.stderr
+    for words in (
+        ("venv", "--quiet", "--python", sys.executable, folder / "venv"),
+        ("pip", "install", "--quiet", "--python", binaries / "python", f"{wheel}[onnxruntime]"),
+    ):
+        done = run(sys.executable, "-m", "uv", *words, cwd=folder)
+        assert done.returncode == 0, done.stderr
     return binaries
 
 
 def test_a_device_has_no_torch_and_little_else(device: Path, tmp_path: Path) -> None:
-    listed = run(device / "python", "-m", "pip", "list", "--format=json", cwd=tmp_path)
+    listed = run(
+        sys.executable, "-m", "uv", "pip", "list", "--python", device / "python", "--format=json", cwd=tmp_path
+    )
     names = {row["name"].lower() for row in json.loads(listed.stdout)}
     assert {"numpy", "onnxruntime", "pillow", "typer", "rich"} <= names
     assert not {"torch", "onnx", "openvino", "scikit-image", "scipy"} & names

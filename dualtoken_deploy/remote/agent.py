@@ -124,7 +124,9 @@ def environment(request: dict[str, Any]) -> dict[str, Any]:
         for name, digest in request["wheels"].items():
             shutil.copyfile(str(base / "files" / digest), str(wheels / name))
         frame(said="installing " + request["wheel"] + request["extras"])
+        # what is imported is compiled then: all of it takes a slow device as long as the rest
         pip = [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-compile"]
         index = [] if request["index"] else ["--no-index"]
         what = str(wheels / request["wheel"]) + request["extras"]
         quietly([*pip, *index, "--find-links", str(wheels), what], "cannot install " + request["wheel"])

@@ -65,7 +65,9 @@ def _make(folder: Path) -> Path:
         return python
     venv.create(folder, with_pip=True, clear=True)
     own = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "PIP_CONSTRAINT"}
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)]
+    # what is imported is compiled then; all of it would be half of the time
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    command += ["-r", str(REQUIREMENTS)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=own)
     if done.returncode != 0:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it said nothing"]
