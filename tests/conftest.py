@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -64,6 +65,14 @@ def tiny_variant() -> Iterator[None]:
     registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL, TINY_VIM)}})
     yield
     registry.VARIANTS = real
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_stay() -> None:
+    """What files of tests before this one and its own imports left is not looked at again by the garbage collector: a
+    whole look at millions of objects takes a second and a half, a twelfth of the time of all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from dualtoken_deploy import Bundle, export, load_runner
 from dualtoken_deploy.bench.run import bench
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.errors import ConversionError, MissingError, ToleranceError, UsageError
-from dualtoken_deploy.models.registry import random_model
+from dualtoken_deploy.models import dualtoken_vit, registry
+from dualtoken_deploy.models.registry import Variant, random_model
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.coreai import export as coreai
 from dualtoken_deploy.targets.coreai.runner import ENGINE
@@ -42,7 +45,7 @@ def test_the_saved_asset_computes_what_eager_computes(bundle: Bundle) -> None:
     inspection = inspect_bundle(bundle)
     check_promise(inspection)
     assert inspection.executed_precision["conv2d"] == "float32 (interpreter)"
-    assert inspection.operators["conv2d"] == 5 + 2 + 1  # stem, Conv Encoder, stage 1's downsampling
+    assert inspection.operators["conv2d"] == 5 + 1 + 1  # stem, Conv Encoder, stage 1's downsampling
 
 
 def test_float16_is_run_to_the_end(store: Path, tiny_variant: None) -> None:
@@ -71,10 +74,12 @@ def test_an_independent_witness_of_the_reference_runner(bundle: Bundle, store: P
             assert_close(ours.run(feed)["logits"], apples.run(feed)["logits"], sqnr_db=110)
 
 
-def test_a_miscompiled_program_leaves_no_bundle(tmp_path: Path) -> None:
+def test_a_miscompiled_program_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 64 coreai-core 1.0.0b3 gets stage 2's global tokens wrong without a word: export's own check finds it."""
+    staged = Variant("staged", "a block a stage", replace(dualtoken_vit.T, blocks=(1, 1, 1), token_mlp="mix"))
+    monkeypatch.setattr(registry, "VARIANTS", MappingProxyType({**registry.VARIANTS, staged.name: staged}))
     with pytest.raises(ToleranceError, match="out of tolerance"):
-        export(target="coreai", output=tmp_path / "b", **{**SMALL_224, "image_size": 64})
+        export(target="coreai", output=tmp_path / "b", **{**SMALL_224, "variant": staged.name, "image_size": 64})
     assert not (tmp_path / "b").exists()
 
 

@@ -109,7 +109,7 @@ def test_the_two_layouts_side_by_side(packages: Callable[..., Bundle]) -> None:
         (target, layout): packages(deployment_target=target, layout=layout).manifest.operators["structure"]
         for target, layout in (("iOS16", "ane"), ("iOS18", "ane"), ("iOS18", "plain"))
     }
-    attentions = 2 * 3
+    attentions = 2 * 2
     assert structures["iOS16", "ane"]["transposes"] == 0
     assert structures["iOS16", "ane"]["attention"] == 0
     assert structures["iOS18", "ane"]["transposes"] == 4 * attentions

@@ -86,7 +86,7 @@ def test_a_sound_bundle_has_no_suspect(precision: str, target: str, small_bundle
 def test_pictures_outside_of_the_ranges_are_said_to_be_so(small_bundle: Callable[..., Path]) -> None:
     """Photographs saturate ranges of digits: layers drift that have no fault, and the note says why."""
     found = diagnose(small_bundle("onnxruntime", "int8", int8=INT8), "photographs", limit=2)
-    assert min(d.sqnr_db for d in found.layers) < 20
+    assert min(d.sqnr_db for d in found.layers) < 30
     assert found.note is not None
     assert found.note.startswith("ranges were measured on digits, these are photographs")
 

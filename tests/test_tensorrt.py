@@ -217,10 +217,10 @@ def test_float16_but_for_softmax_normalisation_and_the_border(small_bundle: Make
     dtypes = types_of(model)
     assert [dtypes[t.name] for t in (*model.graph.input, *model.graph.output)] == ["uint8", "float32"]
     counts = Counter(n.op_type for n in model.graph.node)
-    blocks = 3
-    # Attention's two products and softmax, twice a block; stem, Conv Encoder 2, three a block, merges, head.
+    blocks = 2
+    # Attention's two products and softmax, twice a block; stem, Conv Encoder, three a block, merges, head.
     assert counts["Softmax"] == 2 * blocks
-    assert counts["LayerNormalization"] == 1 + 2 + 3 * blocks + 2 + 2 + 2
+    assert counts["LayerNormalization"] == 1 + 1 + 3 * blocks + 2 + 2 + 2
     assert counts["Attention"] == 0
     for node in model.graph.node:
         if node.op_type in ("Softmax", "LayerNormalization"):

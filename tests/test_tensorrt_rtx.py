@@ -122,7 +122,7 @@ def test_narrow_weights_are_near_their_floats_and_convolutions_are_left(
         expected = floats[node.input[0].rpartition("/")[0]]
         assert_close(narrow * wide, expected, sqnr_db=25 if precision == "fp8" else 15)
         seen += 1
-    assert seen >= 20
+    assert seen >= {"fp8": 20, "int4": 12}[precision]  # of int4 those whose rows are whole blocks of 32
 
 
 def test_bfloat16_is_rounded_behind_every_operator() -> None:
