@@ -10,6 +10,7 @@ ONNX Runtime on the fake device's memory, so that a wrong address, size or order
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import sys
@@ -265,6 +266,12 @@ class Runtime:
         return Engine(self.device, *self.device.known[digest(serialized_engine)])
 
 
+@functools.lru_cache(4)
+def session_of(model: bytes) -> onnxruntime.InferenceSession:
+    """One for all engines of the same file, which tests load again and again."""
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
 class Engine:
     """`model`: its ONNX, empty while it has no weights. `profile`: the shapes that it was built for."""
 
@@ -275,7 +282,7 @@ class Engine:
     def fill(self, model: bytes) -> None:
         self.model = model
         if model:
-            self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+            self.session = session_of(model)
             self.tensors = {t.name: t for t in (*self.session.get_inputs(), *self.session.get_outputs())}
 
     @property
