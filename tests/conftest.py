@@ -75,6 +75,10 @@ def old_objects_stay() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extension modules tell of what is left of them
+
+
 @pytest.fixture(scope="session")
 def for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the test processes share: xdist's workers have folders of their own in one."""

@@ -336,6 +336,56 @@ def test_answers_that_nobody_reads_have_their_bytes_counted(monkeypatch: pytest.
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(
+    ("ahead", "leaves", "status"),
+    [((0, 0), [], b"503"), ((0, 3), [1], b""), ((5, 3), [0], b""), ((1, 0), [0], b"")],
+    ids=["each waits for one", "the second sent ahead", "the first sent more ahead", "one was enough"],
+)
+def test_who_sent_requests_ahead_makes_room(ahead: tuple[int, int], leaves: list[int], status: bytes) -> None:
+    """Two connections are all that may be, and nothing is ever answered; `ahead`: sent behind the first of each."""
+    left: list[int] = []
+    said = b""
+
+    class Link(asyncio.Transport):
+        def __init__(self, number: int) -> None:
+            super().__init__({"socket": links[number]})
+            self.number = number
+
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            nonlocal said
+            said += bytes(data)
+
+        def is_closing(self) -> bool:
+            return self.number in left
+
+        def abort(self) -> None:
+            left.append(self.number)
+
+        def close(self) -> None: ...
+        def pause_reading(self) -> None: ...
+        def resume_reading(self) -> None: ...
+
+    async def wait(_scope: Any, _receive: Any, _send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def go() -> None:
+        kind: Any = bounded_protocol(Settings(connections=2), lambda _: None)
+        config, state = uvicorn.Config(wait, log_config=None), ServerState()
+        config.load()
+        for number, more in enumerate((*ahead, 0)):
+            made = kind(config, state, {})
+            made.connection_made(Link(number))
+            made.data_received(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n" * (1 + more))
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(socket.socket()) for _ in range(3)]
+        asyncio.run(go())
+    assert left == leaves
+    assert said[9:12] == status
+
+
 @pytest.mark.parametrize("where", ["while it starts", "before it starts"])
 def test_the_engine_of_a_load_that_failed_is_ended(where: str, own_bundle: Path) -> None:
     ended: list[str] = []

@@ -1,14 +1,14 @@
 """uvicorn's HTTP protocol with what it lacks: times and sizes for everything that a client may stretch.
 
 Headers, trailers, bodies that nobody reads, answers that the client does not read, requests that are sent without
-waiting for an answer, and the number of connections: one too many takes the place of the idlest. Health is always
-answered.
+waiting for an answer, and the number of connections: one too many takes the place of the idlest, or of who sent most
+ahead of the answers. Health is always answered.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -44,13 +44,18 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
     quiet: dict[BoundedProtocol, None] = {}  # without a request in hand, the longest first
     stalled: dict[BoundedProtocol, float] = {}  # that do not read their answer, and since when
 
-    def idlest() -> BoundedProtocol | None:
-        """Who leaves first for a newcomer; None where every connection has a request in hand."""
+    def first_to_leave(connections: Iterable[object]) -> BoundedProtocol | None:
+        """Who makes room for a newcomer: one that does not read, the idlest, one that only closes, or the one with most
+        requests sent ahead of their answers; None where each has the one request that it waits for."""
         now = asyncio.get_running_loop().time()
         for connection, since in stalled.items():
             if now - since > STALLED_SECONDS:
                 return connection
-        return next(iter(quiet), None)
+        if quiet:
+            return next(iter(quiet))
+        own = (one for one in connections if isinstance(one, BoundedProtocol))
+        greediest = max(own, key=lambda one: (one.transport.is_closing(), len(one.pipeline)))
+        return greediest if greediest.transport.is_closing() or greediest.pipeline else None
 
     def make_room() -> None:
         """Who has not read for the longest time leaves while what all of them have not read is too much."""
@@ -83,7 +88,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             self._chunks: list[bytes] = []
             speaks(transport.get_extra_info("socket").fileno())
             if len(self.connections) > settings.connections:
-                leaving = idlest()
+                leaving = first_to_leave(self.connections)
                 if leaving is None:
                     self._surplus = True
                 else:
