@@ -19,7 +19,8 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import InputError, UsageError
 from dualtoken_deploy.recipe import steps
 from dualtoken_deploy.recipe.file import TABLES, read_recipe
-from dualtoken_deploy.targets.table import TARGETS
+from dualtoken_deploy.targets.litert import environment as environment_of_litert
+from tests import made_twice
 from tests.commands import SCHEMAS, fails, prints
 from tests.conftest import SMALL
 
@@ -263,66 +264,31 @@ def test_the_schema_has_every_table(capsys: pytest.CaptureFixture[str]) -> None:
 # --- making a bundle again ---
 
 
-def test_two_processes_make_the_same_bytes(small_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    """ONNX and OpenVINO's IR, golden, labels and manifest: nothing of when or where, nor of the order of sets.
+def test_two_processes_make_the_same_bytes(
+    small_bundle: Callable[..., Path], litert_converter: Path, tmp_path: Path
+) -> None:
+    """Models of every format, golden, labels and manifest: nothing of when or where, nor of the order of sets.
 
     One is a process of the tests, whose strings have random hashes; the other has a fixed seed and traces for itself.
     """
     import sys
 
-    code = (
-        "import pathlib, sys; from tests.conftest import TINY, SMALL, onnx_export; from types import MappingProxyType; "
-        "from tests.traces import shared; "
-        "onnx_export.trace = shared(onnx_export.trace, pathlib.Path(sys.argv[1] + '-traces')); "
-        "from dualtoken_deploy.models import registry; "
-        "registry.VARIANTS = MappingProxyType({**registry.VARIANTS, TINY.name: TINY}); "
-        "from dualtoken_deploy import export; "
-        "[export(target=t, output=f'{sys.argv[1]}/{t}', **SMALL) for t in sys.argv[2:]]"
-    )
-    targets = ("onnxruntime", "openvino")
+    here, there = tmp_path / "here", tmp_path / "there"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "1", "DUALTOKEN_ALLOW_NATIVE": "1", "HOME": str(tmp_path)}
+    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of golden outputs are of as many parts
+    environment |= {environment_of_litert.VARIABLE: str(litert_converter)}
+    command = [sys.executable, "-m", "tests.made_twice", str(there)]
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", code, str(tmp_path / "other"), *targets]
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "1", "PYTHONPATH": str(root)}
-    environment |= {"HOME": str(tmp_path), "DUALTOKEN_ALLOW_NATIVE": "1"}
-    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of golden logits are of as many parts
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
-    first, second = (
-        {f"{t}/{p.name}": p.read_bytes() for t in targets for p in where(t).rglob("*") if p.is_file()}
-        for where in (small_bundle, lambda t: tmp_path / "other" / t)
-    )
-    assert len(first) == 6 + 7  # OpenVINO's model is two files
-    assert [name for name in {**first, **second} if first.get(name) != second.get(name)] == []
-
-
-SMALL_NET = """
-import pathlib, sys, torch
-from torch import nn
-from dualtoken_deploy import export
-torch.manual_seed(0)
-net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-for target in sys.argv[2:]:
-    export(net, target=target, output=pathlib.Path(sys.argv[1]) / target, image_size=32)
-"""
-
-
-def test_converters_with_orders_of_their_own_make_the_same_bytes(tmp_path: Path) -> None:
-    """Core ML's package, ExecuTorch's program and ncnn's files of a small net, by two processes with other hashes."""
-    import sys
-
-    files = {"coreml": 8, "executorch": 6, "ncnn": 7}  # a package has three files, ncnn's model is two
-    targets = [name for name in files if not TARGETS[name].missing()]
-    root = Path(__file__).parent.parent
-    for seed in ("1", "2"):
-        environment = {"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": seed, "PYTHONPATH": str(root), "HOME": str(tmp_path)}
-        command = [sys.executable, "-c", SMALL_NET, str(tmp_path / seed), *targets]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
-        assert done.returncode == 0, done.stderr
+    made_twice.make_net(here)
+    for target in made_twice.WITH_OWN_MODEL:
+        shutil.copytree(small_bundle(target), here / target)
     first, second = (
         {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
-        for made in (tmp_path / "1", tmp_path / "2")
+        for made in (here, there)
     )
-    assert len(first) == sum(files[name] for name in targets)
+    assert len(first) == sum(made_twice.targets().values())
     assert [name for name in {**first, **second} if first.get(name) != second.get(name)] == []
 
 
