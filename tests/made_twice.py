@@ -38,7 +38,7 @@ def make_net(folder: Path) -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     registry.VARIANTS = MappingProxyType({**registry.VARIANTS, TINY.name: TINY})
-    onnx_export.trace = shared(onnx_export.trace, place.with_name("traces"))
+    onnx_export.trace = shared(onnx_export.trace, place.with_name("traces"))  # type: ignore[assignment]
     for name in targets().keys() & WITH_OWN_MODEL:
         export(target=name, output=place / name, **SMALL)  # type: ignore[arg-type]
     make_net(place)
