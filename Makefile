@@ -4,12 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: install lock check test fuzz demo docs wheel clean
-install: $(VENV)/.installed
+install: $(VENV)/.installed $(VENV)/.converter
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[all,dev,docs]'
 	touch $@
+
+# LiteRT's converter has an environment of its own, with its own versions. Where its packages cannot be had, that is said,
+# and nothing but the target litert lacks them.
+$(VENV)/.converter: $(VENV)/.installed dualtoken_deploy/targets/litert/converter.txt
+	-$(BIN)/python -m dualtoken_deploy.targets.litert.environment && touch $@
 
 # The same versions with the hash of every file, for pip install --require-hashes -r constraints-hashed.txt. Where
 # torch's CPU build comes from another place than PyPI, LOCK_ARGS names it: the committed one is of
@@ -25,15 +30,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Tests that time something, or look at what a process inherits, run alone; the others on two cores, one thread each.
+# Tests that time something, or look at what a process inherits, run alone; the others by three processes of one thread
+# each, of which one waits for a server or a child at most times.
 ALONE := tests/test_bench.py tests/test_bench_process.py
 
-# The environments of the clients and of LiteRT's converter take minutes to download: they are made while the first
-# tests run, and waited for by those that need them, which make them themselves where this failed.
+# The environment of the outside clients is made while the first tests run, and waited for by those that need it, which
+# make it themselves where this failed.
 test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
-	$(BIN)/python -m dualtoken_deploy.targets.litert.environment > /dev/null 2>&1 &
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
 
 # Each reader of what strangers send, for ten minutes: docs/serve.md has what came out.

@@ -73,6 +73,7 @@ def old_objects_stay() -> None:
     whole look at millions of objects takes a second and a half, a twelfth of the time of all tests."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:
