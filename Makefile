@@ -30,15 +30,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Tests that time something, or look at what a process inherits, run alone; the others by three processes of one thread
-# each, of which one waits for a server or a child at most times.
+# Tests that time something, or look at what a process inherits, run alone; the others on two cores, one thread each.
 ALONE := tests/test_bench.py tests/test_bench_process.py
 
 # The environment of the outside clients is made while the first tests run, and waited for by those that need it, which
 # make it themselves where this failed.
 test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
 
 # Each reader of what strangers send, for ten minutes: docs/serve.md has what came out.
