@@ -20,7 +20,7 @@ from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.quantize.calibration import CalibrationSet, open_calibration
 from dualtoken_deploy.targets.load import load_runner
 from dualtoken_deploy.targets.onnx.inner import float_graph
-from dualtoken_deploy.targets.onnx.qdq import Methods, QdqQuantizer, Style
+from dualtoken_deploy.targets.onnx.qdq import Methods, QdqQuantizer, Style, read_products
 from dualtoken_deploy.targets.onnx.slow import slow_in_integers
 from dualtoken_deploy.targets.onnx.values import Prober
 from dualtoken_deploy.targets.onnxruntime.integers import lay_out
@@ -138,6 +138,17 @@ def test_the_opset_stays_where_it_is_asked_for(pairs: onnx.ModelProto, laid: onn
         return next(o.version for o in model.opset_import if o.domain == "")
 
     assert (opset(pairs), opset(lay_out(pairs, newer=False)), opset(laid)) == (20, 20, 23)
+
+
+def test_a_stack_of_matrices_stays_in_float() -> None:
+    """ONNX Runtime's kernel takes no scale for each column of it, which is told when it runs and not before."""
+    found = {}
+    for name, shape in (("one", (32, 24)), ("stack", (4, 32, 24))):
+        product = helper.make_node("MatMul", ["x", "w"], ["y"], name="y")
+        found[name] = read_products(made([product], {"w": np.ones(shape, np.float32)}, (4, 6, 32)[-len(shape) :]))
+    assert found["one"].eligible == {"y"}
+    assert found["stack"].eligible == frozenset()
+    assert found["stack"].macs == {"y": 4 * 6 * 32 * 24}
 
 
 # By table

@@ -105,6 +105,7 @@ def read_products(model: onnx.ModelProto) -> Products:
     shapes = {v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
               for v in (*graph.value_info, *graph.input, *graph.output)}  # fmt: skip
     shapes |= {t.name: list(t.dims) for t in graph.initializer}
+    constants = {t.name for t in graph.initializer}
     macs: dict[str, int] = {}
     eligible = set()
     for node in graph.node:
@@ -119,7 +120,9 @@ def read_products(model: onnx.ModelProto) -> Products:
             continue
         inner = left[-1]
         macs[node.output[0]] = math.prod(out) * inner
-        if min(inner, out[-1]) >= SMALLEST:
+        # a stack of matrices has no axis that a scale for each output channel may have in every engine
+        stacked = node.input[1] in constants and len(right) > 2
+        if min(inner, out[-1]) >= SMALLEST and not stacked:
             eligible.add(node.output[0])
     return Products(macs, frozenset(eligible))
 
