@@ -73,7 +73,10 @@ def old_objects_stay() -> None:
     whole look at millions of objects takes a second and a half, a twelfth of the time of all tests."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_sessionstart() -> None:
+    gc.set_threshold(20_000, 20, 20)  # a trace makes more objects than the 700 of the default between two looks
 
 
 def pytest_sessionfinish() -> None:
