@@ -13,6 +13,7 @@ from dualtoken_deploy.deploy import RULES, algebra, deploy_form
 from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.models.base import ImageModel
+from dualtoken_deploy.models.dualtoken_vit import T
 from dualtoken_deploy.models.registry import random_model
 from dualtoken_deploy.spec import IMAGENET_MEAN, IMAGENET_STD
 from tests.numerics import assert_close
@@ -57,7 +58,8 @@ def test_all_variants_keep_what_they_compute(variant: str, size: tuple[int, int]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_all_options_keep_what_they_compute(options: dict[str, Any], size: tuple[int, int]) -> None:
-    model = random_model("t", num_classes=10, **options).double()
+    """On two blocks, which have each kind of layer; those of T repeat them."""
+    model = random_model("tiny-mix", num_classes=10, **{"token_mlp": T.token_mlp, **options}).double()
     parity(model, size, None, list(RULES))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from torch import nn
 
-from dualtoken_deploy import Bundle
+from dualtoken_deploy import Bundle, export
 from dualtoken_deploy.bundle.store import write_bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import InputError
@@ -88,9 +89,16 @@ def test_a_bundle_whose_weights_moved_falls_in_sqnr_and_in_nothing_else(
     assert "(allowed 1 less)" in line
 
 
-def test_a_baseline_of_another_precision_or_setting_is_refused(
-    small_bundle: MakeBundle, baseline: Path, capsys: pytest.CaptureFixture[str]
+def test_a_baseline_of_another_model_precision_or_setting_is_refused(
+    small_bundle: MakeBundle, baseline: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    kept = baseline.read_bytes()
+    net = nn.Sequential(nn.Conv2d(3, 10, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    export(net, "onnxruntime", task="classify", image_size=64, output=tmp_path / "net")
+    code, _, errors = run(capsys, tmp_path / "net", "--baseline", baseline)
+    assert (code, len(errors)) == (4, 1)
+    assert "is the baseline of another bundle: its model is tiny-mix, here it is sequential;" in errors[0]
+    assert baseline.read_bytes() == kept
     code, _, errors = run(capsys, small_bundle("onnxruntime", "fp16"), "--baseline", baseline)
     assert (code, len(errors)) == (4, 1)
     assert "its precision is fp32, here it is fp16" in errors[0]

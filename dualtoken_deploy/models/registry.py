@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -270,13 +271,18 @@ def load_weights(model: torch.nn.Module, path: Path, replace_head: bool = False,
 
 def _variant_of(state: Mapping[str, torch.Tensor]) -> str | None:
     """The variant that these are weights of, whatever its classes; None: of none with its usual options."""
-    shapes = {k: v.shape for k, v in state.items() if not k.startswith("head.fc.")}
-    for name, row in VARIANTS.items():
-        with torch.device("meta"):
-            own = build(row.config).state_dict()
-        if shapes == {k: v.shape for k, v in own.items() if not k.startswith("head.fc.")}:
-            return name
-    return None
+    shapes = _body(state)
+    return next((name for name, row in VARIANTS.items() if shapes == _shapes(row)), None)
+
+
+def _body(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items() if not name.startswith("head.fc.")}
+
+
+@functools.cache
+def _shapes(row: Variant) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return _body(build(row.config).state_dict())
 
 
 def _only_head(problems: Mapping[str, list[str]]) -> bool:

@@ -22,6 +22,7 @@ from dualtoken_deploy.deploy.forms import ImageInput
 from dualtoken_deploy.errors import ConversionError, UsageError, first_line
 from dualtoken_deploy.models.registry import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from dualtoken_deploy.models.scan import as_operator
+from dualtoken_deploy.targets.onnx.brief import brief
 from dualtoken_deploy.targets.onnx.from_file import graph_of_file, is_file
 from dualtoken_deploy.targets.onnx.naming import name_after_modules, name_joined
 from dualtoken_deploy.targets.request import Request, Tell, quiet
@@ -146,7 +147,7 @@ def trace(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         arguments["custom_translation_table"] |= TRANSLATIONS
     try:
         # torch prints the graph that it gave up on
-        with quiet(), as_operator(), contextlib.redirect_stderr(io.StringIO()):
+        with quiet(), as_operator(), brief(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.onnx.export(module, (example,), **arguments)
     except Exception as error:  # torch.export has no common base for what it raises, nor has the user's code
         raise ConversionError(f"torch.onnx cannot export {why(error, module)}") from error
