@@ -77,7 +77,7 @@ def measure(variant: str, targets: Sequence[str], precision: str) -> dict[str, d
 
 def cell(row: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """`exit` 3: made and checked, and to be built on the device."""
-    if "error" in row:
+    if "error" in row and row.get("state") != "prepared":
         return {"exit": row["error"]["code"], "error": row["error"]["message"]}
     measured = Bundle.open(row["bundle"]).manifest.measured
     shots = measured.photographs

@@ -229,3 +229,19 @@ def test_an_attention_of_another_form_is_left_alone(different: dict[str, bool]) 
     model = attention(**different)
     assert slow_in_integers(model) == set()
     assert kinds(lay_out(model))["Softmax"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "own"),
+    [
+        ("stem.conv1/WithoutBiases", "Convolution", "stem.conv1"),
+        ("head.fc/MatMul/DequantizationMultiply", "FullyConnected", "head.fc/MatMul"),
+        ("scan.select", "FullyConnected", "scan.select"),
+        # of OpenVINO 2026.4's profile of TSM2, where three readers of a product each scale it by themselves
+        ("scan.select/DequantizationMultiply", "Subgraph", "scan.select/DequantizationMultiply"),
+    ],
+)
+def test_what_scales_a_product_is_not_the_product(name: str, kind: str, own: str) -> None:
+    from dualtoken_deploy.targets.openvino.runner import own_name
+
+    assert own_name(name, kind) == own

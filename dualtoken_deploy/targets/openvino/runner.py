@@ -14,6 +14,7 @@ from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "i8": "int8", "i32": "int32"}
+_PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # layers that take their bias or their weights' scale along
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> OpenVinoRunner:
@@ -79,14 +80,18 @@ class OpenVinoRunner(Bordered):
                 continue
             operators[layer.node_type] += 1
             suffix = layer.exec_type.rpartition("_")[2].lower()
-            dtypes.setdefault(layer.node_type, Counter())[_DTYPES.get(suffix, suffix)] += 1
-            nodes[_own_name(layer.node_name)] = _DTYPES.get(suffix, suffix)
+            dtype = _DTYPES.get(suffix, suffix)
+            dtypes.setdefault(layer.node_type, Counter())[dtype] += 1
+            nodes[own_name(layer.node_name, layer.node_type)] = dtype
         precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
         return Execution(dict(sorted(operators.items())), precision, nodes)
 
 
-def _own_name(name: str) -> str:
-    """The product's name in the file: OpenVINO calls one after what it joins with it, a bias or the weights' scale."""
+def own_name(name: str, kind: str) -> str:
+    """A layer's name in the file: OpenVINO calls a product after what it joins with it, a bias or the weights' scale.
+    Where it does not join the scale, that is a layer of its own, behind the product, and keeps its name."""
+    if kind not in _PRODUCTS:
+        return name
     return name.removesuffix("/WithoutBiases").removesuffix("/DequantizationMultiply")
 
 
