@@ -39,6 +39,7 @@ def settings(given: Mapping[str, Any]) -> dict[str, str | None]:
     return {
         "deployment_target": given["deployment_target"],
         "layout": given["layout"],
+        "backend": given["backend"],
         "compute_capability": ",".join(given["compute_capability"] or ()) or None,
         "weightless": "yes" if given["weightless"] else None,
         "batches": given["batches"],

@@ -218,6 +218,7 @@ def export(
     device: Annotated[str | None, typer.Option(help="cpu or cuda, for aotinductor: what to compile for.")] = None,
     deployment_target: Annotated[str | None, typer.Option(help="Core ML: iOS16, iOS17, iOS18 or iOS26.")] = None,
     layout: Annotated[str | None, typer.Option(help="Core ML: ane (for the Neural Engine) or plain.")] = None,
+    backend: Annotated[str | None, typer.Option(help="ExecuTorch: xnnpack (unless given), coreml or vulkan.")] = None,
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="TensorRT for RTX: 7.5, 8.0, 8.6, ...; may be repeated; from 8.0 on.")
     ] = None,

@@ -49,7 +49,8 @@ PANELS: Mapping[str, str] = MappingProxyType(
             ("min_agreement", "min_top1", "min_sqnr", "min_ap", "min_miou", "minimum"), "Minima, exit 5 below"
         ),
         **dict.fromkeys(
-            ("deployment_target", "layout", "compute_capability", "weightless", "batches", "opset"), "One target's own"
+            ("deployment_target", "layout", "backend", "compute_capability", "weightless", "batches", "opset"),
+            "One target's own",
         ),
         **dict.fromkeys(("device", "threads", "allow_native", "on"), "Running"),
         **dict.fromkeys(("json_output",), GENERAL),

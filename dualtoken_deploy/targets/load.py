@@ -57,9 +57,9 @@ def check_native(bundle: Bundle) -> None:
 def why_no_latency(bundle: Bundle, device: str | None = None) -> str | None:
     """Why the time of a bundle here would not be its device's; None where it is."""
     module = get_target(bundle.manifest.target).part("runner")
-    reason = getattr(module, "why_no_latency", None)
-    why: str | None = None if reason is None else reason(device)
-    return why
+    by_device, by_manifest = (getattr(module, name, None) for name in ("why_no_latency", "no_latency_of"))
+    why: str | None = None if by_device is None else by_device(device)
+    return why if why is not None or by_manifest is None else by_manifest(bundle.manifest)
 
 
 def check_latency(bundle: Bundle, device: str | None = None) -> None:

@@ -72,9 +72,9 @@ def run_exporter(target: Target, model: nn.Module, request: Request, folder: Pat
 
 
 def check_compiler(target: Target, precision: str, opset: int | None, settings: Mapping[str, str]) -> None:
-    """What the compiler of a target that has one can tell before anything is made. Raises UsageError, MissingError."""
-    if target.compiler:
-        target.part("export").check(precision, opset, settings)
+    """What the exporter of a target with settings can tell before anything is made. Raises UsageError, MissingError."""
+    if target.settings and (check := getattr(target.part("export"), "check", None)) is not None:
+        check(precision, opset, settings)
 
 
 def compile_files(target: Target, request: Request, folder: Path, manifest: Manifest, tell: Tell) -> Manifest:

@@ -23,13 +23,13 @@ class Target:
 
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
-    options of export that are this target's own. `check_images`: photographs that export checks on, where
-    the runtime is too slow here for all of them. `heads`: those of this package with the forms of their outputs that
-    are on offer. `product_kinds`: what the runtime calls operators that hold a model's matrix products. `libraries`:
-    whose versions a manifest keeps. `triton`: the backend that takes the files, and their names there.
-    `triton_switches`: of the backend, by precision, those that are on. `quantizers`: for precisions that search, the
-    default first. `looks`: of a target whose bundles can be looked into, by precision
-    the dB below which a layer counts as drifted. `devices`: the kinds of device that it is for.
+    options of export that are this target's own; `set_precisions`: those that some of them alone offer. `check_images`:
+    photographs that export checks on, where the runtime is too slow here for all of them. `heads`: those of this
+    package with the forms of their outputs that are on offer. `product_kinds`: what the runtime calls operators that
+    hold a model's matrix products. `libraries`: whose versions a manifest keeps. `triton`: the backend that takes the
+    files, and their names there. `triton_switches`: of the backend, by precision, those that are on. `quantizers`: for
+    precisions that search, the default first. `looks`: of a target whose bundles can be looked into, by precision the
+    dB below which a layer counts as drifted. `devices`: the kinds of device that it is for.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
@@ -46,6 +46,7 @@ class Target:
     source: str
     modules: tuple[str, ...]
     precisions: Mapping[str, Precision]  # by name
+    set_precisions: Mapping[str, Precision] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     any_size: bool = False  # offers --image-size dynamic
     portable: bool = True
@@ -67,11 +68,10 @@ class Target:
 
     def precision(self, name: str) -> Precision:
         """The row of a precision. Raises UsageError where the target does not offer it."""
-        if name not in self.precisions:
-            raise UsageError(
-                f"unknown precision {name!r} for {self.name}; valid precisions: {', '.join(self.precisions)}"
-            )
-        return self.precisions[name]
+        offered = {**self.precisions, **self.set_precisions}
+        if name not in offered:
+            raise UsageError(f"unknown precision {name!r} for {self.name}; valid precisions: {', '.join(offered)}")
+        return offered[name]
 
     def takes(self, origin: str) -> bool:
         """Whether the exporter converts models of that origin: an "onnx" file is none that can be traced."""
@@ -350,11 +350,15 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 source="torch",
                 modules=("executorch", "torch"),
                 precisions=by_name(_FP32, _INT8),
+                set_precisions=by_name(replace(_FP16, tolerance=_COREML["fp16"].tolerance)),
+                settings=("backend",),
                 aliases=("pte",),
                 heads=_RAW_DENSE,
                 product_kinds=(
                     *("XNNFullyConnected", "XNNConv2d", "XNNDepthwiseConv2d", "XNNBatchMatrixMultiply"),
                     *("aten::linear.out", "aten::addmm.out", "aten::mm.out", "aten::bmm.out", "aten::convolution.out"),
+                    *("aten.linear.default", "aten.mm.default", "aten.bmm.default", "aten.convolution.default"),
+                    "et_vk.conv_with_clamp.default",
                 ),
                 libraries=("executorch", "torchao"),
                 quantizers=("static", "dynamic"),

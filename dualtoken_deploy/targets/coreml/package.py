@@ -78,19 +78,29 @@ def save(model: Any, package: Path, labels: Sequence[str] | None, texts: Mapping
     model.save(str(package))
     for name in _CLUTTER:
         (package / name).unlink(missing_ok=True)
-    path = find_specification(package)
     spec = model_proto("writing a Core ML package").Model()
-    spec.ParseFromString(path.read_bytes())
+    spec.ParseFromString(find_specification(package).read_bytes())
     shorten_parameters(spec)
     if labels is not None:
         add_classifier(spec, labels, PROBABILITIES)
     for output in spec.description.output:
         output.shortDescription = texts.get(output.name, f"Output {output.name} of the model")
-    spec.description.metadata.userDefined.pop(_DATE, None)
-    path.write_bytes(spec.SerializeToString(deterministic=True))
+    _write(spec, package)
     allowed = package.parent.stat().st_mode & 0o777  # what the umask left of the bundle's own folder
     for made in (package, *package.rglob("*")):  # coremltools leaves some of them private
         made.chmod(allowed if made.is_dir() else allowed & 0o666)
+
+
+def settle(package: Path) -> None:
+    """Takes out of a saved package what differs from run to run."""
+    spec = model_proto("writing a Core ML package").Model()
+    spec.ParseFromString(find_specification(package).read_bytes())
+    _write(spec, package)
+
+
+def _write(spec: Any, package: Path) -> None:
+    spec.description.metadata.userDefined.pop(_DATE, None)
+    find_specification(package).write_bytes(spec.SerializeToString(deterministic=True))
     _name_items(package / "Manifest.json")
 
 

@@ -28,7 +28,7 @@ def brief() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """`name` of a module or class replaced by what is made of it; as it was where there is none."""
     whole = getattr(owner, name, None)
     if whole is None:
@@ -52,7 +52,7 @@ def _without_history() -> contextlib.AbstractContextManager[None]:
 
         return Brief
 
-    return _replaced(traceback, "NodeSource", make)
+    return replaced(traceback, "NodeSource", make)
 
 
 def _decomposed_once() -> contextlib.AbstractContextManager[None]:
@@ -73,7 +73,7 @@ def _decomposed_once() -> contextlib.AbstractContextManager[None]:
 
         return run_decompositions
 
-    return _replaced(export.ExportedProgram, "run_decompositions", make)
+    return replaced(export.ExportedProgram, "run_decompositions", make)
 
 
 def _without_idle_passes() -> Iterator[contextlib.AbstractContextManager[None]]:
@@ -102,9 +102,9 @@ def _without_idle_passes() -> Iterator[contextlib.AbstractContextManager[None]]:
     def behind(whole: Any) -> Any:
         return lambda *given, **named: [_when_needed(step) for step in whole(*given, **named)]
 
-    yield _replaced(xnnpack_preprocess, "XNNPACKPassManager", xnnpack)
-    yield _replaced(_program, "_get_aten_to_edge_passes", before)
-    yield _replaced(_program, "edge_to_executorch_passes", behind)
+    yield replaced(xnnpack_preprocess, "XNNPACKPassManager", xnnpack)
+    yield replaced(_program, "_get_aten_to_edge_passes", before)
+    yield replaced(_program, "edge_to_executorch_passes", behind)
 
 
 def _when_needed(step: Any) -> Any:

@@ -18,8 +18,10 @@ import numpy as np
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.deploy.traced import TRACED_RULES
 from dualtoken_deploy.deploy.traced_products import PRODUCT_RULES
+from dualtoken_deploy.errors import UsageError
 from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.targets.executorch import program
+from dualtoken_deploy.targets.executorch.backends import XNNPACK, backend_of
 from dualtoken_deploy.targets.executorch.runner import METHOD, MODEL, open_runtime
 from dualtoken_deploy.targets.inner import Insides, Look, Tell
 from dualtoken_deploy.targets.mobile.inner import (
@@ -70,7 +72,16 @@ class Place:
 
 
 def executorch_insides(bundle: Bundle, inputs: Array, tell: Tell) -> Insides:
-    """As mobile_insides, of those values that the file has; maps with their channels last where it has them so."""
+    """As mobile_insides, of those values that the file has; maps with their channels last where it has them so.
+
+    Raises UsageError on a bundle for another backend than XNNPACK.
+    """
+    backend = backend_of(bundle.manifest)
+    if backend.name != XNNPACK:
+        raise UsageError(
+            f"diagnose looks into XNNPACK's graphs, and {bundle.path} is lowered to {backend.title}; export the model "
+            f"with --backend {XNNPACK} to look into it"
+        )
     inside = mobile_insides(bundle, TRACED_RULES, inputs, tell, PRODUCT_RULES)
     with program.whole(bundle.path / MODEL):
         places = find(inside.kinds, graphs_of(program.load(bundle.path / MODEL)))

@@ -38,10 +38,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Contents:
-    """`outside`: what the plain kernels compute, in their order; `delegates`: XNNPACK's graphs."""
+    """`outside`: what the plain kernels compute, in their order; `delegates`: what each piece is made of, and in `ids`
+    whose it is, by ExecuTorch's names."""
 
     outside: tuple[str, ...]
     delegates: tuple[tuple[Node, ...], ...]
+    ids: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> list[Node]:
@@ -75,17 +77,31 @@ def check_file(path: Path) -> None:
 
 
 def read(path: Path) -> Contents:
-    """What a file holds. Raises MissingError without the extra, BundleError on a file that is not whole."""
+    """What a file for XNNPACK holds. Raises MissingError without the extra, BundleError on a file that is not whole."""
     with whole(path):
         program = load(path).program
         (plan,) = program.execution_plan
-        steps = [step.instr_args for chain in plan.chains for step in chain.instructions]
-        outside = tuple(
-            f"{op.name}.{op.overload}" for step in steps if hasattr(step, "op_index")
-            for op in (plan.operators[step.op_index],)
-        )  # fmt: skip
         blobs = [program.backend_delegate_data[d.processed.index].data for d in plan.delegates if d.id == XNNPACK]
-        return Contents(outside, tuple(tuple(_nodes(bytes(blob))) for blob in blobs))
+        return Contents(outside_of(plan), tuple(tuple(_nodes(bytes(blob))) for blob in blobs), ids_of(plan))
+
+
+def ids_in(path: Path) -> tuple[str, ...]:
+    """Whose each piece of a file is. Raises MissingError, BundleError."""
+    with whole(path):
+        (plan,) = load(path).program.execution_plan
+        return ids_of(plan)
+
+
+def outside_of(plan: Any) -> tuple[str, ...]:
+    """What a method leaves to the plain kernels, in their order."""
+    steps = [step.instr_args for chain in plan.chains for step in chain.instructions]
+    called = [plan.operators[step.op_index] for step in steps if hasattr(step, "op_index")]
+    return tuple(f"{operator.name}.{operator.overload}" for operator in called)
+
+
+def ids_of(plan: Any) -> tuple[str, ...]:
+    """Whose each piece of a method is."""
+    return tuple(str(delegate.id) for delegate in plan.delegates)
 
 
 def load(path: Path) -> Any:
@@ -109,6 +125,11 @@ def whole(path: Path) -> Iterator[None]:
         raise BundleError(f"{path} is damaged ({first_line(error)}); copy the bundle anew") from error
 
 
+def not_executed(what: str) -> BundleError:
+    """For what a reference execution does not have."""
+    return BundleError(f"the .pte has {what}, which is not executed here; run it where its backend is")
+
+
 def _nodes(blob: bytes) -> Iterator[Node]:
     graph = open_graph(blob)
     tensors = [tensor_of(value["xvalue_union"]) for value in graph["xvalues"]]
@@ -121,13 +142,18 @@ def _nodes(blob: bytes) -> Iterator[Node]:
 
 def open_graph(blob: bytes) -> dict[str, Any]:
     """XNNPACK's graph of a delegate, by ExecuTorch's own schema."""
+    start, size, *_ = _parts(blob)
+    return decompile(blob[start : start + size], _schema())
+
+
+def decompile(data: bytes, schema: Path, *more: str) -> dict[str, Any]:
+    """A flatbuffer as plain data; `more`: options of flatc."""
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
-    start, size, *_ = _parts(blob)
     with tempfile.TemporaryDirectory(prefix="dualtoken-executorch.") as folder:
         file = Path(folder) / "graph.bin"
-        file.write_bytes(blob[start : start + size])
-        _flatc_decompile(folder, str(_schema()), str(file))
+        file.write_bytes(data)
+        _flatc_decompile(folder, str(schema), str(file), list(more))
         text = file.with_suffix(".json").read_text(encoding="utf-8")
         found: dict[str, Any] = dict(json.loads(_BARE.sub(lambda m: _NUMBERS[m[0]], text)))
         return found

@@ -27,7 +27,6 @@ from dualtoken_deploy.numerics import Array
 from dualtoken_deploy.quantize.backend import Products, layer_of
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import BINS, METHODS, Range, add_counts, check_method
-from dualtoken_deploy.quantize.latest import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.executorch.export import lower, trace
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
@@ -53,13 +52,9 @@ def prepare(
         raise UsageError(
             f"the quantizer {DYNAMIC} measures no ranges; leave --calibrator {method} out, or take --quantizer {STATIC}"
         )
-    known = fingerprint(module, request.contract, request.outputs, request.task)
-    source = _SOURCE.get(known, lambda: trace(module, replace(request, precision="fp32"), tell))
+    source = trace(module, request, tell)
     backend = PteBackend(source, request, calibration, quantizer, method, tell)
     return Prepared(backend, Artifact(source.rules, {NAMES: every_product(source)}))
-
-
-_SOURCE: Latest[Source] = Latest()
 
 
 class PteBackend:

@@ -5,7 +5,6 @@ Its Python binding takes and gives torch tensors, so here torch is needed; a dev
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,28 +12,52 @@ from typing import Any
 
 import numpy as np
 
+from dualtoken_deploy.bundle.manifest import Manifest
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, first_line, missing_extra
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.executorch import program
-from dualtoken_deploy.targets.runner import Array, Bordered, Execution, RunnerOptions
+from dualtoken_deploy.targets.executorch.backends import BACKENDS, XNNPACK, backend_of
+from dualtoken_deploy.targets.executorch.contents import REFERENCE, execution_of
+from dualtoken_deploy.targets.runner import Array, Bordered, Execution, Runner, RunnerOptions
 
 MODEL = "model.pte"
 METHOD = "forward"
-OUTSIDE = "outside XNNPACK"
 NAMES = "products"  # in a manifest's operators: the products in the order that they run in, by the model's names
 
 
-def load(bundle: Bundle, options: RunnerOptions) -> ExecuTorchRunner:
-    """A runner for `model.pte`. Raises MissingError (no extra, another device than the CPU), BundleError."""
-    if options.device is not None and options.device.lower() != "cpu":
+def load(bundle: Bundle, options: RunnerOptions) -> Runner:
+    """A runner for `model.pte`; of a backend that does not run here a reference execution, which says so.
+
+    Raises MissingError (no extra, another device than the CPU), BundleError, and ToleranceError where the file is for
+    another backend than the manifest's.
+    """
+    backend = backend_of(bundle.manifest)
+    if options.device is not None and options.device.lower() not in ("cpu", REFERENCE if backend.stand_in else "cpu"):
         raise MissingError(
             f"ExecuTorch runs here on the CPU alone, not on {options.device!r}; leave --device out (a phone's GPU and "
             "NPU: docs/android.md)"
         )
     specs = (bundle.manifest.input.tensor,), bundle.manifest.outputs
+    if backend.stand_in is not None:
+        try:
+            from dualtoken_deploy.targets.executorch.reference import ReferenceRunner
+        except ImportError as error:
+            raise missing_extra("executorch", "running an ExecuTorch bundle") from error
+        return ReferenceRunner(bundle.path / MODEL, *specs, backend)
     names = tuple(bundle.manifest.operators.get(NAMES, {}))
     return ExecuTorchRunner(bundle.path / MODEL, *specs, names, options.threads)
+
+
+def no_latency_of(manifest: Manifest) -> str | None:
+    """Why a time of a bundle here would not be a device's; None where it would be."""
+    backend = backend_of(manifest)
+    if backend.stand_in is None:
+        return None
+    return (
+        f"it is lowered to {backend.title}, and runs here as a {backend.stand_in}, whose time says nothing about a "
+        f"device; bench it on {backend.where} (docs/android.md)"
+    )
 
 
 class ExecuTorchRunner(Bordered):
@@ -88,24 +111,7 @@ class ExecuTorchRunner(Bordered):
     def execution(self) -> Execution:
         """Operators of XNNPACK's graph by kind with the dtype that they compute in, read from the file that was loaded;
         those that are left to the plain kernels say so in it."""
-        found = program.read(self._path)
-        kinds: Counter[str] = Counter(node.kind for node in found.nodes)
-        dtypes: dict[str, Counter[str]] = {}
-        for node in found.nodes:
-            dtypes.setdefault(node.kind, Counter())[node.dtype] += 1
-        for kind in found.outside:
-            kinds[kind] += 1
-            dtypes.setdefault(kind, Counter())[OUTSIDE] += 1
-        precision = {kind: tuple(t for t, _ in counts.most_common()) for kind, counts in sorted(dtypes.items())}
-        inside, pieces = len(found.nodes), len(found.delegates)
-        notes = [f"XNNPACK takes {inside} of {inside + len(found.outside)} operators, in {pieces} pieces"]
-        if found.outside:
-            counts = Counter(found.outside)
-            notes.append(f"outside it: {', '.join(f'{n} {kind}' for kind, n in counts.most_common())}")
-        products = found.products
-        named = len(self._names) == len(products)  # else one cannot be told from another, and none is vouched for
-        nodes = {name: p.dtype for name, p in zip(self._names, products, strict=True)} if named else {}
-        return Execution(dict(sorted(kinds.items())), precision, nodes, notes=tuple(notes))
+        return execution_of(program.read(self._path), BACKENDS[XNNPACK], self._names)
 
 
 def open_runtime() -> Any:

@@ -1,0 +1,78 @@
+"""What takes a program apart for each backend, by ExecuTorch's own partitioners: contexts to lower a program in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
+from dualtoken_deploy.targets.coreml.package import settle
+from dualtoken_deploy.targets.executorch.backends import XNNPACK
+from dualtoken_deploy.targets.executorch.brief import brief, replaced
+from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS
+
+# From pixels to float32: Core ML's arrays have no uint8
+CASTS = ("dim_order_ops._to_dim_order_copy.default", "aten._to_copy.default", "_to_copy.default")
+_DEBUG = ("debug_info.json", "model.mlpackage/executorch_debug_handle_mapping.json")  # with names of the tracer
+
+
+@contextlib.contextmanager
+def _xnnpack(_precision: str) -> Iterator[Any]:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    with brief():
+        yield XnnpackPartitioner()
+
+
+@contextlib.contextmanager
+def _vulkan(precision: str) -> Iterator[Any]:
+    from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+
+    with brief():
+        yield VulkanPartitioner({"force_fp16": precision == "fp16"})
+
+
+@contextlib.contextmanager
+def _coreml(precision: str) -> Iterator[Any]:
+    """Inside, packages are settled before they go into the file. Not in brief: reshapes would be kept, which fail."""
+    ct = coremltools("lowering to Core ML")
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend, coreml_preprocess
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+    specs = CoreMLBackend.generate_compile_specs(
+        minimum_deployment_target=getattr(ct.target, DEPLOYMENT_TARGETS[0]),
+        compute_precision=ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32,
+    )
+    with replaced(coreml_preprocess.executorchcoreml, "flatten_directory_contents", _settled):
+        yield CoreMLPartitioner(skip_ops_for_coreml_delegation=list(CASTS), compile_specs=specs)
+
+
+def _settled(flatten: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same bytes for the same model: without dates and random names. Core ML keeps what it compiled under the
+    identifier, so that is made of the content."""
+
+    def flattened(folder: str) -> bytes:
+        settle(Path(folder) / "model.mlpackage")
+        for name in _DEBUG:
+            (Path(folder) / name).unlink(missing_ok=True)
+        said = Path(folder) / "metadata.json"
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path != said)
+        content = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
+        found = json.loads(said.read_text(encoding="utf-8")) | {
+            "identifier": f"executorch_{hashlib.sha256(content).hexdigest()[:32]}"
+        }
+        said.write_text(json.dumps(found), encoding="utf-8")
+        return flatten(folder)
+
+    return flattened
+
+
+PARTITIONERS: Mapping[str, Callable[[str], AbstractContextManager[Any]]] = MappingProxyType(
+    {XNNPACK: _xnnpack, "coreml": _coreml, "vulkan": _vulkan}
+)
