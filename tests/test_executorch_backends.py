@@ -99,8 +99,10 @@ def test_float16_is_rounded_to_and_computed_no_worse(name: str, tmp_path: Path) 
         traced = torch.export.export(module, (tokens,))
         exporter.lower(traced, tmp_path / MODEL, BACKENDS[name], "fp16")
         program = ReferenceProgram(tmp_path / MODEL)
-        likeness = compare(module(tokens).numpy(), program.run([tokens])[0].numpy())
+        (found,) = program.run([tokens])
+        likeness = compare(module(tokens).numpy(), found.numpy())
     assert 50 < likeness.sqnr_db < 90
+    assert torch.equal(found, found.half().float())
     assert {node.dtype for node in program.contents.nodes if node.kind != "cast"} == {"float16"}
 
 

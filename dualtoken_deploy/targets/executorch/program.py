@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_deploy.errors import BundleError, DualTokenError, first_line, missing_extra
+from dualtoken_deploy.targets.coreml.mil.vendor import quiet
 
 IDENTIFIER = b"ET12"
 HEADER = b"eh00"  # with it a .pte says how long it is
@@ -108,7 +109,8 @@ def load(path: Path) -> Any:
     """A .pte as ExecuTorch's own serializer reads and writes it. Raises MissingError, BundleError."""
     check_file(path)
     try:
-        from executorch.exir._serialize._program import deserialize_pte_binary
+        with quiet():
+            from executorch.exir._serialize._program import deserialize_pte_binary
     except ImportError as error:
         raise missing_extra("executorch", "reading a .pte") from error
     return deserialize_pte_binary(path.read_bytes())

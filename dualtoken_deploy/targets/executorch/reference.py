@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.targets.coreml.mil.vendor import quiet
 from dualtoken_deploy.targets.executorch.backends import Backend, check_promise
 from dualtoken_deploy.targets.executorch.contents import execution_of
 from dualtoken_deploy.targets.executorch.package import CoreMLPiece
@@ -59,7 +60,8 @@ class ReferenceProgram:
     """A file ready to run. Raises BundleError on one that is damaged or has what is not executed here."""
 
     def __init__(self, path: Path) -> None:
-        import executorch.exir.passes.dim_order_ops_registry  # noqa: F401  # its operators, by PyTorch
+        with quiet():
+            import executorch.exir.passes.dim_order_ops_registry  # noqa: F401  # its operators, by PyTorch
 
         self._path = path
         with whole(path):

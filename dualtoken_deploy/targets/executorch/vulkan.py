@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualtoken_deploy.targets.coreml.mil.vendor import quiet
 from dualtoken_deploy.targets.executorch.program import Node, decompile, not_executed
 
 HEADER = 30  # bytes, of which the places of the graph and of its constants are read
@@ -31,8 +32,9 @@ class VulkanGraph:
     """One piece. Raises ValueError on what is no such graph, BundleError on what is not executed here."""
 
     def __init__(self, blob: bytes, named: Mapping[str, bytes]) -> None:
-        import executorch.backends.vulkan.custom_ops_lib  # noqa: F401  # its operators, by PyTorch
-        import executorch.backends.vulkan.serialization as serialization
+        with quiet():
+            import executorch.backends.vulkan.custom_ops_lib  # noqa: F401  # its operators, by PyTorch
+            import executorch.backends.vulkan.serialization as serialization
 
         if blob[4:8] != MAGIC:
             raise ValueError(f"Vulkan's part begins with {blob[4:8]!r}")
