@@ -13,6 +13,7 @@ from typing import Any
 
 from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.coreml.package import settle
+from dualtoken_deploy.targets.coreml.passes import teach
 from dualtoken_deploy.targets.executorch.backends import XNNPACK
 from dualtoken_deploy.targets.executorch.brief import brief, replaced
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS
@@ -42,6 +43,7 @@ def _vulkan(precision: str) -> Iterator[Any]:
 def _coreml(precision: str) -> Iterator[Any]:
     """Inside, packages are settled before they go into the file. Not in brief: reshapes would be kept, which fail."""
     ct = coremltools("lowering to Core ML")
+    teach()  # as --target coreml does, which may have been first in this process
     from executorch.backends.apple.coreml.compiler import CoreMLBackend, coreml_preprocess
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
