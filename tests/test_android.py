@@ -88,7 +88,9 @@ def test_validate_holds_the_outputs_there_against_the_golden_ones(
 ) -> None:
     bundle = as_target(target)
     phone.play(golden=str(bundle / "golden.npz"), error=0.25)
-    (row,) = prints(capsys, "validate", bundle, "--on", "pixel", "--json")["results"]
+    code, line = fails(capsys, "validate", bundle, "--on", "pixel")
+    assert (code, "on golden, and its export asks for" in line) == (5, True)
+    (row,) = prints(capsys, "validate", bundle, "--on", "pixel", "--min-sqnr", "0", "--json")["results"]
     logits = Bundle.open(bundle).golden["logits"].astype(np.float64)
     assert row["max_abs_error"] == pytest.approx(0.25, rel=1e-4)
     assert row["sqnr_db"] == pytest.approx(10 * np.log10((logits**2).mean() / 0.25**2), abs=0.05)

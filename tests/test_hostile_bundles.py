@@ -18,6 +18,7 @@ from dualtoken_deploy.bundle.blocks import Build, Origin
 from dualtoken_deploy.bundle.labels import format_labels, parse_labels, read_labels
 from dualtoken_deploy.bundle.store import sha256, write_bundle
 from dualtoken_deploy.bundle.trust import ALLOW, remember
+from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import BundleError, DualTokenError, InputError
 from dualtoken_deploy.models.own_sources import source_of
 from dualtoken_deploy.serve.repository import check_servable
@@ -276,3 +277,62 @@ def test_a_manifest_that_tells_of_another_model_is_not_run(
     harm(copy, change)
     code, line = fails(capsys, "predict", copy, photograph)
     assert (code, reason in line, "the manifest says" in line) == (4, True, True), line
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_graph_that_loads_and_fails_when_it_runs_is_one_line(
+    target: str, small_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The brightest pixel and two say a row of a table that has two, or a shape that ten numbers do not have."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Cast", ["image"], ["wide"], to=onnx.TensorProto.INT64),
+        helper.make_node("ReduceMax", ["wide"], ["most"], keepdims=0),
+        helper.make_node("Add", ["most", "two"], ["side"]),
+        helper.make_node("Unsqueeze", ["side", "zero"], ["sides"]),
+    ]
+    if target == "onnxruntime":
+        nodes.append(helper.make_node("Gather", ["table", "sides"], ["logits"]))
+    else:  # which answers with zeros where there is no such row
+        nodes.append(helper.make_node("Concat", ["sides", "ten"], ["shape"], axis=0))
+        nodes.append(helper.make_node("Reshape", ["numbers", "shape"], ["logits"]))
+    held = {"zero": np.zeros(1, np.int64), "ten": np.array([10]), "two": np.array(2)}
+    held |= {"numbers": np.ones(10, np.float32), "table": np.ones((2, 10), np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "fails",
+        [helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, (1, 64, 64, 3))],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, (1, 10))],
+        [numpy_helper.from_array(value, name) for name, value in held.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    folder = tmp_path / "bundle"
+    shutil.copytree(small_bundle(target), folder)
+
+    def change(folder: Path, _: dict[str, Any]) -> None:
+        if target == "onnxruntime":
+            onnx.save(model, folder / "model.onnx")
+            return
+        import openvino as ov
+
+        read = ov.Core().read_model(model.SerializeToString())
+        ov.save_model(read, folder / "model.xml", compress_to_fp16=False)
+
+    harm(folder, change)
+    code, line = fails(capsys, "inspect", folder)
+    assert code == 4
+    assert "cannot run" in line
+
+
+def test_validate_asks_of_golden_what_export_asked(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a minimum of its own; another is another."""
+    bundle = Bundle.open(own_bundle)
+    noise = np.random.default_rng(0).normal(size=bundle.golden["logits"].shape).astype(np.float32)
+    golden = {**bundle.golden, "logits": bundle.golden["logits"] + noise}
+    write_bundle(own_bundle, bundle.manifest, golden, bundle.labels)
+    code, line = fails(capsys, "validate", own_bundle)
+    assert code == 5
+    assert f"dB on golden, and its export asks for {bundle.manifest.tolerance.sqnr_db:g}" in line
+    main(["validate", str(own_bundle), "--min-sqnr", "-30"])

@@ -236,6 +236,8 @@ def test_an_attention_of_another_form_is_left_alone(different: dict[str, bool]) 
     [
         ("stem.conv1/WithoutBiases", "Convolution", "stem.conv1"),
         ("head.fc/MatMul/DequantizationMultiply", "FullyConnected", "head.fc/MatMul"),
+        ("qkv/MatMul/DequantizationMultiply", "FullyConnectedQuantizedLegacy", "qkv/MatMul"),
+        ("stem.dw/WithoutBiases", "GroupConvolution", "stem.dw"),
         ("scan.select", "FullyConnected", "scan.select"),
         # of OpenVINO 2026.4's profile of TSM2, where three readers of a product each scale it by themselves
         ("scan.select/DequantizationMultiply", "Subgraph", "scan.select/DequantizationMultiply"),

@@ -65,7 +65,8 @@ def validate(
 ) -> None:
     """Compares bundles with the eager model they came from, or with its outputs stored in them (golden).
 
-    A minimum that is missed exits with 5.
+    A minimum that is missed exits with 5; against golden the SQNR that the bundle's export asks for is one unless
+    another is given.
     """
     from dualtoken_deploy.bundle.trust import permit_native
 

@@ -249,7 +249,16 @@ def validate_on(device: Device, bundles: Sequence[Path], tell: Tell) -> tuple[li
             engine = f"{placed.program.name} on {phone.machine['model']}"
             count = len(given)
             results.append(
-                Validation(str(placed.bundle.path), task.name, "golden", count, count, likeness, engine=engine)
+                Validation(
+                    str(placed.bundle.path),
+                    task.name,
+                    "golden",
+                    count,
+                    count,
+                    likeness,
+                    engine=engine,
+                    asked_db=placed.bundle.manifest.tolerance.sqnr_db,
+                )
             )
     return results, {key: value for key, value in phone.machine.items() if key != "free"}
 

@@ -32,7 +32,8 @@ class Validation:
     "golden": the outputs stored at export, for the one golden input; the likeness is then of that input alone
     (`likeness_images` says of how many), scores are over the data, `images` of it.
     `likeness` as the task measures it, `scores` the bundle's and `eager_scores` its reference's, by metric.
-    `engine`: what stood in for the target's own runtime, if anything did.
+    `engine`: what stood in for the target's own runtime, if anything did. `asked_db`: the least SQNR that export asks
+    of the golden input; None where the likeness is of others.
     """
 
     bundle: str
@@ -45,6 +46,7 @@ class Validation:
     eager_scores: Mapping[str, float] | None = None
     engine: str | None = None
     unreadable: int = 0  # pictures of the data that were left out
+    asked_db: float | None = None
 
     @property
     def sqnr_db(self) -> float:
@@ -137,9 +139,15 @@ def parse_minima(words: Sequence[str]) -> dict[str, float]:
 
 def gate(results: Sequence[Validation], **minima: float | None) -> None:
     """Raises ToleranceError that names all measures below their minimum (sqnr_db, agreement, or a metric of the task),
-    UsageError where one was not measured."""
+    UsageError where one was not measured. Unless a minimum of sqnr_db is given, golden has to reach what export asks.
+    """
     failures = []
     for result in results:
+        if minima.get("sqnr_db") is None and result.asked_db is not None and not result.sqnr_db >= result.asked_db:
+            failures.append(
+                f"{result.bundle}: SQNR {result.sqnr_db:.1f} dB on golden, and its export asks for "
+                f"{result.asked_db:g}; see what runs with `dualtoken inspect`, or say what is enough with --min-sqnr"
+            )
         measured = {**result.measured, "agreement": result.likeness.agreement}
         for measure, minimum in minima.items():
             if minimum is None:
@@ -184,14 +192,16 @@ def _validate(
         engine = engine_of(runner)
         if reference == "golden":
             found, stored = compare_golden(bundle, runner), len(bundle.golden["input"])
+            asked = bundle.manifest.tolerance.sqnr_db
             if images is None:
-                return Validation(path, task.name, reference, stored, stored, found, engine=engine)
+                return Validation(path, task.name, reference, stored, stored, found, engine=engine, asked_db=asked)
             pairs = pairs_over(bundle, task, images, runner, skipped)
             left_out(images, skipped)
             own = _score(task, pairs, bundle)
             return Validation(
-                path, task.name, reference, len(pairs), stored, found, own, engine=engine, unreadable=len(skipped)
-            )
+                path, task.name, reference, len(pairs), stored, found, own,
+                engine=engine, unreadable=len(skipped), asked_db=asked,
+            )  # fmt: skip
         from dualtoken_deploy.targets import eager
 
         reference = bundle.manifest.reference

@@ -73,7 +73,11 @@ class OnnxRuntimeRunner(Bordered):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [o.name for o in self._outputs]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        try:
+            values = self._session.run(names, dict(feeds))
+        except Exception as error:  # its exception types are private and derive from Exception alone
+            raise BundleError(f"ONNX Runtime cannot run {self._path}: {first_line(error)}") from error
+        return dict(zip(names, values, strict=True))
 
     def execution(self) -> Execution:
         """Kinds from the optimised model that the session writes, dtypes from one profiled run of zeros."""
@@ -82,7 +86,10 @@ class OnnxRuntimeRunner(Bordered):
         feed = {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs}
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(Path(folder) / "run")
-            session.run(None, feed)
+            try:
+                session.run(None, feed)
+            except Exception as error:
+                raise BundleError(f"ONNX Runtime cannot run {self._path}: {first_line(error)}") from error
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _execution(events)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,12 @@ from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
 
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "i8": "int8", "i32": "int32"}
-_PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # layers that take their bias or their weights' scale along
+_PRODUCTS = (
+    "Convolution",
+    "GroupConvolution",
+    "FullyConnected",
+    "MatMul",
+)  # and FullyConnectedQuantizedLegacy
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> OpenVinoRunner:
@@ -51,7 +57,8 @@ class OpenVinoRunner(Bordered):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         # share_inputs spares a copy; outputs are copied, since the request's memory is used again by the next run
-        results = self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+        with self._running():
+            results = self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
         return {spec.name: results[spec.name] for spec in self._outputs}
 
     def run_async(self, feeds: Mapping[str, Array], count: int) -> None:
@@ -62,6 +69,13 @@ class OpenVinoRunner(Bordered):
             queue.start_async(dict(feeds), share_inputs=True)
         queue.wait_all()
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise BundleError(f"OpenVINO cannot run {self._path}: {last_line(error)}") from error
+
     def execution(self) -> Execution:
         """Layers that ran in one profiled run of zeros, with the dtype that their kernel's name ends in.
 
@@ -71,7 +85,8 @@ class OpenVinoRunner(Bordered):
         import numpy as np
 
         request = _compile(self._path, self._options, self._computes, profile=True).create_infer_request()
-        request.infer({s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs})
+        with self._running():
+            request.infer({s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs})
         operators: Counter[str] = Counter()
         dtypes: dict[str, Counter[str]] = {}
         nodes: dict[str, str] = {}
@@ -90,7 +105,7 @@ class OpenVinoRunner(Bordered):
 def own_name(name: str, kind: str) -> str:
     """A layer's name in the file: OpenVINO calls a product after what it joins with it, a bias or the weights' scale.
     Where it does not join the scale, that is a layer of its own, behind the product, and keeps its name."""
-    if kind not in _PRODUCTS:
+    if not kind.startswith(_PRODUCTS):
         return name
     return name.removesuffix("/WithoutBiases").removesuffix("/DequantizationMultiply")
 
