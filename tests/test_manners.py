@@ -226,6 +226,18 @@ def test_lines_come_every_ten_seconds_and_at_each_step() -> None:
     assert lines[1].endswith("about 20 s left")
 
 
+def test_counts_that_take_turns_are_a_line_each() -> None:
+    now, lines = [0.0], list[str]()
+    tell = Lines(lines.append, lambda: now[0])
+    for number in range(200):
+        now[0] += 0.1
+        tell(f"trying stem in float, 24 dB predicted; held-out pictures: {number}/200")
+        tell(f"running the files on held-out images: {number}/200")
+    assert len(lines) == 3  # each once, and one in ten seconds
+    tell("running the files on held-out images: 0/200")
+    assert lines[-1] == "running the files on held-out images: 0/200"
+
+
 def test_inputs_are_counted_as_they_are_taken() -> None:
     said: list[str] = []
     taken = counted([np.zeros(1), np.ones(1)], said.append, "running eager on photographs")

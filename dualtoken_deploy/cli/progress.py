@@ -55,7 +55,7 @@ class Pace:
 
     def add(self, text: str) -> bool:
         """Takes a text; whether it begins a new step."""
-        step, new = re.sub(r"\d+(\.\d+)?", "#", _COUNT.sub("#", text)), False
+        step, new = step_of(text), False
         counts = _COUNT.findall(text)  # the last is of what is done now, others of what it is a part of
         done, total = map(int, counts[-1]) if counts else (0, 0)
         if step != self.step or done < self._done:  # a count that falls is one that begins again
@@ -72,17 +72,27 @@ class Pace:
         return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
 
+def step_of(text: str) -> str:
+    """A text without its numbers."""
+    return re.sub(r"\d+(\.\d+)?", "#", _COUNT.sub("#", text))
+
+
 class Lines:
-    """Progress for a file or a pipe: each step once, then a line every LINE_EVERY_S at most."""
+    """Progress for a file or a pipe: each step once, then a line every LINE_EVERY_S at most.
+
+    Two that count at the same time, one within the other, are a step each however often they take turns.
+    """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._write, self._clock, self._pace, self._last = write, clock, Pace(clock), 0.0
+        self._write, self._clock, self._last = write, clock, 0.0
+        self._plain, self._counting = Pace(clock), dict[str, Pace]()
 
     def __call__(self, text: str) -> None:
-        new, now = self._pace.add(text), self._clock()
+        pace = self._counting.setdefault(step_of(text), Pace(self._clock)) if _COUNT.search(text) else self._plain
+        new, now = pace.add(text), self._clock()
         if new or now - self._last >= LINE_EVERY_S:
             self._last = now
-            self._write(f"{text}{self._pace.left()}")
+            self._write(f"{text}{pace.left()}")
 
 
 @contextmanager
