@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualtoken_deploy import export
 from dualtoken_deploy.bundle.store import Bundle
@@ -89,6 +89,23 @@ def test_many_operators_are_executed_as_torch_does(name: str, tmp_path: Path) ->
         exporter.lower(torch.export.export(module, (image,)), tmp_path / MODEL, BACKENDS[name])
         (found,) = ReferenceProgram(tmp_path / MODEL).run([image])
         assert_close(found, module(image), sqnr_db=110)
+
+
+def test_core_ml_takes_every_cast_but_that_of_pixels(tmp_path: Path) -> None:
+    """Whose arrays have no uint8: DualFormer-T's comparisons, each with a cast, are one piece."""
+
+    class Positive(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            x = pixels.float() - 100
+            return x * (x > 3).float()
+
+    pixels = torch.arange(0, 240, 20, dtype=torch.uint8).reshape(1, 3, 4)
+    with torch.no_grad():
+        exporter.lower(torch.export.export(Positive(), (pixels,)), tmp_path / MODEL, BACKENDS["coreml"])
+        program = ReferenceProgram(tmp_path / MODEL)
+        assert torch.equal(program.run([pixels])[0], Positive()(pixels))
+    assert len(program.contents.delegates) == 1
+    assert program.contents.outside == ("dim_order_ops::_to_dim_order_copy.out",)
 
 
 @pytest.mark.parametrize("name", LOWERED)

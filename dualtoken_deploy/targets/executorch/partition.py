@@ -18,8 +18,6 @@ from dualtoken_deploy.targets.executorch.backends import XNNPACK
 from dualtoken_deploy.targets.executorch.brief import brief, replaced
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS
 
-# From pixels to float32: Core ML's arrays have no uint8
-CASTS = ("dim_order_ops._to_dim_order_copy.default", "aten._to_copy.default", "_to_copy.default")
 _DEBUG = ("debug_info.json", "model.mlpackage/executorch_debug_handle_mapping.json")  # with names of the tracer
 
 
@@ -45,14 +43,29 @@ def _coreml(precision: str) -> Iterator[Any]:
     ct = coremltools("lowering to Core ML")
     teach()  # as --target coreml does, which may have been first in this process
     from executorch.backends.apple.coreml.compiler import CoreMLBackend, coreml_preprocess
-    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner, coreml_partitioner
 
     specs = CoreMLBackend.generate_compile_specs(
         minimum_deployment_target=getattr(ct.target, DEPLOYMENT_TARGETS[0]),
         compute_precision=ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32,
     )
-    with replaced(coreml_preprocess.executorchcoreml, "flatten_directory_contents", _settled):
-        yield CoreMLPartitioner(skip_ops_for_coreml_delegation=list(CASTS), compile_specs=specs)
+    with (
+        replaced(coreml_preprocess.executorchcoreml, "flatten_directory_contents", _settled),
+        replaced(coreml_partitioner._OperatorsSupportedForCoreMLBackend, "is_node_supported", _but_pixels),
+    ):
+        yield CoreMLPartitioner(compile_specs=specs)
+
+
+def _but_pixels(supported: Callable[..., bool]) -> Callable[..., bool]:
+    """What Core ML takes, but what reads bytes, as the first cast of a picture does: its arrays have no uint8."""
+
+    def takes(own: Any, modules: Any, node: Any) -> bool:
+        bytes_read = any(
+            str(getattr(read.meta.get("val"), "dtype", "")) == "torch.uint8" for read in node.all_input_nodes
+        )
+        return not bytes_read and supported(own, modules, node)
+
+    return takes
 
 
 def _settled(flatten: Callable[[str], bytes]) -> Callable[[str], bytes]:
