@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.targets.executorch import backends, program
 from dualtoken_deploy.targets.executorch import export as exporter
 from dualtoken_deploy.targets.executorch.backends import BACKENDS, Backend
+from dualtoken_deploy.targets.executorch.package import unpack
 from dualtoken_deploy.targets.executorch.reference import ReferenceProgram
 from dualtoken_deploy.targets.executorch.vulkan import VulkanGraph
 from dualtoken_deploy.targets.load import load_runner
@@ -221,11 +224,45 @@ def test_a_damaged_file_is_one_line(own: Path, how: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+REGION, NONE = {"offset": 0, "size": 4}, {"offset": 0, "size": 0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([{"name": "a", "kind": 0, "children": {}, "dataRegion": {"offset": 0, "size": 9999}}], "larger"),
+        ([{"name": "a", "kind": 0, "children": {}, "dataRegion": {"offset": 9999, "size": 4}}], "outside"),
+        (
+            [
+                {"name": "a", "kind": 0, "children": {}, "dataRegion": REGION},
+                {"name": "b", "kind": 1, "children": {"../a": 0}, "dataRegion": NONE},
+            ],
+            "no file '../a'",
+        ),
+        ([{"name": "b", "kind": 1, "children": {"b": 0}, "dataRegion": NONE}], "no file 'b'"),
+        (
+            [
+                {"name": "a", "kind": 0, "children": {}, "dataRegion": REGION},
+                {"name": "b", "kind": 1, "children": {"a": 0, "c": 0}, "dataRegion": NONE},
+            ],
+            "0",
+        ),
+    ],
+)  # fmt: skip
+def test_a_list_of_files_that_lies_is_not_followed(nodes: list[Any], words: str, tmp_path: Path) -> None:
+    blob = b"data" + json.dumps({"nodes": nodes})[::-1].encode()
+    with pytest.raises((ValueError, KeyError), match=words):
+        unpack(blob, tmp_path)
+    assert not (tmp_path.parent / "a").exists()
+
+
 def test_what_vulkans_graph_has_and_pytorch_has_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from dualtoken_deploy.targets.executorch import vulkan
 
-    with pytest.raises(BundleError, match=r"the operator et_vk\.dance\.default, which is not executed here"):
-        vulkan.operator("et_vk.dance.default")
+    for name in ("et_vk.dance.default", "aten.from_file.default", "aten.from_file.out", "prims.add.default", "add"):
+        with pytest.raises(BundleError, match=f"the operator {re.escape(name)}, which is not executed here"):
+            vulkan.operator(name)
+    assert vulkan.operator("aten.gelu.out") is torch.ops.aten.gelu.out
     graph = VulkanGraph.__new__(VulkanGraph)
     graph._values = [("SymInt", {"value": 0})]
     with pytest.raises(BundleError, match="a SymInt, a size that is known only when it runs"):

@@ -50,8 +50,12 @@ def unpack(blob: bytes, folder: Path) -> None:
     """
     text = blob[: -LONGEST - 1 : -1].decode("latin-1")
     nodes = json.JSONDecoder().raw_decode(text)[0]["nodes"]
+    if sum(node["dataRegion"]["size"] for node in nodes) > len(blob):
+        raise ValueError("the files of Core ML's part are larger than it is")
+    left = set(range(len(nodes)))
 
     def write(number: int, path: Path) -> None:
+        left.remove(number)  # each lies in one folder
         node = nodes[number]
         if not node["children"] and node["kind"] == 0:
             start, size = node["dataRegion"]["offset"], node["dataRegion"]["size"]

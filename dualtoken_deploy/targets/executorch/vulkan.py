@@ -25,6 +25,8 @@ DTYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "INT8": torch.int8, "INT32":
           "FLOAT16": torch.float16, "FLOAT32": torch.float32, "FLOAT64": torch.float64}  # fmt: skip
 _LISTS = ("IntList", "DoubleList", "BoolList")
 _SCALARS = {"Int": "int_val", "Bool": "bool_val", "String": "string_val"}
+SPACES = ("aten", "dim_order_ops", "et_vk")
+WORDS = frozenset({"approximate", "rounding_mode"})  # of gelu and div
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -128,12 +130,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def operator(name: str) -> Any:
-    """`aten.add.Tensor` as PyTorch has it. Raises BundleError where it does not."""
+    """`aten.add.Tensor` as PyTorch has it. Raises BundleError where it does not, or where it takes words other than
+    those of arithmetic: PyTorch has operators that open files, and the name is a stranger's."""
     try:
         space, packet, overload = name.split(".")
-        return getattr(getattr(getattr(torch.ops, space), packet), overload)
-    except (AttributeError, ValueError) as error:
+        found = getattr(getattr(getattr(torch.ops, space), packet), overload)
+        words = {argument.name for argument in found._schema.arguments if "str" in str(argument.type)}
+    except (AttributeError, ValueError, RuntimeError) as error:
         raise not_executed(f"the operator {name}") from error
+    if space not in SPACES or not words <= WORDS:
+        raise not_executed(f"the operator {name}")
+    return found
 
 
 def _tensor(data: bytes, declared: Mapping[str, Any]) -> Tensor:
