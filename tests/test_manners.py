@@ -341,6 +341,9 @@ def test_bundles_are_named_by_weights_and_size() -> None:
 
     assert named("digits") == "t-mix-digits-onnxruntime-int8"
     assert named(precision="fp32") == "t-mix-onnxruntime-fp32"
+    asked = {"backend": "vulkan"}
+    assert default_name(variant_source("t-mix"), "executorch", "fp16", asked) == "t-mix-executorch-vulkan-fp16"
+    assert default_name(variant_source("t-mix"), "executorch", "fp16", {"backend": None}) == "t-mix-executorch-fp16"
     assert named(None, (256, 320)) == "t-mix-256x320-onnxruntime-int8"
 
 

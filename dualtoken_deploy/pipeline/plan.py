@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 from dualtoken_deploy.bundle.blocks import Asked, AskedInt8
 from dualtoken_deploy.errors import UsageError, missing_extra
@@ -24,6 +25,7 @@ DYNAMIC = "dynamic"
 NAMELESS_SIZE = (224, 224)
 SHIPPED = tuple(BUILT_IN_WEIGHTS)
 BATCH = "batch"  # the name of an open one
+NONE_SAID: Mapping[str, str | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,14 @@ def plan(
         opset=opset,
         settings=own,
         device=device,
-        output=Path(output) if output is not None else Path("bundles") / default_name(source, row.name, precision),
+        output=Path(output) if output is not None else Path("bundles") / default_name(source, row.name, precision, own),
         force=force,
         int8=int8,
         command=command,
     )
 
 
-def default_name(source: Source, target: str, precision: str) -> str:
+def default_name(source: Source, target: str, precision: str, settings: Mapping[str, str | None] = NONE_SAID) -> str:
     """What a bundle is called unless its folder is named: t-mix-digits-onnxruntime-int8, s-320x320-openvino-fp32.
 
     Of this package's models the weights are in it, where they were trained, and the size, where it is not 224 nor that
@@ -135,7 +137,8 @@ def default_name(source: Source, target: str, precision: str) -> str:
     if "variant" in source.described and (height, width) != NAMELESS_SIZE and said not in SHIPPED:
         parts.append(str(height) if height == width else f"{height}x{width}")
     clean = [re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") or "weights" for part in parts]
-    return "-".join([*clean, target, precision])
+    said_of_target = [settings[name] or "" for name in get_target(target).named if settings.get(name)]
+    return "-".join([*clean, target, *said_of_target, precision])
 
 
 def _check_any_size(source: Source, row: Target, precision: Precision) -> None:

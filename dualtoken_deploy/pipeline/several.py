@@ -88,7 +88,9 @@ def export_several(
 
     def planned(target: str) -> Plan:
         row, several = get_target(target), len(targets) > 1
-        folder = output / default_name(source, row.name, precision) if several and output is not None else output
+        folder = (
+            output / default_name(source, row.name, precision, settings) if several and output is not None else output
+        )
         calibrates = not several or row.precision(precision).calibration != NO_CALIBRATION
         return plan(
             source, target, precision, folder, batch, said.image_size == DYNAMIC, input_kind, opset, device, force,

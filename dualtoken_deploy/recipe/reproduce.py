@@ -135,7 +135,7 @@ def _plan(locked: Lock, said: Said, output: Path | None) -> Plan:
     source = source_of(manifest)
     source = replace(source, labels=locked.labels or source.labels, licenses=manifest.licenses)
     said = _as_found(locked, said)
-    folder = output or Path("bundles") / default_name(source, manifest.target, manifest.precision)
+    folder = output or Path("bundles") / default_name(source, manifest.target, manifest.precision, said.settings)
     contract = manifest.input
     return plan(
         source, manifest.target, manifest.precision, folder, DYNAMIC if contract.batch is None else contract.batch,

@@ -119,7 +119,8 @@ class Kitchen:
                         said["calibration"] = self._path(table.int8.calibration)
                         int8 = Int8Options(**said)
                     yield plan(
-                        self.source, row.name, precision, self.output / default_name(self.source, row.name, precision),
+                        self.source, row.name, precision,
+                        self.output / default_name(self.source, row.name, precision, table.settings),
                         table.batch, self.recipe.model.image_size == DYNAMIC, table.input, table.opset, table.device,
                         True, int8, dict(table.settings), "dualtoken run",
                     )  # fmt: skip

@@ -23,13 +23,14 @@ class Target:
 
     `files` are written by the exporter, the first is the one an app loads. `source` is what the exporter converts:
     "onnx" or "torch". `modules` must import to run it; exporting needs those and the extra [export]. `settings`:
-    options of export that are this target's own; `set_precisions`: those that some of them alone offer. `check_images`:
-    photographs that export checks on, where the runtime is too slow here for all of them. `heads`: those of this
-    package with the forms of their outputs that are on offer. `product_kinds`: what the runtime calls operators that
-    hold a model's matrix products. `libraries`: whose versions a manifest keeps. `triton`: the backend that takes the
-    files, and their names there. `triton_switches`: of the backend, by precision, those that are on. `quantizers`: for
-    precisions that search, the default first. `looks`: of a target whose bundles can be looked into, by precision the
-    dB below which a layer counts as drifted. `devices`: the kinds of device that it is for.
+    options of export that are this target's own; `named`: those that are in a bundle's name; `set_precisions`: those
+    that some alone offer. `check_images`: photographs that export checks on, where the runtime is too slow here for all
+    of them. `heads`: those of this package with the forms of their outputs that are on offer. `product_kinds`: what the
+    runtime calls operators that hold a model's matrix products. `libraries`: whose versions a manifest keeps. `triton`:
+    the backend that takes the files, and their names there. `triton_switches`: of the backend, by precision, those that
+    are on. `quantizers`: for precisions that search, the default first. `looks`: of a target whose bundles can be
+    looked into, by precision the dB below which a layer counts as drifted. `devices`: the kinds of device that it is
+    for.
 
     `portable`: the artifact runs on any machine of its kind; otherwise it is code for the machine that made it, slow to
     make, and `--target all` leaves it out. `built_by` names a command that finishes the bundle on the device: exporting
@@ -55,6 +56,7 @@ class Target:
     vendor: str | None = None
     compiler: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
     check_images: int | None = None
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     product_kinds: tuple[str, ...] = ()
@@ -352,6 +354,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 precisions=by_name(_FP32, _INT8),
                 set_precisions=by_name(replace(_FP16, tolerance=_COREML["fp16"].tolerance)),
                 settings=("backend",),
+                named=("backend",),
                 aliases=("pte",),
                 heads=_RAW_DENSE,
                 product_kinds=(
