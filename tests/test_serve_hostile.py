@@ -192,14 +192,14 @@ def test_bodies_that_trickle_keep_nobody_out(server: Server) -> None:
     server.wait_for(lambda: in_hand(server) == 0)
 
 
-def test_the_slowest_body_makes_room_for_a_newcomer(server: Server) -> None:
-    most = 4 * (2 * (QUEUE + 1) + 1)  # of two models
+def test_the_slowest_body_makes_room_for_a_newcomer(start: Callable[..., Server]) -> None:
+    """There are connections for more bodies than the server keeps."""
+    most = 4 * 2 * (QUEUE + 1)  # of two models
+    server = start("--connections", str(most + 20))
     with ExitStack() as slow:
-        links = []
-        for _ in range(min(most, CONNECTIONS - 4) + 12):
-            link = slow.enter_context(connect(server))
-            link.sendall(head(INFER, "Content-Length: 5000") + b"{")
-            links.append(link)
+        for _ in range(most + 12):
+            slow.enter_context(connect(server)).sendall(head(INFER, "Content-Length: 5000") + b"{")
+        server.wait_for(lambda: in_hand(server) == most)  # twelve were sent away
         assert infer(server, timeout=5).code == 200
         assert server.get("/v2/health/live").code == 200
     server.wait_for(lambda: in_hand(server) == 0)

@@ -13,7 +13,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dualtoken_deploy.serve.admission import YOUNG_SECONDS
 from dualtoken_deploy.serve.settings import Settings
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -25,7 +24,6 @@ MAX_PIECES = 1024  # of a body, and one more for so many of its bytes: each cost
 PIECE_BYTES = 64
 UNREAD_BYTES = 64 * 2**20  # of answers that clients do not read, all together
 MAX_PIPELINED = 16  # requests of a connection that wait for the answers before theirs
-FIRST_BYTES = 16 * 1024  # that a body is taken to have when it begins, where the slowest is asked for
 STALLED_SECONDS = 1.0  # after which a client that does not read is the first to leave for another
 END_SECONDS = 1.0  # in which a connection that is to end may still send what it has, once the server ends
 HEALTH = b"/v2/health/"
@@ -47,20 +45,17 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
     stalled: dict[BoundedProtocol, float] = {}  # that do not read their answer, and since when
 
     def first_to_leave(connections: Iterable[object]) -> BoundedProtocol | None:
-        """Who makes room for a newcomer: one that does not read, the idlest, one that only closes, the one with most
-        requests sent ahead of their answers, or the one whose body comes slowest; None where each waits for one answer.
-        """
+        """Who makes room for a newcomer: one that does not read, the idlest, one that only closes, or the one with most
+        requests sent ahead of their answers; None where each has the one request that it waits for."""
         now = asyncio.get_running_loop().time()
         for connection, since in stalled.items():
             if now - since > STALLED_SECONDS:
                 return connection
         if quiet:
             return next(iter(quiet))
-        own = [one for one in connections if isinstance(one, BoundedProtocol)]
+        own = (one for one in connections if isinstance(one, BoundedProtocol))
         greediest = max(own, key=lambda one: (one.transport.is_closing(), len(one.pipeline)))
-        if greediest.transport.is_closing() or greediest.pipeline:
-            return greediest
-        return min((one for one in own if one.coming), key=lambda one: one.speed(now), default=None)
+        return greediest if greediest.transport.is_closing() or greediest.pipeline else None
 
     def make_room() -> None:
         """Who has not read for the longest time leaves while what all of them have not read is too much."""
@@ -82,7 +77,6 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
         _lines = 0  # of its headers
         _framing_bytes = 0  # of the body, beside its contents
         _body_bytes = 0
-        _body_since = 0.0
         _pieces = 0  # that it came in
         _in_headers = True
         _in_body = False
@@ -107,15 +101,6 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
             self._read_again()
             quiet.pop(self, None)
             super().connection_lost(exc)
-
-        @property
-        def coming(self) -> bool:
-            """Whether the body of its request is under way."""
-            return self._in_body and not self._deaf
-
-        def speed(self, now: float) -> float:
-            """Of the body, in bytes a second; the beginning is a credit, so that the youngest is not the slowest."""
-            return (self._body_bytes + FIRST_BYTES) / max(YOUNG_SECONDS, now - self._body_since)
 
         def leave(self) -> None:
             """Makes room for another connection."""
@@ -173,7 +158,7 @@ def bounded_protocol(settings: Settings, speaks: Callable[[int], None]) -> type[
                 return
             # what arrived together with the headers and is none of them
             self._framing_bytes, self._body_bytes = max(0, self._header_bytes - self._named_bytes), 0
-            self._pieces, self._body_since = 0, self.loop.time()
+            self._pieces = 0
             self._in_headers, self._in_body, self._header_bytes = False, True, 0
             quiet.pop(self, None)
             super().on_headers_complete()

@@ -146,7 +146,8 @@ def gate(results: Sequence[Validation], **minima: float | None) -> None:
         if minima.get("sqnr_db") is None and result.asked_db is not None and not result.sqnr_db >= result.asked_db:
             failures.append(
                 f"{result.bundle}: SQNR {result.sqnr_db:.1f} dB on golden, and its export asks for "
-                f"{result.asked_db:g}; see what runs with `dualtoken inspect`, or say what is enough with --min-sqnr"
+                f"{result.asked_db:g}; see what runs with `dualtoken inspect {result.bundle}`, or say what is enough "
+                "with --min-sqnr"
             )
         measured = {**result.measured, "agreement": result.likeness.agreement}
         for measure, minimum in minima.items():
