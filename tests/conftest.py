@@ -18,11 +18,12 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from dualtoken_deploy.data.images import load_image
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
+from dualtoken_deploy.targets.coreml import export as coreml_export
 from dualtoken_deploy.targets.litert import environment
 from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import decoded_once, one_registry, shared, shared_conversion
+from tests.traces import decoded_once, one_registry, shared, shared_conversion, shared_program
 
 # T (mix) with a block of stage 1, whose tokens are constant, and one of stage 3, which gets them from it and has no
 # Conv Encoder: every kind of layer that there is, and a fifth of the time to trace. Stage 2 is a downsampling alone.
@@ -98,6 +99,7 @@ def shared_traces(for_all_workers: Path) -> Iterator[None]:
         patch.setattr("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image))
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(one_registry()))
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
+        patch.setattr(coreml_export, "trace_named", shared_program(coreml_export.trace_named))
         patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
         yield
 

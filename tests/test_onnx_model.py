@@ -379,5 +379,5 @@ def test_the_command_of_the_page_runs(
     monkeypatch.chdir(tmp_path)
     net(tmp_path / "net.onnx")
     (tmp_path / "names.txt").write_text("\n".join(f"name {i}" for i in range(CLASSES)))
-    made = prints(capsys, *shlex.split(line)[1:], "--json")
+    made = prints(capsys, *shlex.split(line)[1:], "--no-race", "--json")  # how fast it is has a test of its own
     assert (made["precision"], made["reference"]) == ("int8", "onnx-file")

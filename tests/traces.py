@@ -15,12 +15,14 @@ from pathlib import Path
 
 import onnx
 from torch import nn
+from torch.export import ExportedProgram
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from dualtoken_deploy.data.images import Pixels
 from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.request import Request
 
+PROGRAMS = 4
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
 
 
@@ -49,6 +51,26 @@ def key(module: nn.Module, request: Request, opset: int) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+Named = tuple[ExportedProgram, dict[str, str]]
+
+
+def shared_program(trace: Callable[[nn.Module, Request], Named]) -> Callable[[nn.Module, Request], Named]:
+    """Core ML's trace, of which a process keeps the last few; each conversion gets a copy of its own."""
+    kept: dict[str, Named] = {}
+
+    @functools.wraps(trace)
+    def once(module: nn.Module, request: Request) -> Named:
+        digest = f"{key(module, request, 0)} {request.contract}"
+        if digest not in kept:
+            while len(kept) >= PROGRAMS:
+                del kept[next(iter(kept))]
+            kept[digest] = trace(module, request)
+        program, names = kept[digest]
+        return copy.deepcopy(program), dict(names)
+
+    return once
 
 
 def one_registry() -> Callable[[int], ONNXRegistry]:
