@@ -177,7 +177,7 @@ class ReferenceRunner(Bordered):
         check_declared(path, "output", outputs, self._program.declared(outputs, "outputs"))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        given = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self._inputs]
+        given = [torch.from_numpy(np.array(feeds[spec.name])) for spec in self._inputs]
         found = self._program.run(given)
         return {spec.name: out.numpy() for spec, out in zip(self._outputs, found, strict=True)}
 
