@@ -148,6 +148,14 @@ def test_a_file_for_another_backend_is_a_promise_not_kept(made: Bundle) -> None:
         inspect_bundle(Bundle(made.path, manifest))
 
 
+def test_a_manifest_with_a_backend_of_a_later_version_is_one_line(made: Bundle) -> None:
+    asked = made.manifest.asked
+    assert asked is not None
+    manifest = replace(made.manifest, asked=replace(asked, settings={"backend": "metal"}))
+    with pytest.raises(BundleError, match="names the backend 'metal', which this version does not know"):
+        load_runner(Bundle(made.path, manifest))
+
+
 def test_a_product_outside_its_pieces_is_a_promise_not_kept(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = ReferenceProgram.__init__
 

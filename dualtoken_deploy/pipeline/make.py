@@ -75,7 +75,7 @@ def _request(plan: Plan) -> Request:
 def _warnings(plan: Plan) -> tuple[str, ...]:
     if not plan.source.random_weights:
         return ()
-    return (f"weights are random (seed {plan.source.weights['seed']}): latency is real, answers mean nothing",)
+    return (f"weights are random (seed {plan.source.weights['seed']}): answers mean nothing",)
 
 
 def build_here(result: ExportResult, bundle: Path, tell: Tell) -> ExportResult:
