@@ -17,7 +17,7 @@ from dualtoken_deploy.targets.tracing import path_below
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _MADE = re.compile(r"_v_\d+$")  # onnxsim's own names
-_SHORT = {"scaled_dot_product_attention": "attention", "__to_copy": "cast", "_to_copy": "cast"}
+_SHORT = {"scaled_dot_product_attention": "attention", "__to_copy": "cast", "_to_copy": "cast", "to": "cast"}
 
 
 def name_after_modules(model: onnx.ModelProto, inside: str) -> None:
