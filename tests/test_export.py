@@ -113,6 +113,16 @@ def test_only_answers_that_bfloat16_cannot_tell_apart_may_turn(small_bundle: Mak
     assert level.sum() == (0 if said is None else said.images)
 
 
+@pytest.mark.parametrize(
+    ("target", "precision", "step"),
+    [("openvino", "fp16", 2**-10), ("openvino", "fp32", 2**-23), ("openvino", "bf16", 2**-7), ("coreml", "fp16", 2**-10),
+     ("coreml", "int8", 2**-10), ("openvino", "int8", None)],
+)  # fmt: skip
+def test_a_precision_has_the_steps_of_its_coarser_numbers(target: str, precision: str, step: float | None) -> None:
+    """Also where float16 is stored and float32 computed: S has a photograph whose two best logits are 0.0002 apart."""
+    assert TARGETS[target].precision(precision).step == step
+
+
 def neighbour(values: np.ndarray, above: int) -> np.ndarray:
     """The bfloat16 number that values are cut to, or the one with the next larger magnitude."""
     bits = torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(torch.int32) >> 16
