@@ -47,8 +47,8 @@ class Precision:
 
     @property
     def step(self) -> float | None:
-        """Between a number at one and the next, of the coarser of the formats that are stored and computed in; None where
-        both are integers."""
+        """Between a number at one and the next, of the coarser of the formats that are stored and computed in; None
+        where both are integers."""
         steps = [_STEPS[name] for name in (self.weights, self.activations) if name in _STEPS]
         return max(steps, default=None)
 
