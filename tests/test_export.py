@@ -115,8 +115,8 @@ def test_only_answers_that_bfloat16_cannot_tell_apart_may_turn(small_bundle: Mak
 
 @pytest.mark.parametrize(
     ("target", "precision", "step"),
-    [("openvino", "fp16", 2**-10), ("openvino", "fp32", 2**-23), ("openvino", "bf16", 2**-7), ("openvino", "int8", None),
-     ("coreml", "fp16", 2**-10), ("coreml", "int8", 2**-10)],
+    [("openvino", "fp16", 2**-10), ("openvino", "fp32", 2**-23), ("openvino", "bf16", 2**-7),
+     ("openvino", "int8", None), ("coreml", "fp16", 2**-10), ("coreml", "int8", 2**-10)],
 )  # fmt: skip
 def test_a_precision_has_the_steps_of_its_coarser_numbers(target: str, precision: str, step: float | None) -> None:
     """Also where float16 is stored and float32 computed: S has a photograph whose two best logits are 0.0002 apart."""
