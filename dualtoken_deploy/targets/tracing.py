@@ -1,13 +1,15 @@
-"""What every target that traces a module shares: where the model lies in what is traced, and why tracing failed."""
+"""What every target that traces a module shares: where the model lies in what is traced, why tracing failed, and how
+parts of another's tracer are replaced for a while."""
 
 from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -144,3 +146,17 @@ def _raised_at(causes: list[BaseException]) -> str:
 
 def _exception(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """`name` of a module or class replaced by what is made of it; as it was where there is none."""
+    whole = getattr(owner, name, None)
+    if whole is None:
+        yield
+        return
+    setattr(owner, name, make(whole))
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)

@@ -17,6 +17,8 @@ from typing import Any
 from torch import SymBool, SymFloat, SymInt, TensorType, export, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from dualtoken_deploy.targets.tracing import replaced
+
 
 @contextlib.contextmanager
 def brief() -> Iterator[None]:
@@ -25,20 +27,6 @@ def brief() -> Iterator[None]:
         for shorter in (_without_history(), _decomposed_once(), *_without_idle_passes()):
             stack.enter_context(shorter)
         yield
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """`name` of a module or class replaced by what is made of it; as it was where there is none."""
-    whole = getattr(owner, name, None)
-    if whole is None:
-        yield
-        return
-    setattr(owner, name, make(whole))
-    try:
-        yield
-    finally:
-        setattr(owner, name, whole)
 
 
 def _without_history() -> contextlib.AbstractContextManager[None]:

@@ -15,8 +15,9 @@ from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.coreml.package import settle
 from dualtoken_deploy.targets.coreml.passes import teach
 from dualtoken_deploy.targets.executorch.backends import XNNPACK
-from dualtoken_deploy.targets.executorch.brief import brief, replaced
+from dualtoken_deploy.targets.executorch.brief import brief
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS
+from dualtoken_deploy.targets.tracing import replaced
 
 _DEBUG = ("debug_info.json", "model.mlpackage/executorch_debug_handle_mapping.json")  # with names of the tracer
 

@@ -7,8 +7,8 @@ they stand (`EQUALS`). A program with an operator that is neither is traced agai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
@@ -16,26 +16,24 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from dualtoken_deploy.targets.tracing import replaced
+
 aten = torch.ops.aten
 Equal = tuple[Any, tuple[Any, ...], dict[str, Any]] | None  # an operator with its arguments; None: leave the node out
 
 
-@contextmanager
-def brief() -> Iterator[None]:
+def brief() -> AbstractContextManager[None]:
     """Within, torch.onnx.export traces a second time only what needs it."""
     from torch.onnx._internal.exporter import _fx_passes
 
-    own = _fx_passes.decompose_with_registry
+    def make(own: Any) -> Any:
+        def decompose(program: ExportedProgram, registry: Any) -> ExportedProgram:
+            known = {rows[0].fx_target for rows in registry.functions.values()}
+            return program if exchange(program, known) else own(program, registry)
 
-    def decompose(exported_program: ExportedProgram, registry: Any) -> ExportedProgram:
-        known = {rows[0].fx_target for rows in registry.functions.values()}
-        return exported_program if exchange(exported_program, known) else own(exported_program, registry)
+        return decompose
 
-    _fx_passes.decompose_with_registry = decompose
-    try:
-        yield
-    finally:
-        _fx_passes.decompose_with_registry = own
+    return replaced(_fx_passes, "decompose_with_registry", make)
 
 
 def exchange(program: ExportedProgram, known: set[Any]) -> bool:

@@ -73,11 +73,13 @@ class OnnxRuntimeRunner(Bordered):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [o.name for o in self._outputs]
+        return dict(zip(names, self._values(self._session, names, feeds), strict=True))
+
+    def _values(self, session: Any, names: list[str] | None, feeds: Mapping[str, Array]) -> Any:
         try:
-            values = self._session.run(names, dict(feeds))
+            return session.run(names, dict(feeds))
         except Exception as error:  # its exception types are private and derive from Exception alone
             raise BundleError(f"ONNX Runtime cannot run {self._path}: {first_line(error)}") from error
-        return dict(zip(names, values, strict=True))
 
     def execution(self) -> Execution:
         """Kinds from the optimised model that the session writes, dtypes from one profiled run of zeros."""
@@ -86,10 +88,7 @@ class OnnxRuntimeRunner(Bordered):
         feed = {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs}
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(Path(folder) / "run")
-            try:
-                session.run(None, feed)
-            except Exception as error:
-                raise BundleError(f"ONNX Runtime cannot run {self._path}: {first_line(error)}") from error
+            self._values(session, None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _execution(events)
 

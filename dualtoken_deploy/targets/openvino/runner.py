@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,14 +12,9 @@ from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import BundleError, MissingError, last_line, missing_extra
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.runner import Array, Bordered, Declared, Execution, RunnerOptions, check_declared
+from dualtoken_deploy.targets.table import get_target
 
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "i8": "int8", "i32": "int32"}
-_PRODUCTS = (
-    "Convolution",
-    "GroupConvolution",
-    "FullyConnected",
-    "MatMul",
-)  # and FullyConnectedQuantizedLegacy
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> OpenVinoRunner:
@@ -57,8 +51,7 @@ class OpenVinoRunner(Bordered):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         # share_inputs spares a copy; outputs are copied, since the request's memory is used again by the next run
-        with self._running():
-            results = self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+        results = self._infer(self._request, feeds, share_inputs=True, share_outputs=False)
         return {spec.name: results[spec.name] for spec in self._outputs}
 
     def run_async(self, feeds: Mapping[str, Array], count: int) -> None:
@@ -69,10 +62,9 @@ class OpenVinoRunner(Bordered):
             queue.start_async(dict(feeds), share_inputs=True)
         queue.wait_all()
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _infer(self, request: Any, feeds: Mapping[str, Array], **shared: bool) -> Any:
         try:
-            yield
+            return request.infer(dict(feeds), **shared)
         except RuntimeError as error:
             raise BundleError(f"OpenVINO cannot run {self._path}: {last_line(error)}") from error
 
@@ -85,8 +77,7 @@ class OpenVinoRunner(Bordered):
         import numpy as np
 
         request = _compile(self._path, self._options, self._computes, profile=True).create_infer_request()
-        with self._running():
-            request.infer({s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs})
+        self._infer(request, {s.name: np.zeros(s.concrete(), s.dtype) for s in self._inputs})
         operators: Counter[str] = Counter()
         dtypes: dict[str, Counter[str]] = {}
         nodes: dict[str, str] = {}
@@ -105,7 +96,7 @@ class OpenVinoRunner(Bordered):
 def own_name(name: str, kind: str) -> str:
     """A layer's name in the file: OpenVINO calls a product after what it joins with it, a bias or the weights' scale.
     Where it does not join the scale, that is a layer of its own, behind the product, and keeps its name."""
-    if not kind.startswith(_PRODUCTS):
+    if not kind.startswith(get_target("openvino").product_kinds):
         return name
     return name.removesuffix("/WithoutBiases").removesuffix("/DequantizationMultiply")
 
