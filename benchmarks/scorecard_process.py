@@ -8,17 +8,15 @@ same, and takes a fraction of the time (tests/test_scorecard.py holds both again
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import multiprocessing
-import os
 import resource
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -186,7 +184,7 @@ def sharing(kept: Path) -> Iterator[None]:
     from dualtoken_deploy.data.images import load_image
     from dualtoken_deploy.targets.litert import export as litert_export
     from dualtoken_deploy.targets.onnx import export as onnx_export
-    from tests.traces import decoded_once, one_registry, shared, shared_conversion
+    from tests.traces import decoded_once, one_registry, shared, shared_conversion, simplified_once
 
     kept.mkdir(parents=True, exist_ok=True)
     with (
@@ -197,20 +195,3 @@ def sharing(kept: Path) -> Iterator[None]:
         mock.patch.object(litert_export, "convert", shared_conversion(litert_export.convert, kept)),
     ):
         yield
-
-
-def simplified_once(simplify: Callable[[Any, Any], Any], folder: Path) -> Callable[[Any, Any], Any]:
-    """`simplify`, which checks what it made, with its results kept by the graph that it is given."""
-    import onnx
-
-    def once(model: Any, request: Any) -> Any:
-        digest = hashlib.sha256(repr((request.task, request.contract.tensor, request.outputs)).encode())
-        digest.update(model.SerializeToString(deterministic=True))
-        file = folder / f"{digest.hexdigest()}-simplified.onnx"
-        if not file.exists():
-            part = file.with_suffix(f".{os.getpid()}")
-            onnx.save(simplify(model, request), part)
-            part.rename(file)
-        return onnx.load(file)
-
-    return once

@@ -5,6 +5,7 @@ Standard library only, so that a manifest or a bench can be written on any devic
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -60,13 +61,15 @@ def describe_machine() -> dict[str, Any]:
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
     """Versions of those distributions in `names` that are installed, in the order given."""
-    versions: dict[str, str] = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {name: version for name in names if (version := _version(name)) is not None}
+
+
+@functools.cache  # a distribution is looked for in every folder of sys.path
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def available_cores(root: Path = Path("/")) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from torch._export.utils import _materialize_cpp_cia_ops
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from dualtoken_deploy.data.images import load_image
@@ -23,7 +25,9 @@ from dualtoken_deploy.targets.litert import environment
 from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import decoded_once, one_registry, shared, shared_conversion, shared_program
+from tests.traces import (
+    decoded_once, found_once, one_registry, shared, shared_conversion, shared_program, simplified_once,
+)  # fmt: skip
 
 # T (mix) with a block of stage 1, whose tokens are constant, and one of stage 3, which gets them from it and has no
 # Conv Encoder: every kind of layer that there is, and a fifth of the time to trace. Stage 2 is a downsampling alone.
@@ -84,7 +88,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # or extension modules tell of what is left of them
+    atexit.register(gc.unfreeze)  # or extension modules tell of what is left of them; behind pytest's five last looks
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +105,9 @@ def shared_traces(for_all_workers: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image))
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(one_registry()))
+        patch.setattr("torch._export.utils._materialize_cpp_cia_ops", found_once(_materialize_cpp_cia_ops))
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
+        patch.setattr(onnx_export, "simplify", simplified_once(onnx_export.simplify, folder))
         patch.setattr(coreml_export, "trace_named", shared_program(coreml_export.trace_named))
         patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
         yield

@@ -1,6 +1,6 @@
-"""One trace for all tests that export the same module: torch.onnx.export is most of the time of a small export.
+"""One trace for all tests that export the same module, and one simplified form: most of the time of a small export.
 
-Everything behind the trace (naming, simplifying, checks, the runtime) is each test's own.
+Everything behind them (quantizing, checks of the files, the runtime) is each test's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnxsim
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -35,6 +37,30 @@ def shared(trace: Trace, folder: Path) -> Trace:
         if not kept.exists():
             part = kept.with_suffix(f".{os.getpid()}")
             onnx.save(trace(module, request, opset), part)
+            part.rename(kept)
+        return onnx.load(kept)
+
+    return once
+
+
+Simplify = Callable[[onnx.ModelProto, Request], onnx.ModelProto]
+
+
+def simplified_once(simplify: Simplify, folder: Path) -> Simplify:
+    """`simplify`, which checks what it made, with its results kept by the graph that it is given; a test that puts
+    something in onnxsim's place gets what that makes."""
+    folder.mkdir(exist_ok=True)
+    real = onnxsim.simplify
+
+    def once(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
+        if onnxsim.simplify is not real:
+            return simplify(model, request)
+        digest = hashlib.sha256(repr((request.task, request.contract.tensor, request.outputs)).encode())
+        digest.update(model.SerializeToString(deterministic=True))
+        kept = folder / f"{digest.hexdigest()}-simplified.onnx"
+        if not kept.exists():
+            part = kept.with_suffix(f".{os.getpid()}")
+            onnx.save(simplify(model, request), part)
             part.rename(kept)
         return onnx.load(kept)
 
@@ -71,6 +97,20 @@ def shared_program(trace: Callable[[nn.Module, Request], Named]) -> Callable[[nn
         return copy.deepcopy(program), dict(names)
 
     return once
+
+
+def found_once(find: Callable[[], None]) -> Callable[[], None]:
+    """torch's way to make a thousand composite operators known to Python, which each decomposition goes some twenty
+    times: again only where there are others than before."""
+    known: set[str] = set()
+
+    def again() -> None:
+        there = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+        if not there <= known:
+            find()
+            known.update(there)
+
+    return again
 
 
 def one_registry() -> Callable[[int], ONNXRegistry]:

@@ -65,19 +65,19 @@ def count_part(module: nn.Module, shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def matrix_products(model: nn.Module, size: tuple[int, int]) -> tuple[Product, ...]:
-    """The matrix products of one input, convolutions with groups = 1 as the product they unroll to.
+def count_products(model: nn.Module, size: tuple[int, int]) -> tuple[int, tuple[Product, ...]]:
+    """`count_macs`, and the matrix products of one input, convolutions with groups = 1 as the product they unroll to.
 
     Depth-wise convolutions are no matrix products and are left out. Sorted by shape.
     """
     file = reference_inside(model)
     if file is not None:
-        products = count_graph(file.proto, file.input, size)[1]
+        macs, products = count_graph(file.proto, file.input, size)
     else:
-        with _ProductRecorder() as recorder:
-            _run(model, example_shape(model, size))
+        with _ProductRecorder() as recorder:  # the outer of the two: what the counter takes apart reaches it
+            macs = count_part(model, example_shape(model, size))
         products = recorder.products
-    return tuple((*shape, count) for shape, count in sorted(products.items()))
+    return macs, tuple((*shape, count) for shape, count in sorted(products.items()))
 
 
 def _run(model: nn.Module, shape: tuple[int, ...]) -> None:

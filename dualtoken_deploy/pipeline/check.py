@@ -15,7 +15,7 @@ from dualtoken_deploy.bundle.manifest import COMPILED, COMPLETE, EAGER, PREPARED
 from dualtoken_deploy.bundle.store import Bundle, write_bundle
 from dualtoken_deploy.errors import ToleranceError
 from dualtoken_deploy.machine import describe_machine, library_versions
-from dualtoken_deploy.models.count import count_macs, count_params, matrix_products
+from dualtoken_deploy.models.count import count_params, count_products
 from dualtoken_deploy.models.own_sources import classifier_of, inner_model, known_licenses
 from dualtoken_deploy.models.registry import weights_sha256
 from dualtoken_deploy.numerics import Array
@@ -87,6 +87,7 @@ class ExportResult:
 def draft_manifest(plan: Plan, module: nn.Module, request: Request, artifact: Artifact) -> Manifest:
     """All of a manifest that is known before the saved files ran."""
     source, size = plan.source, request.contract.size
+    macs, products = count_products(module, size)
     own = {"variant": source.name, "options": {}} | dict(source.described)
     return Manifest(
         **own,
@@ -97,10 +98,10 @@ def draft_manifest(plan: Plan, module: nn.Module, request: Request, artifact: Ar
         input=request.contract,
         outputs=request.outputs,
         tolerance=plan.tolerance(tuple(output.name for output in request.outputs)),
-        measured=Measured(params=count_params(module), macs=count_macs(module, size)),
+        measured=Measured(params=count_params(module), macs=macs),
         rules=artifact.rules,
         operators=artifact.operators,
-        products=matrix_products(module, size),
+        products=products,
         versions=library_versions(LIBRARIES),
         machine=describe_machine(),
         command=plan.command,

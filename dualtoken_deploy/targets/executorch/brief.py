@@ -9,6 +9,7 @@ operators, which count such traces, are not. Whatever of this another version ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -62,6 +63,16 @@ def _decomposed_once() -> contextlib.AbstractContextManager[None]:
         return run_decompositions
 
     return replaced(export.ExportedProgram, "run_decompositions", make)
+
+
+def trace_patterns_once() -> None:
+    """Keeps the graphs of rotary embeddings, which Vulkan's partitioner and its passes look for and trace anew each:
+    half of the time of a small lowering."""
+    from executorch.backends.vulkan import patterns
+
+    for entry in patterns.fusable_patterns.values():
+        if entry.get_graphs_fn is not None and not hasattr(entry.get_graphs_fn, "cache_info"):
+            entry.get_graphs_fn = functools.cache(entry.get_graphs_fn)
 
 
 def _without_idle_passes() -> Iterator[contextlib.AbstractContextManager[None]]:

@@ -15,7 +15,7 @@ from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.coreml.package import settle
 from dualtoken_deploy.targets.coreml.passes import teach
 from dualtoken_deploy.targets.executorch.backends import XNNPACK
-from dualtoken_deploy.targets.executorch.brief import brief
+from dualtoken_deploy.targets.executorch.brief import brief, trace_patterns_once
 from dualtoken_deploy.targets.table import DEPLOYMENT_TARGETS
 from dualtoken_deploy.targets.tracing import replaced
 
@@ -34,6 +34,7 @@ def _xnnpack(_precision: str) -> Iterator[Any]:
 def _vulkan(precision: str) -> Iterator[Any]:
     from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
 
+    trace_patterns_once()
     with brief():
         yield VulkanPartitioner({"force_fp16": precision == "fp16"})
 
