@@ -78,7 +78,7 @@ def convert(source: Source, output: Path) -> None:
         with quiet():
             torch.export.save(source.program, program)
         own = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        command = [str(converter_python()), str(WORKER), str(program), str(output)]
+        command = [str(converter_python()), str(WORKER), str(program), str(output.absolute())]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=CONVERSION_SECONDS, check=False, env=own, cwd=scratch
