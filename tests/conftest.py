@@ -26,8 +26,14 @@ from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
 from tests.traces import (
-    decoded_once, found_once, one_registry, shared, shared_conversion, shared_program, simplified_once,
-)  # fmt: skip
+    decoded_once,
+    found_once,
+    one_registry,
+    shared,
+    shared_conversion,
+    shared_program,
+    simplified_once,
+)
 
 # T (mix) with a block of stage 1, whose tokens are constant, and one of stage 3, which gets them from it and has no
 # Conv Encoder: every kind of layer that there is, and a fifth of the time to trace. Stage 2 is a downsampling alone.
