@@ -23,6 +23,7 @@ from dualtoken_deploy import Bundle
 from dualtoken_deploy.bundle.store import sha256
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.errors import InputError, MissingError, UsageError
+from dualtoken_deploy.remote import agent
 from dualtoken_deploy.remote.devices import Device, find_device, read_devices
 from dualtoken_deploy.remote.link import Link
 from dualtoken_deploy.remote.session import Session
@@ -377,6 +378,31 @@ def test_an_environment_is_made_once_from_a_wheelhouse_and_one_that_fails_is_not
     main(["inspect", str(own_bundle), "--on", "loop", *house, "--json"])
     assert json.loads(capsys.readouterr().out)["asked"]
     assert [p.stat().st_ctime_ns for p in environments.iterdir()] == [before]
+
+
+@pytest.mark.parametrize("version", [0, 22, 23, 26])
+def test_an_environment_gets_a_pip_of_its_own_where_the_devices_is_too_old(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def quietly(command: list[str], _what: str) -> None:
+        commands.append(command)
+        if "venv" in command:
+            python = Path(command[-1]) / "bin" / "python"
+            python.parent.mkdir(parents=True)
+            python.touch()
+
+    monkeypatch.setattr(agent, "quietly", quietly)
+    monkeypatch.setattr(agent, "pip_version", lambda: version)
+    monkeypatch.setattr(agent, "frame", lambda **_: None)
+    request = {"folder": str(tmp_path), "key": "k", "wheels": {}, "wheel": "w.whl", "extras": "[e]", "index": True}
+    assert agent.environment(request)["made"] is True
+    make, install = commands
+    bare = version >= 23
+    assert ("--without-pip" in make) == bare
+    assert (install[0] == sys.executable, "--python" in install) == (bare, bare)
+    assert install[-1].endswith("wheels/w.whl[e]")
 
 
 @pytest.mark.parametrize(

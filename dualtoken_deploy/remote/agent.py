@@ -22,12 +22,14 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 IN, OUT = sys.stdin.buffer, sys.stdout.buffer
 LOCK = threading.Lock()
 CHUNK = 1 << 20
+INSTALLS_ELSEWHERE = 23  # pip's version from which it installs into another environment (22.3)
 GRACE_S = 10.0  # for a command that is ended to clear up
 
 
@@ -118,15 +120,18 @@ def environment(request: dict[str, Any]) -> dict[str, Any]:
         return {"python": str(python), "made": False}
     making = final.with_name("{}.{}".format(request["key"], os.getpid()))
     try:
-        quietly([sys.executable, "-m", "venv", str(making)], "cannot make an environment")
+        elsewhere = pip_version() >= INSTALLS_ELSEWHERE
+        bare = ["--without-pip"] if elsewhere else []  # its own pip takes longer than what is installed with it
+        quietly([sys.executable, "-m", "venv", *bare, str(making)], "cannot make an environment")
         wheels = making / "wheels"
         wheels.mkdir()
         for name, digest in request["wheels"].items():
             shutil.copyfile(str(base / "files" / digest), str(wheels / name))
         frame(said="installing " + request["wheel"] + request["extras"])
         # what is imported is compiled then: all of it takes a slow device as long as the rest
-        pip = [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        pip += ["--no-compile"]
+        inside = str(making / "bin" / "python")
+        pip = [sys.executable, "-m", "pip", "--python", inside] if elsewhere else [inside, "-m", "pip"]
+        pip += ["install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         index = [] if request["index"] else ["--no-index"]
         what = str(wheels / request["wheel"]) + request["extras"]
         quietly([*pip, *index, "--find-links", str(wheels), what], "cannot install " + request["wheel"])
@@ -139,6 +144,14 @@ def environment(request: dict[str, Any]) -> dict[str, Any]:
     finally:
         shutil.rmtree(str(making), ignore_errors=True)
     return {"python": str(python), "made": True}
+
+
+def pip_version() -> int:
+    """The first number of the version of this Python's pip; 0 where it has none."""
+    try:
+        return int(metadata.version("pip").split(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0
 
 
 def quietly(command: list[str], what: str) -> None:
