@@ -216,10 +216,10 @@ def products(setting: Setting, dtype: str) -> Call:
     """The model's matrix products alone, in their shapes, by the library that torch calls: cuBLAS, or the CPU's."""
     import torch
 
-    from dualtoken_deploy.models.count import matrix_products
+    from dualtoken_deploy.models.count import count_products
 
     kind = getattr(torch, dtype)
-    shapes = product_shapes(matrix_products(model_of(setting), (setting.size, setting.size)), setting.batch)
+    shapes = product_shapes(count_products(model_of(setting), (setting.size, setting.size))[1], setting.batch)
     operands = [
         tuple(torch.randn(b, *pair, dtype=kind, device=setting.device) for pair in ((m, k), (k, n)))
         for b, m, k, n in shapes
@@ -260,10 +260,10 @@ def copy(setting: Setting) -> Call:
 def least_bytes(setting: Setting, item: int) -> Mapping[str, int]:
     """Bytes of one pass with numbers of `item` bytes. `once`: weights, pictures and logits, each moved once, which no
     implementation can save. `products`: what the products read and write where nothing is fused."""
-    from dualtoken_deploy.models.count import count_params, matrix_products
+    from dualtoken_deploy.models.count import count_params, count_products
 
     model = model_of(setting)
-    shapes = product_shapes(matrix_products(model, (setting.size, setting.size)), setting.batch)
+    shapes = product_shapes(count_products(model, (setting.size, setting.size))[1], setting.batch)
     ends = math.prod((setting.batch, setting.size, setting.size, 3)) + 4 * setting.batch * setting.classes
     moved = item * sum(b * (m * k + k * n + m * n) for b, m, k, n in shapes)
     return {"once": item * count_params(model) + ends, "products": moved}

@@ -87,7 +87,7 @@ def old_objects_stay() -> None:
 
 
 def pytest_sessionstart() -> None:
-    gc.set_threshold(20_000, 20, 20)  # a trace makes more objects than the 700 of the default between two looks
+    gc.set_threshold(100_000, 20, 100)  # a trace makes more objects than the 700 of the default between two looks
     if "PYTEST_XDIST_WORKER" in os.environ:
         for name in [name for name in os.environ if name.startswith("MALLOC_")]:
             del os.environ[name]  # of this process, see the Makefile, and not of those that tests start

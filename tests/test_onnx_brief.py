@@ -34,6 +34,15 @@ class Known(nn.Module):
         return (rows @ self.weight.T).flatten(1), (first - second).to(torch.float32), third, self.pool(x).double()
 
 
+class Casts(nn.Module):
+    """What torch casts by itself: numbers and kinds of tensors to one another, and results that others read."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        many = (x > 0.5).to(torch.int64)
+        mixed = (x + 1) * many + x.to(torch.float32)
+        return mixed * mixed, many / 2 - x, torch.where(many > 0, 1.5, x.to(torch.float32)), torch.cat([x, mixed])
+
+
 class InPlace(nn.Module):
     """What is written into is seen in what shares its memory."""
 
@@ -68,6 +77,7 @@ SIDES = {**DYNAMIC, 2: torch.export.Dim("height", min=2, max=64), 3: torch.expor
     [
         (Known(), None, True),
         (Known(), DYNAMIC, True),
+        (Casts(), DYNAMIC, True),
         (InPlace(), DYNAMIC, False),
         (Batched(), SIDES, False),
         (Batched(), None, True),
