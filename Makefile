@@ -30,18 +30,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Tests that time something, or look at what a process inherits, run alone; the others in three processes, since some
-# wait for what they start, with one thread each. What torch gives back is kept for its next tensors: to ask the kernel
-# for it anew takes a twentieth of the time.
-ALONE := tests/test_bench.py tests/test_bench_process.py
+# Three processes on two cores, since some wait for what they start, with one thread each. What torch gives back is kept
+# for its next tensors: to ask the kernel for it anew takes a twentieth of the time.
 TOGETHER := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=536870912
 
 # The environment of the outside clients is made while the first tests run, and waited for by those that need it, which
 # make it themselves where this failed.
 test: install
 	$(BIN)/python tests/clients/make_venv.py > /dev/null 2>&1 &
-	$(TOGETHER) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
+	$(TOGETHER) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Each reader of what strangers send, for ten minutes: docs/serve.md has what came out.
 FUZZ_SECONDS ?= 600

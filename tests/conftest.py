@@ -17,7 +17,7 @@ from filelock import FileLock
 from torch._export.utils import _materialize_cpp_cia_ops
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from dualtoken_deploy.data.images import load_image
+from dualtoken_deploy.data.images import load_image, resize_and_crop
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets.coreml import export as coreml_export
@@ -29,6 +29,7 @@ from tests.traces import (
     decoded_once,
     found_once,
     one_registry,
+    resized_once,
     shared,
     shared_conversion,
     shared_program,
@@ -58,7 +59,7 @@ SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 # Begun first, the longest in front: what comes last is short, and no process waits long for another.
 LONG = (
-    *("export", "coreml", "efficientnet", "executorch_int8", "coreai", "lightvit", "dense_bundles", "foreign_models"),
+    *("export", "coreml", "bench", "efficientnet", "executorch_int8", "coreai", "lightvit", "dense_bundles", "foreign_models"),
     *("quantize", "tensorrt", "tokenizer", "aotinductor", "litert", "deploy", "vim2", "recipe", "executorch"),
 )
 
@@ -111,6 +112,7 @@ def shared_traces(for_all_workers: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image))
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(one_registry()))
+        patch.setattr("dualtoken_deploy.data.images.resize_and_crop", resized_once(resize_and_crop))
         patch.setattr("torch._export.utils._materialize_cpp_cia_ops", found_once(_materialize_cpp_cia_ops))
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
         patch.setattr(onnx_export, "simplify", simplified_once(onnx_export.simplify, folder))

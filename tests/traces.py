@@ -24,7 +24,7 @@ from dualtoken_deploy.data.images import Pixels
 from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.request import Request
 
-PROGRAMS = 4
+PROGRAMS, PICTURES = 4, 256  # that a process keeps
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
 
 
@@ -139,6 +139,26 @@ def decoded_once(load: Callable[[Path], Pixels]) -> Callable[[Path], Pixels]:
         return kept(path, found.st_size, found.st_mtime_ns)
 
     return decode
+
+
+Resize = Callable[[Pixels, tuple[int, int], float], Pixels]
+
+
+def resized_once(resize: Resize) -> Resize:
+    """`resize` that keeps what it made of the pictures of `decoded_once`, which nobody writes into."""
+    kept: dict[tuple[int, tuple[int, int], float], tuple[Pixels, Pixels]] = {}
+
+    def once(image: Pixels, size: tuple[int, int], crop_ratio: float) -> Pixels:
+        if image.flags.writeable:
+            return resize(image, size, crop_ratio)
+        known = kept.get((id(image), size, crop_ratio))
+        if known is None or known[0] is not image:
+            while len(kept) >= PICTURES:
+                del kept[next(iter(kept))]
+            known = kept[id(image), size, crop_ratio] = (image, resize(image, size, crop_ratio))
+        return known[1].copy()
+
+    return once
 
 
 Convert = Callable[[Source, Path], None]
