@@ -59,8 +59,9 @@ SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
 
 # Begun first, the longest in front: what comes last is short, and no process waits long for another.
 LONG = (
-    *("export", "coreml", "bench", "efficientnet", "executorch_int8", "coreai", "lightvit", "dense_bundles", "foreign_models"),
-    *("quantize", "tensorrt", "tokenizer", "aotinductor", "litert", "deploy", "vim2", "recipe", "executorch"),
+    *("export", "coreml", "bench", "efficientnet", "executorch_int8", "coreai", "lightvit", "dense_bundles"),
+    *("foreign_models", "quantize", "tensorrt", "tokenizer", "aotinductor", "litert", "deploy", "vim2", "recipe"),
+    "executorch",
 )
 
 
