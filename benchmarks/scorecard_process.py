@@ -179,16 +179,30 @@ def in_process(main: Any, words: Sequence[str]) -> tuple[int, str, str]:
 @contextlib.contextmanager
 def sharing(kept: Path) -> Iterator[None]:
     """What the commands of a process have in common is made once: see tests/traces.py, whose ways these are."""
+    from torch._export.utils import _materialize_cpp_cia_ops
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    from dualtoken_deploy.data.images import load_image
+    from dualtoken_deploy.data.images import load_image, resize_and_crop
+    from dualtoken_deploy.targets.coreml import export as coreml_export
     from dualtoken_deploy.targets.litert import export as litert_export
     from dualtoken_deploy.targets.onnx import export as onnx_export
-    from tests.traces import decoded_once, one_registry, shared, shared_conversion, simplified_once
+    from tests.traces import (
+        decoded_once,
+        found_once,
+        one_registry,
+        resized_once,
+        shared,
+        shared_conversion,
+        shared_program,
+        simplified_once,
+    )
 
     kept.mkdir(parents=True, exist_ok=True)
     with (
         mock.patch("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image)),
+        mock.patch("dualtoken_deploy.data.images.resize_and_crop", resized_once(resize_and_crop)),
+        mock.patch("torch._export.utils._materialize_cpp_cia_ops", found_once(_materialize_cpp_cia_ops)),
+        mock.patch.object(coreml_export, "trace_named", shared_program(coreml_export.trace_named)),
         mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
         mock.patch.object(onnx_export, "trace", shared(onnx_export.trace, kept)),
         mock.patch.object(onnx_export, "simplify", simplified_once(onnx_export.simplify, kept)),
