@@ -21,6 +21,7 @@ from dualtoken_deploy.data.images import load_image, resize_and_crop
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets.coreml import export as coreml_export
+from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.litert import environment
 from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.onnx import export as onnx_export
@@ -34,6 +35,7 @@ from tests.traces import (
     shared_conversion,
     shared_program,
     simplified_once,
+    without_looks,
 )
 
 # T (mix) with a block of stage 1, whose tokens are constant, and one of stage 3, which gets them from it and has no
@@ -89,7 +91,6 @@ def old_objects_stay() -> None:
 
 
 def pytest_sessionstart() -> None:
-    gc.set_threshold(100_000, 20, 100)  # a trace makes more objects than the 700 of the default between two looks
     if "PYTEST_XDIST_WORKER" in os.environ:
         for name in [name for name in os.environ if name.startswith("MALLOC_")]:
             del os.environ[name]  # of this process, see the Makefile, and not of those that tests start
@@ -118,6 +119,7 @@ def shared_traces(for_all_workers: Path) -> Iterator[None]:
         patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
         patch.setattr(onnx_export, "simplify", simplified_once(onnx_export.simplify, folder))
         patch.setattr(coreml_export, "trace_named", shared_program(coreml_export.trace_named))
+        patch.setattr("dualtoken_deploy.targets.coreml.export.coremltools", without_looks(coremltools))
         patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
         yield
 

@@ -10,8 +10,11 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import onnxsim
@@ -111,6 +114,19 @@ def found_once(find: Callable[[], None]) -> Callable[[], None]:
             known.update(there)
 
     return again
+
+
+def without_looks(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """coremltools without its look for garbage behind each conversion: at all that other tests left, half a second."""
+
+    def loaded(what: str) -> Any:
+        ct = load(what)
+        sys.modules["coremltools.converters._converters_entry"].gc = SimpleNamespace(  # type: ignore[attr-defined]
+            collect=lambda: 0
+        )
+        return ct
+
+    return loaded
 
 
 def one_registry() -> Callable[[int], ONNXRegistry]:
