@@ -178,34 +178,11 @@ def in_process(main: Any, words: Sequence[str]) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def sharing(kept: Path) -> Iterator[None]:
-    """What the commands of a process have in common is made once: see tests/traces.py, whose ways these are."""
-    from torch._export.utils import _materialize_cpp_cia_ops
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    from dualtoken_deploy.data.images import load_image, resize_and_crop
-    from dualtoken_deploy.targets.coreml import export as coreml_export
-    from dualtoken_deploy.targets.litert import export as litert_export
-    from dualtoken_deploy.targets.onnx import export as onnx_export
-    from tests.traces import (
-        decoded_once,
-        found_once,
-        one_registry,
-        resized_once,
-        shared,
-        shared_conversion,
-        shared_program,
-        simplified_once,
-    )
+    """What the commands of a process have in common is made once, as in the tests: see tests/traces.py."""
+    from tests.traces import replacements
 
     kept.mkdir(parents=True, exist_ok=True)
-    with (
-        mock.patch("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image)),
-        mock.patch("dualtoken_deploy.data.images.resize_and_crop", resized_once(resize_and_crop)),
-        mock.patch("torch._export.utils._materialize_cpp_cia_ops", found_once(_materialize_cpp_cia_ops)),
-        mock.patch.object(coreml_export, "trace_named", shared_program(coreml_export.trace_named)),
-        mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
-        mock.patch.object(onnx_export, "trace", shared(onnx_export.trace, kept)),
-        mock.patch.object(onnx_export, "simplify", simplified_once(onnx_export.simplify, kept)),
-        mock.patch.object(litert_export, "convert", shared_conversion(litert_export.convert, kept)),
-    ):
+    with contextlib.ExitStack() as stack:
+        for owner, name, shared in replacements(kept):
+            stack.enter_context(mock.patch.object(owner, name, shared))
         yield

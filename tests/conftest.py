@@ -14,29 +14,12 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from torch._export.utils import _materialize_cpp_cia_ops
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from dualtoken_deploy.data.images import load_image, resize_and_crop
 from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
 from dualtoken_deploy.models.registry import Variant
-from dualtoken_deploy.targets.coreml import export as coreml_export
-from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.litert import environment
-from dualtoken_deploy.targets.litert import export as litert_export
-from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import (
-    decoded_once,
-    found_once,
-    one_registry,
-    resized_once,
-    shared,
-    shared_conversion,
-    shared_program,
-    simplified_once,
-    without_looks,
-)
+from tests.traces import replacements
 
 # T (mix) with a block of stage 1, whose tokens are constant, and one of stage 3, which gets them from it and has no
 # Conv Encoder: every kind of layer that there is, and a fifth of the time to trace. Stage 2 is a downsampling alone.
@@ -112,15 +95,8 @@ def shared_traces(for_all_workers: Path) -> Iterator[None]:
     """See tests/traces.py."""
     folder = for_all_workers / "traces"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualtoken_deploy.data.pictures.load_image", decoded_once(load_image))
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(one_registry()))
-        patch.setattr("dualtoken_deploy.data.images.resize_and_crop", resized_once(resize_and_crop))
-        patch.setattr("torch._export.utils._materialize_cpp_cia_ops", found_once(_materialize_cpp_cia_ops))
-        patch.setattr(onnx_export, "trace", shared(onnx_export.trace, folder))
-        patch.setattr(onnx_export, "simplify", simplified_once(onnx_export.simplify, folder))
-        patch.setattr(coreml_export, "trace_named", shared_program(coreml_export.trace_named))
-        patch.setattr("dualtoken_deploy.targets.coreml.export.coremltools", without_looks(coremltools))
-        patch.setattr(litert_export, "convert", shared_conversion(litert_export.convert, folder))
+        for owner, name, shared in replacements(folder):
+            patch.setattr(owner, name, shared)
         yield
 
 

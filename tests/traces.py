@@ -19,12 +19,18 @@ from typing import Any
 import onnx
 import onnxsim
 import torch
+import torch._export.utils as torch_utils
 from torch import nn
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from dualtoken_deploy.data.images import Pixels
+from dualtoken_deploy.data import images, pictures
+from dualtoken_deploy.data.images import Pixels, load_image
+from dualtoken_deploy.targets.coreml import export as coreml_export
+from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
+from dualtoken_deploy.targets.litert import export as litert_export
 from dualtoken_deploy.targets.mobile.torch_program import Source
+from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.request import Request
 
 PROGRAMS, PICTURES = 4, 256  # that a process keeps
@@ -198,3 +204,19 @@ def shared_conversion(convert: Convert, folder: Path) -> Convert:
         shutil.copy2(kept, output)
 
     return once
+
+
+def replacements(folder: Path) -> tuple[tuple[Any, str, Any], ...]:
+    """(owner, attribute, what takes its place) of all of this; `folder` is for what other processes have as well."""
+    find = torch_utils._materialize_cpp_cia_ops
+    return (
+        (pictures, "load_image", decoded_once(load_image)),
+        (images, "resize_and_crop", resized_once(images.resize_and_crop)),
+        (torch_utils, "_materialize_cpp_cia_ops", found_once(find)),
+        (ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
+        (onnx_export, "trace", shared(onnx_export.trace, folder)),
+        (onnx_export, "simplify", simplified_once(onnx_export.simplify, folder)),
+        (coreml_export, "coremltools", without_looks(coremltools)),
+        (coreml_export, "trace_named", shared_program(coreml_export.trace_named)),
+        (litert_export, "convert", shared_conversion(litert_export.convert, folder)),
+    )
