@@ -66,8 +66,8 @@ def _decomposed_once() -> contextlib.AbstractContextManager[None]:
 
 
 def trace_patterns_once() -> None:
-    """Keeps the graphs of rotary embeddings, which Vulkan's partitioner and its passes look for and trace anew each:
-    half of the time of a small lowering."""
+    """Keeps the graphs of rotary embeddings that Vulkan's partitioner and its passes look for: each traces them anew,
+    which takes two seconds and more."""
     from executorch.backends.vulkan import patterns
 
     for entry in patterns.fusable_patterns.values():
