@@ -6,11 +6,14 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dualtoken_deploy.deploy.traced import TRACED_RULES
 from dualtoken_deploy.deploy.traced_products import PRODUCT_RULES
@@ -23,6 +26,7 @@ from dualtoken_deploy.targets.litert.structure import structure
 from dualtoken_deploy.targets.mobile.torch_program import Source, check_fixed, make_source
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 
+aten = torch.ops.aten
 WORKER = Path(__file__).with_name("worker.py")
 CONVERSION_SECONDS = 1800  # S took 62 s on two busy cores; a conversion that hangs is to end
 MODEL = "model.tflite"
@@ -70,6 +74,7 @@ def describe(path: Path, source: Source) -> Artifact:
 
 def convert(source: Source, output: Path) -> None:
     """Runs the worker on a saved program whose nodes carry their names. Raises ConversionError."""
+    fill_in_kind(source.program.graph_module)
     named = {node.name: node for node in source.program.graph.nodes}
     for node, name in source.names.items():
         named[node].meta["nn_module_stack"] = {"d": (name.replace(".", ":"), "d")}
@@ -87,6 +92,34 @@ def convert(source: Source, output: Path) -> None:
             raise ConversionError(f"litert-torch did not end within {CONVERSION_SECONDS} s") from error
     if done.returncode != 0 or not output.is_file():
         raise ConversionError(f"litert-torch cannot convert the model: {_reason(done.stderr, done.returncode)}")
+
+
+def fill_in_kind(module: fx.GraphModule) -> None:
+    """Writes floats that are filled with a whole number as filled with a float, in place: litert-torch gives zeros_like
+    of floats the kind of its 0, and then refuses to put it beside floats."""
+    for node in module.graph.nodes:
+        made = node.meta.get("val")
+        if node.target in FILLED and made.dtype.is_floating_point:
+            value = next((x for x in (FILLED[node.target], *node.args[1:]) if isinstance(x, (int, float))), None)
+            if value is not None:
+                node.target, node.args = aten.full.default, (list(made.shape), float(value))
+                node.kwargs = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
+    module.recompile()
+
+
+# what fills a tensor, and with what; None: with its second argument
+FILLED: Mapping[Any, int | None] = MappingProxyType(
+    {
+        aten.zeros.default: 0,
+        aten.zeros_like.default: 0,
+        aten.new_zeros.default: 0,
+        aten.ones.default: 1,
+        aten.ones_like.default: 1,
+        aten.new_ones.default: 1,
+        aten.full.default: None,
+        aten.full_like.default: None,
+    }
+)
 
 
 def check_operators(model: object) -> None:
