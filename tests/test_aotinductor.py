@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,16 @@ from tests.numerics import assert_close
 MakeBundle = Callable[..., Path]
 
 BF16_SQNR_DB = 36.0  # measured 46 dB on this model; the target's gate is 30
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_in_less_time() -> Iterator[None]:
+    """Without trying every instruction set that this CPU says it has, and without optimizing what calls the kernels: a
+    third of the compiler's time."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.vec_isa_ok": True, "aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
 
 
 @pytest.fixture(scope="session")
