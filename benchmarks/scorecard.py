@@ -203,9 +203,11 @@ def latency(model: str, cards: Card, bundles: Path, rounds: int, seconds: float,
     """One bench of every bundle of a model that runs here, against eager, one thread. Raises SystemExit on failure."""
     cells = [cell for cell in cards.cells() if cell["model"] == model and timeable(cell)]
     timed = {str(bundles / name_of(cell)): cell for cell in cells}
-    timed = {path: cell for path, cell in timed.items() if Path(path, "manifest.json").exists()}
-    if not timed:
+    sizes = {path: input_size(Path(path)) for path in timed if Path(path, "manifest.json").exists()}
+    if not sizes:
         raise SystemExit(f"no bundle of {model} in {bundles} can be timed; measure its cells first")
+    first = next(iter(sizes.values()))  # eager's: a smaller picture would be other work
+    timed = {path: timed[path] for path, size in sizes.items() if size == first}
     how = ("--against", "eager", "--threads", "1", "--rounds", str(rounds), "--seconds", str(seconds))
     words = ["bench", *timed, *how]
     code, said, error = run(words)
@@ -225,6 +227,12 @@ def latency(model: str, cards: Card, bundles: Path, rounds: int, seconds: float,
                 "command": shown(words),
             }
             cards.put(cell)
+
+
+def input_size(bundle: Path) -> list[int]:
+    """(H, W) of what a bundle takes."""
+    found: list[int] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["input"]["size"]
+    return found
 
 
 def name_of(cell: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dualtoken_deploy.bench.run import (
     common_batch,
     contestant,
     enter,
+    other_sizes,
     settled,
     unique_names,
 )
@@ -277,6 +279,20 @@ def test_the_limit_is_at_the_limit_and_only_for_the_cpu(tmp_path: Path) -> None:
     row = contestant(gemm, gpu, FOUND, "a")
     assert (row.gemm_limit_ratio, row.device, row.size_mib, row.cold_start_ms) == (1.0, "cpu", None, None)
     assert contestant(entrant(tmp_path, "a"), gpu, FOUND, "a").gemm_limit_ratio is None
+
+
+def test_a_bundle_of_another_size_is_noted(small_bundle: Callable[..., Path]) -> None:
+    same = Bundle.open(small_bundle())
+    contract = replace(same.manifest.input, size=(96, 128))
+    other = Bundle(same.path, replace(same.manifest, input=contract))
+    rows = [
+        Entrant("eager", "eager", same, None),
+        Entrant("a", "bundle", same, None),
+        Entrant("b", "bundle", other, None),
+    ]
+    (note,) = other_sizes(rows, "eager")
+    assert note == "b takes 96 x 128 and eager 64 x 64: their ratio is of other work"
+    assert other_sizes(rows, "b") == ["a takes 64 x 64 and b 96 x 128: their ratio is of other work"]
 
 
 def test_a_wide_spread_is_noted(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class Program:
         if words[0] == "export":
             folder = Path(words[words.index("--output") + 1])
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "manifest.json").touch()
+            size = [64, 64] if "int8" in words else [224, 224]
+            (folder / "manifest.json").write_text(json.dumps({"input": {"size": size}}))
             state = "prepared" if "tensorrt" in words else "complete"
             return 0, {"state": state, "sqnr_db": 42.5, "top1_agreement": 1.0, "size_mib": 4.0,
                        "executed_precision": "float32", "int8_mac_share": 0.5}, ""  # fmt: skip
@@ -116,6 +117,11 @@ def test_a_cell_is_measured_once_and_what_was_refused_says_why(tmp_path: Path) -
     every = len(data["cells"])
     assert f"{every} cells, of which 3 were measured" in shown
     assert f"1 refused, and **{every - 4} not measured**" in shown
+
+    fill(Card(file), Ask(("t-mix-digits onnxruntime fp16",)), tmp_path, program)
+    latency("t-mix-digits", Card(file), tmp_path, 3, 0.2, program)
+    assert "onnxruntime-fp16" in program.asked[-1]
+    assert "onnxruntime-int8" not in program.asked[-1]  # of a smaller picture, which is other work
 
 
 def test_a_run_that_is_ended_keeps_what_it_has(tmp_path: Path) -> None:

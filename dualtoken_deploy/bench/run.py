@@ -115,7 +115,7 @@ def bench(
         common_batch([e.bundle for e in entrants], batch), threads or available_cores(), device, rounds, seconds, mode
     )
     machine = describe_machine()
-    notes = _doubts(machine, setting)
+    notes = [*_doubts(machine, setting), *other_sizes(entrants, baseline)]
     if until is None:
         found = measure([_job(entrant, setting) for entrant in entrants], rounds, seconds, tell)
     else:
@@ -338,6 +338,17 @@ def _command(
     stop = [] if until is None else ["--until", f"{until:g}"]
     stop += [] if setting.mode == "latency" else ["--mode", setting.mode]
     return shlex.join([*words, "--seconds", f"{setting.seconds:g}", *stop, *device])
+
+
+def other_sizes(entrants: Sequence[Entrant], baseline: str) -> list[str]:
+    """Says of each bundle that takes another size than the baseline: a ratio of the two is none of speed."""
+    base = next(e.bundle.manifest.input.size for e in entrants if e.name == baseline)
+    sizes = {e.name: e.bundle.manifest.input.size for e in entrants if e.kind == "bundle"}
+    return [
+        f"{name} takes {size[0]} x {size[1]} and {baseline} {base[0]} x {base[1]}: their ratio is of other work"
+        for name, size in sizes.items()
+        if size != base
+    ]
 
 
 def _doubts(machine: Mapping[str, Any], setting: Setting) -> list[str]:
