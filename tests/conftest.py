@@ -80,7 +80,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    atexit.register(gc.unfreeze)  # or extension modules tell of what is left of them; behind pytest's five last looks
+    atexit.register(gc.unfreeze)  # or extension modules tell of what is left of them; behind pytest's last looks
 
 
 @pytest.fixture(scope="session")

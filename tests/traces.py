@@ -37,17 +37,22 @@ PROGRAMS, PICTURES = 4, 256  # that a process keeps
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
 
 
+def written_once(kept: Path, write: Callable[[Path], object]) -> Path:
+    """A file that the first of all processes that asks for it writes; nobody sees a part of it."""
+    if not kept.exists():
+        part = kept.with_suffix(f".{os.getpid()}")
+        write(part)
+        part.rename(kept)
+    return kept
+
+
 def shared(trace: Trace, folder: Path) -> Trace:
     """`trace` with its results kept in a folder that all test processes have."""
     folder.mkdir(exist_ok=True)
 
     def once(module: nn.Module, request: Request, opset: int) -> onnx.ModelProto:
         kept = folder / f"{key(module, request, opset)}.onnx"
-        if not kept.exists():
-            part = kept.with_suffix(f".{os.getpid()}")
-            onnx.save(trace(module, request, opset), part)
-            part.rename(kept)
-        return onnx.load(kept)
+        return onnx.load(written_once(kept, lambda part: onnx.save(trace(module, request, opset), part)))
 
     return once
 
@@ -67,11 +72,7 @@ def simplified_once(simplify: Simplify, folder: Path) -> Simplify:
         digest = hashlib.sha256(repr((request.task, request.contract.tensor, request.outputs)).encode())
         digest.update(model.SerializeToString(deterministic=True))
         kept = folder / f"{digest.hexdigest()}-simplified.onnx"
-        if not kept.exists():
-            part = kept.with_suffix(f".{os.getpid()}")
-            onnx.save(simplify(model, request), part)
-            part.rename(kept)
-        return onnx.load(kept)
+        return onnx.load(written_once(kept, lambda part: onnx.save(simplify(model, request), part)))
 
     return once
 
@@ -197,22 +198,17 @@ def shared_conversion(convert: Convert, folder: Path) -> Convert:
             digest.update(name.encode())
             digest.update(tensor.detach().contiguous().numpy().tobytes())
         kept = folder / f"{digest.hexdigest()}{output.suffix}"
-        if not kept.exists():
-            part = kept.with_suffix(f".{os.getpid()}")
-            convert(source, part)
-            part.rename(kept)
-        shutil.copy2(kept, output)
+        shutil.copy2(written_once(kept, lambda part: convert(source, part)), output)
 
     return once
 
 
 def replacements(folder: Path) -> tuple[tuple[Any, str, Any], ...]:
     """(owner, attribute, what takes its place) of all of this; `folder` is for what other processes have as well."""
-    find = torch_utils._materialize_cpp_cia_ops
     return (
         (pictures, "load_image", decoded_once(load_image)),
         (images, "resize_and_crop", resized_once(images.resize_and_crop)),
-        (torch_utils, "_materialize_cpp_cia_ops", found_once(find)),
+        (torch_utils, "_materialize_cpp_cia_ops", found_once(torch_utils._materialize_cpp_cia_ops)),
         (ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
         (onnx_export, "trace", shared(onnx_export.trace, folder)),
         (onnx_export, "simplify", simplified_once(onnx_export.simplify, folder)),
