@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Compiled modules are kept, whatever the machine says: tests start some hundred processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install lock check test fuzz demo docs wheel clean
 install: $(VENV)/.installed $(VENV)/.converter
 

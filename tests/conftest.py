@@ -1,4 +1,7 @@
-"""Fixtures that cost time are made once a session: each bundle below is exported once and only read afterwards."""
+"""Fixtures that cost time are made once a session: each bundle below is exported once and only read afterwards.
+
+What imports torch is imported inside of them: the process that only hands out tests reads this file as well.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,14 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from dualtoken_deploy.models import dualformer, dualtoken_vit, lightvit, registry, vim2
-from dualtoken_deploy.models.registry import Variant
 from dualtoken_deploy.targets.litert import environment
 from dualtoken_deploy.targets.table import TARGETS
-from tests.traces import replacements
-
-# T (mix) with a block of stage 1, whose tokens are constant, and one of stage 3, which gets them from it and has no
-# Conv Encoder: every kind of layer that there is, and a fifth of the time to trace. Stage 2 is a downsampling alone.
-TINY = Variant("tiny-mix", "two blocks", replace(dualtoken_vit.T, blocks=(1, 0, 1), token_mlp="mix"))
-TINY_LIGHT = Variant(
-    "tiny-lightvit",
-    "one block a stage",
-    replace(lightvit.T, channels=(32, 64, 96), blocks=(1, 1, 1), heads=(2, 2, 4), global_tokens=4),
-)
-TINY_DUAL = Variant(
-    "tiny-dualformer",
-    "one block a stage",
-    replace(dualformer.T, channels=(32, 48, 64, 96), blocks=(1, 1, 1, 1), expansion=(2, 2, 2, 2), heads=4),
-)
-TINY_VIM = Variant(
-    "tiny-vim2",
-    "one pair of layers in the last two stages, whose scans are short",
-    replace(vim2.T, channels=(32, 32, 48, 64), blocks=(0, 0, 2, 2), channel_width=(64, 64, 96, 64), states=4),
-)
-SMALL = {"variant": TINY.name, "image_size": 64, "num_classes": 10}
-
 
 # Begun first, the longest in front: what comes last is short, and no process waits long for another.
 LONG = (
@@ -59,8 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def tiny_variant() -> Iterator[None]:
     """Makes the small variants known to this process; tests that start another use a real variant."""
+    from dualtoken_deploy.models import registry
+    from tests.small import make_known
+
     real = registry.VARIANTS
-    registry.VARIANTS = MappingProxyType({**real, **{v.name: v for v in (TINY, TINY_LIGHT, TINY_DUAL, TINY_VIM)}})
+    make_known()
     yield
     registry.VARIANTS = real
 
@@ -93,6 +73,8 @@ def for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def shared_traces(for_all_workers: Path) -> Iterator[None]:
     """See tests/traces.py."""
+    from tests.traces import replacements
+
     folder = for_all_workers / "traces"
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, shared in replacements(folder):
@@ -130,6 +112,7 @@ def once(for_all_workers: Path) -> Callable[[str, Callable[[Path], object]], Pat
 def small_bundle(once: Callable[[str, Callable[[Path], object]], Path], tiny_variant: None) -> Callable[..., Path]:
     """small_bundle(target, precision, **export options) -> the folder of a bundle of the small model; read only."""
     from dualtoken_deploy import export
+    from tests.small import SMALL
 
     def make(target: str = "onnxruntime", precision: str = "fp32", **options: object) -> Path:
         name = "-".join([target, precision, *(f"{k}_{v}" for k, v in sorted(options.items()))])
@@ -144,6 +127,7 @@ def dense_bundle(once: Callable[[str, Callable[[Path], object]], Path], tiny_var
     """dense_bundle(head, target, precision, **options) -> a small dense bundle that knows the scenes' classes."""
     from dualtoken_deploy import export
     from dualtoken_deploy.data.scenes import CLASSES, CLUTTER
+    from tests.small import TINY
 
     def make(head: str, target: str = "onnxruntime", precision: str = "fp32", **options: object) -> Path:
         name = "-".join([head, target, precision, *(f"{k}_{v}" for k, v in sorted(options.items()))])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from dualtoken_deploy import export
-from dualtoken_deploy.models import registry
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.table import TARGETS
-from tests.conftest import SMALL, TINY
+from tests.small import SMALL, make_known
 from tests.traces import shared
 
 # target -> files of its bundle. These two of the small model, which both trace alike
@@ -40,7 +38,7 @@ def make_net(folder: Path) -> None:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    registry.VARIANTS = MappingProxyType({**registry.VARIANTS, TINY.name: TINY})
+    make_known()
     onnx_export.trace = shared(onnx_export.trace, place.with_name("traces"))  # type: ignore[assignment]
     for name in targets().keys() & WITH_OWN_MODEL:
         export(target=name, output=place / name, **SMALL)  # type: ignore[arg-type]

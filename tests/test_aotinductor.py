@@ -20,9 +20,9 @@ from dualtoken_deploy.targets.aotinductor.runner import NativeCode, isa_of, obst
 from dualtoken_deploy.targets.eager import load as load_eager
 from dualtoken_deploy.targets.load import Runner, RunnerOptions
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
-from tests.conftest import SMALL
 from tests.foreign import check_two_outputs
 from tests.numerics import assert_close
+from tests.small import SMALL
 
 MakeBundle = Callable[..., Path]
 

@@ -16,7 +16,7 @@ from dualtoken_deploy import create_model
 from dualtoken_deploy.models.registry import FAMILIES, family_of, get_variant
 from dualtoken_deploy.models.systems import SYSTEMS, create_system
 from tests.commands import fails
-from tests.conftest import TINY_VIM
+from tests.small import TINY_VIM
 
 SMALLEST = ("t-mix", "lightvit-t", "dualformer-t", TINY_VIM.name)  # one of each family
 OTHERS = ("tsm2", "dualtoken-tokenizer-s")  # that are no classifiers

@@ -40,9 +40,9 @@ from dualtoken_deploy.use.diagnose import diagnose
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
 from dualtoken_deploy.use.predict import predict
 from dualtoken_deploy.use.validate import validate
-from tests.conftest import SMALL
 from tests.contracts import run_batches
 from tests.numerics import assert_close, shown
+from tests.small import SMALL
 
 MakeBundle = Callable[..., Path]
 PACKAGE = "model.mlpackage"

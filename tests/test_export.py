@@ -31,8 +31,9 @@ from dualtoken_deploy.targets.table import TARGETS
 from dualtoken_deploy.tasks.classify import level_top1
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, product_precision
 from dualtoken_deploy.use.validate import gate, validate
-from tests.conftest import PORTABLE, ROWS, SMALL, TINY
+from tests.conftest import PORTABLE, ROWS
 from tests.numerics import assert_close, shown
+from tests.small import SMALL, TINY
 
 MakeBundle = Callable[..., Path]
 

@@ -45,7 +45,8 @@ def suggested() -> list[tuple[str, str]]:
     """(module, command) of every message in the package, and of the help's examples."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for text in texts(ast.parse(path.read_text(encoding="utf-8"))):
+        source = path.read_text(encoding="utf-8")
+        for text in texts(ast.parse(source)) if "dualtoken " in source else ():
             for match in COMMAND.finditer(text):
                 command = END.split(match[1])
                 title = path.name in ("openapi.py", "devices.py")  # no command, and one that is put together: below

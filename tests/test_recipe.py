@@ -22,7 +22,7 @@ from dualtoken_deploy.recipe.file import TABLES, read_recipe
 from dualtoken_deploy.targets.litert import environment as environment_of_litert
 from tests import made_twice
 from tests.commands import SCHEMAS, fails, prints
-from tests.conftest import SMALL
+from tests.small import SMALL
 
 RECIPE = """
 output = "out"

@@ -15,7 +15,7 @@ from dualtoken_deploy.cli import main
 from dualtoken_deploy.data.folders import open_dataset
 from dualtoken_deploy.quantize.gate import Int8Options
 from tests.commands import fails, prints
-from tests.conftest import SMALL
+from tests.small import SMALL
 
 IN_FLOAT = "stage1.block1.ffn.fc1"  # no search would end in it alone: all of the layers hold the budget
 RECIPE = """

@@ -44,10 +44,10 @@ from dualtoken_deploy.targets.tensorrt.export import OPSET, RULES, type_onnx
 from dualtoken_deploy.targets.tensorrt_rtx.compile import _ORIGIN
 from dualtoken_deploy.targets.tensorrt_rtx.validity import malformed
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle
-from tests.conftest import SMALL
 from tests.contracts import make_contract
 from tests.fake_nvidia import STAND_INS, Device, plugged_in
 from tests.numerics import assert_close
+from tests.small import SMALL
 from tests.tensorrt_api import RTX, VERSIONS, load_api
 
 MakeBundle = Callable[..., Path]

@@ -32,9 +32,9 @@ from dualtoken_deploy.targets.tensorrt_rtx.compile import (
 )
 from dualtoken_deploy.targets.tensorrt_rtx.validity import diagnose
 from dualtoken_deploy.use.inspect import inspect_bundle
-from tests.conftest import SMALL
 from tests.fake_nvidia import Device, plugged_in
 from tests.numerics import assert_close
+from tests.small import SMALL
 from tests.tensorrt_api import RTX as API
 from tests.tensorrt_api import load_api
 

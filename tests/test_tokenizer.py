@@ -37,8 +37,8 @@ from dualtoken_deploy.use.evaluate import evaluate
 from dualtoken_deploy.use.predict import draw, predict
 from dualtoken_deploy.use.validate import gate, parse_minima, validate
 from tests.commands import fails
-from tests.conftest import TINY
 from tests.numerics import assert_close
+from tests.small import TINY
 
 NAME = "tiny-tokenizer"
 

@@ -31,7 +31,7 @@ from dualtoken_deploy.train.config import TrainConfig
 from dualtoken_deploy.train.data import UNREADABLE, Augment, TrainImages, mix, random_resized_crop
 from dualtoken_deploy.train.loop import _groups, unmoved_loss
 from dualtoken_deploy.use.evaluate import evaluate
-from tests.conftest import TINY
+from tests.small import TINY
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 # Deterministic and short: no augmentation but the crop.
@@ -108,14 +108,11 @@ def test_the_best_weights_give_the_accuracy_that_the_run_reports(finished: Path,
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(finished: Path, colours: Path, tmp_path: Path) -> None:
     """Killed with SIGKILL in the middle of an epoch, then resumed: the same tensors, bit for bit."""
     code = """
-    import os, signal, sys
-    from types import MappingProxyType
-    from dualtoken_deploy.models import registry
-    from tests.conftest import TINY
-    registry.VARIANTS = MappingProxyType({**registry.VARIANTS, TINY.name: TINY})
+    import ast, os, signal, sys
     from dualtoken_deploy.train import make_config, train
     from dualtoken_deploy.train.loop import _Run
-    from tests.test_train import PLAIN
+    from tests import small
+    small.make_known()
     once, seen = _Run._set_lr, []
     def killing(self, epoch):
         seen.append(epoch)
@@ -123,10 +120,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(finished: Path, colo
             os.kill(os.getpid(), signal.SIGKILL)
         return once(self, epoch)
     _Run._set_lr = killing
-    train(make_config(data=sys.argv[1], epochs=3, **PLAIN), sys.argv[2])
+    train(make_config(data=sys.argv[1], epochs=3, **ast.literal_eval(sys.argv[3])), sys.argv[2])
     """
     run = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), colours, run], check=False)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(colours), str(run), repr(PLAIN)]
+    done = subprocess.run(command, check=False)
     assert done.returncode == -signal.SIGKILL
     result = resume(run)
     assert result.epochs == 3
@@ -137,18 +135,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(finished: Path, colo
 
 
 PROCESS = """
-import sys, torch
-from types import MappingProxyType
-from dualtoken_deploy.models import registry
-from tests.conftest import TINY
-registry.VARIANTS = MappingProxyType({**registry.VARIANTS, TINY.name: TINY})
+import ast, sys
 from torch import nn
+from dualtoken_deploy.train import make_config, train
+from tests import small
+small.make_known()
 # The statistics of batch normalisation are a process's own: with those of one image less or more the curves differ.
 nn.BatchNorm2d.forward = lambda self, x: nn.functional.batch_norm(
     x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-from dualtoken_deploy.train import make_config, train
-from tests.test_train import PLAIN
-train(make_config(data=sys.argv[1], epochs=2, **PLAIN), sys.argv[2])
+train(make_config(data=sys.argv[1], epochs=2, **ast.literal_eval(sys.argv[3])), sys.argv[2])
 """
 
 
@@ -157,12 +152,12 @@ def test_two_processes_give_the_loss_curve_of_one(colours: Path, tmp_path: Path)
     script = tmp_path / "one.py"
     script.write_text(PROCESS)
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
     curves = []
-    for count in (1, 2):
+    for count, how in ((1, []), (2, [*launch.split(), "--dynamo_backend", "no"])):
         run = tmp_path / f"run{count}"
-        command = [*launch, str(count), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        done = subprocess.run([*command, script, colours, run], env=where, capture_output=True, text=True, check=False)
+        command = [sys.executable, *how, str(script), str(colours), str(run), repr(PLAIN)]
+        done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         rows = (run / "metrics.csv").read_text().splitlines()[1:]
         curves.append([[float(x) for x in row.split(",")[2:4]] for row in rows])

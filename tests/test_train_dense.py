@@ -28,8 +28,8 @@ from dualtoken_deploy.train.heads import LocatedImages, begin_from, flipped
 from dualtoken_deploy.train.losses import detection_losses, focal_loss, segmentation_loss
 from dualtoken_deploy.train.matching import NOTHING, UNDECIDED, match
 from dualtoken_deploy.use.evaluate import evaluate
-from tests.conftest import TINY
 from tests.numerics import assert_close
+from tests.small import TINY
 
 SIZE = (64, 64)
 SETTINGS: dict[str, Any] = {

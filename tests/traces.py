@@ -1,4 +1,4 @@
-"""One trace for all tests that export the same module, and one simplified form: most of the time of a small export.
+"""One trace for all tests that export the same module, one simplified form, one count: most of a small export's time.
 
 Everything behind them (quantizing, checks of the files, the runtime) is each test's own.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -26,6 +27,9 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from dualtoken_deploy.data import images, pictures
 from dualtoken_deploy.data.images import Pixels, load_image
+from dualtoken_deploy.models import count as counting
+from dualtoken_deploy.models.count import Product
+from dualtoken_deploy.models.onnx_reference import reference_inside
 from dualtoken_deploy.targets.coreml import export as coreml_export
 from dualtoken_deploy.targets.coreml.mil.vendor import coremltools
 from dualtoken_deploy.targets.litert import export as litert_export
@@ -78,15 +82,39 @@ def simplified_once(simplify: Simplify, folder: Path) -> Simplify:
 
 
 def key(module: nn.Module, request: Request, opset: int) -> str:
-    """Of all that a trace depends on: kinds of modules and their plain attributes, every tensor, and the contract."""
-    digest = hashlib.sha256(repr((opset, request.task, request.contract.tensor, request.outputs)).encode())
+    """Of all that a trace depends on: the module, and the contract."""
+    return key_of(module, opset, request.task, request.contract.tensor, request.outputs)
+
+
+def key_of(module: nn.Module, *besides: object) -> str:
+    """Of kinds of modules and their plain attributes, every tensor, and what is named besides."""
+    digest = hashlib.sha256(repr(besides).encode())
     for name, part in module.named_modules():
         plain = {k: v for k, v in vars(part).items() if not k.startswith("_") and not isinstance(v, nn.Module)}
         digest.update(f"{name} {type(part).__qualname__} {part!r} {sorted(plain.items(), key=str)}".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+Counts = tuple[int, tuple[Product, ...]]
+Count = Callable[[nn.Module, tuple[int, int]], Counts]
+
+
+def counted_once(count: Count, folder: Path) -> Count:
+    """`count`, which runs a model, with its results kept in a folder that all test processes have."""
+
+    def once(model: nn.Module, size: tuple[int, int]) -> Counts:
+        if reference_inside(model) is not None:
+            return count(model, size)
+        kept = folder / f"{key_of(model, size)}-counts.json"
+        written_once(kept, lambda part: part.write_text(json.dumps(count(model, size))))
+        macs, products = json.loads(kept.read_text())
+        return macs, tuple(tuple(product) for product in products)
+
+    return once
 
 
 Named = tuple[ExportedProgram, dict[str, str]]
@@ -210,6 +238,7 @@ def replacements(folder: Path) -> tuple[tuple[Any, str, Any], ...]:
         (images, "resize_and_crop", resized_once(images.resize_and_crop)),
         (torch_utils, "_materialize_cpp_cia_ops", found_once(torch_utils._materialize_cpp_cia_ops)),
         (ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
+        (counting, "count_products", counted_once(counting.count_products, folder)),
         (onnx_export, "trace", shared(onnx_export.trace, folder)),
         (onnx_export, "simplify", simplified_once(onnx_export.simplify, folder)),
         (coreml_export, "coremltools", without_looks(coremltools)),
