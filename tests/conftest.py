@@ -60,6 +60,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_sessionfinish() -> None:
+    gc.freeze()  # pytest looks five times more
     atexit.register(gc.unfreeze)  # or extension modules tell of what is left of them; behind pytest's last looks
 
 

@@ -182,7 +182,7 @@ def test_a_shared_process_answers_what_commands_of_their_own_do(tmp_path: Path) 
         shared.limit_s = 0.01
         shared.begin()
         with pytest.raises(GivenUpError, match="CPU"):
-            shared(["export", *tsm2.words, "--target", "openvino", "--output", str(tmp_path / "long")])
+            shared(["export", *MODELS["s"].words, "--target", "openvino", "--output", str(tmp_path / "long")])
         shared.limit_s = None
         shared.begin()
         assert shared(["targets"])[0] == 0
