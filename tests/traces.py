@@ -28,6 +28,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from dualtoken_deploy.data import images, pictures
 from dualtoken_deploy.data.images import Pixels, load_image
 from dualtoken_deploy.models import count as counting
+from dualtoken_deploy.models import registry
+from dualtoken_deploy.models.base import ImageModel, ModelConfig
 from dualtoken_deploy.models.count import Product
 from dualtoken_deploy.models.onnx_reference import reference_inside
 from dualtoken_deploy.targets.coreml import export as coreml_export
@@ -37,7 +39,7 @@ from dualtoken_deploy.targets.mobile.torch_program import Source
 from dualtoken_deploy.targets.onnx import export as onnx_export
 from dualtoken_deploy.targets.request import Request
 
-PROGRAMS, PICTURES = 4, 256  # that a process keeps
+PROGRAMS, PICTURES, MODELS = 4, 256, 12  # that a process keeps
 Trace = Callable[[nn.Module, Request, int], onnx.ModelProto]
 
 
@@ -97,6 +99,28 @@ def key_of(module: nn.Module, *besides: object) -> str:
         if not tensor.is_meta:
             digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+Build = Callable[[ModelConfig], ImageModel]
+
+
+def built_once(build: Build) -> Build:
+    """`build`, of which a process keeps the last few models, by config and random numbers; each test gets a copy."""
+    kept: dict[tuple[str, bytes], tuple[ImageModel, torch.Tensor]] = {}
+
+    def once(config: ModelConfig) -> ImageModel:
+        if torch.get_default_device().type != "cpu" or torch.get_default_dtype() != torch.float32:
+            return build(config)
+        known = (repr(config), torch.get_rng_state().numpy().tobytes())
+        if known not in kept:
+            while len(kept) >= MODELS:
+                del kept[next(iter(kept))]
+            kept[known] = (build(config), torch.get_rng_state())
+        model, after = kept[known]
+        torch.set_rng_state(after)
+        return copy.deepcopy(model)
+
+    return once
 
 
 Counts = tuple[int, tuple[Product, ...]]
@@ -238,6 +262,7 @@ def replacements(folder: Path) -> tuple[tuple[Any, str, Any], ...]:
         (images, "resize_and_crop", resized_once(images.resize_and_crop)),
         (torch_utils, "_materialize_cpp_cia_ops", found_once(torch_utils._materialize_cpp_cia_ops)),
         (ONNXRegistry, "from_torchlib", staticmethod(one_registry())),
+        (registry, "build", built_once(registry.build)),
         (counting, "count_products", counted_once(counting.count_products, folder)),
         (onnx_export, "trace", shared(onnx_export.trace, folder)),
         (onnx_export, "simplify", simplified_once(onnx_export.simplify, folder)),
