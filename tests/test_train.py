@@ -152,9 +152,12 @@ def test_two_processes_give_the_loss_curve_of_one(colours: Path, tmp_path: Path)
     script = tmp_path / "one.py"
     script.write_text(PROCESS)
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch = (
+        "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no"
+    )
     curves = []
-    for count, how in ((1, []), (2, [*launch.split(), "--dynamo_backend", "no"])):
+    for count, how in ((1, []), (2, launch.split())):
         run = tmp_path / f"run{count}"
         command = [sys.executable, *how, str(script), str(colours), str(run), repr(PLAIN)]
         done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)

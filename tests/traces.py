@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnxsim
@@ -50,6 +50,19 @@ def written_once(kept: Path, write: Callable[[Path], object]) -> Path:
         write(part)
         part.rename(kept)
     return kept
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def among_last(kept: dict[Key, Value], key: Key, make: Callable[[], Value], most: int) -> Value:
+    """What is kept under a key, made where it is not there, in the place of what came first where that are too many."""
+    if key not in kept:
+        while len(kept) >= most:
+            del kept[next(iter(kept))]
+        kept[key] = make()
+    return kept[key]
 
 
 def shared(trace: Trace, folder: Path) -> Trace:
@@ -112,11 +125,7 @@ def built_once(build: Build) -> Build:
         if torch.get_default_device().type != "cpu" or torch.get_default_dtype() != torch.float32:
             return build(config)
         known = (repr(config), torch.get_rng_state().numpy().tobytes())
-        if known not in kept:
-            while len(kept) >= MODELS:
-                del kept[next(iter(kept))]
-            kept[known] = (build(config), torch.get_rng_state())
-        model, after = kept[known]
+        model, after = among_last(kept, known, lambda: (build(config), torch.get_rng_state()), MODELS)
         torch.set_rng_state(after)
         return copy.deepcopy(model)
 
@@ -151,11 +160,7 @@ def shared_program(trace: Callable[[nn.Module, Request], Named]) -> Callable[[nn
     @functools.wraps(trace)
     def once(module: nn.Module, request: Request) -> Named:
         digest = f"{key(module, request, 0)} {request.contract}"
-        if digest not in kept:
-            while len(kept) >= PROGRAMS:
-                del kept[next(iter(kept))]
-            kept[digest] = trace(module, request)
-        program, names = kept[digest]
+        program, names = among_last(kept, digest, lambda: trace(module, request), PROGRAMS)
         return copy.deepcopy(program), dict(names)
 
     return once
@@ -226,12 +231,8 @@ def resized_once(resize: Resize) -> Resize:
     def once(image: Pixels, size: tuple[int, int], crop_ratio: float) -> Pixels:
         if image.flags.writeable:
             return resize(image, size, crop_ratio)
-        known = kept.get((id(image), size, crop_ratio))
-        if known is None or known[0] is not image:
-            while len(kept) >= PICTURES:
-                del kept[next(iter(kept))]
-            known = kept[id(image), size, crop_ratio] = (image, resize(image, size, crop_ratio))
-        return known[1].copy()
+        known = (id(image), size, crop_ratio)  # of a picture that is kept beside it, and so of no other
+        return among_last(kept, known, lambda: (image, resize(image, size, crop_ratio)), PICTURES)[1].copy()
 
     return once
 

@@ -30,6 +30,19 @@ aten = torch.ops.aten
 WORKER = Path(__file__).with_name("worker.py")
 CONVERSION_SECONDS = 1800  # S took 62 s on two busy cores; a conversion that hangs is to end
 MODEL = "model.tflite"
+# what fills a tensor, and with what; None: with its second argument
+FILLED: Mapping[Any, int | None] = MappingProxyType(
+    {
+        aten.zeros.default: 0,
+        aten.zeros_like.default: 0,
+        aten.new_zeros.default: 0,
+        aten.ones.default: 1,
+        aten.ones_like.default: 1,
+        aten.new_ones.default: 1,
+        aten.full.default: None,
+        aten.full_like.default: None,
+    }
+)
 POOLS = {name: PRODUCT_RULES[name] for name in ("uneven_pool_as_product",)}  # the converter refuses uneven bins
 
 
@@ -105,21 +118,6 @@ def fill_in_kind(module: fx.GraphModule) -> None:
                 node.target, node.args = aten.full.default, (list(made.shape), float(value))
                 node.kwargs = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
     module.recompile()
-
-
-# what fills a tensor, and with what; None: with its second argument
-FILLED: Mapping[Any, int | None] = MappingProxyType(
-    {
-        aten.zeros.default: 0,
-        aten.zeros_like.default: 0,
-        aten.new_zeros.default: 0,
-        aten.ones.default: 1,
-        aten.ones_like.default: 1,
-        aten.new_ones.default: 1,
-        aten.full.default: None,
-        aten.full_like.default: None,
-    }
-)
 
 
 def check_operators(model: object) -> None:
