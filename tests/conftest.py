@@ -9,6 +9,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def old_objects_stay() -> None:
 
 
 def pytest_sessionstart() -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in a shell's background; what tests start inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for name in [name for name in os.environ if name.startswith("MALLOC_")]:
             del os.environ[name]  # of this process, see the Makefile, and not of those that tests start
