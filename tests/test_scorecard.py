@@ -84,7 +84,7 @@ def test_a_cell_is_measured_once_and_what_was_refused_says_why(tmp_path: Path) -
     found = {f"{c['model']} {c['target']} {c['precision']}": c for c in data["cells"] if c["state"] != "not measured"}
     assert set(found) == set(ask)
     int8, coreml, tensorrt, refused = (found[name] for name in ask)
-    assert int8["commands"][0].endswith("--force --calibration digits --max-drop 0.5")
+    assert int8["commands"][0].endswith("--force --calibration digits --max-drop 0.5 --no-race")
     assert (int8["int8_mac_share"], coreml["int8_mac_share"]) == (0.5, None)
     assert (int8["executed_where"], coreml["executed_where"]) == (
         "ONNX Runtime, CPU", "Core ML: the reference runner"
