@@ -10,23 +10,20 @@ import json
 import os
 import random
 import select
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from dualtoken_deploy import errors
 from dualtoken_deploy.errors import ConversionError, DualTokenError
+from dualtoken_deploy.processes import end_group, how_it_ended, last_words, own_command, own_environment
 
-# -P: or else a numpy.py in the user's current folder would be imported instead of numpy.
-COMMAND = (sys.executable, "-P", "-m", "dualtoken_deploy.bench.worker")
+COMMAND = tuple(own_command("dualtoken_deploy.bench.worker"))
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 ORDER_SEED = 0  # of the order within each round: the same in every bench
 TURNS = {"latency": 4, "throughput": 4, "server": 8}  # a round's seconds, so many times, count as hung beyond round_s
@@ -155,7 +152,7 @@ class Worker:
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(QUIT_S)
         finally:
-            self._kill()
+            end_group(self._process)
             for stream in streams:
                 if stream:
                     stream.close()
@@ -189,7 +186,7 @@ class Worker:
             ready, _, _ = select.select([source], [], [], max(0.0, end - time.monotonic()))
             if not ready:  # leaving the `with` block ends it
                 late = f"no answer from its runtime within {limit_s:g} s, so it was stopped"
-                raise ConversionError(f"{self._name}: {late}{self._last_words()}")
+                raise ConversionError(f"{self._name}: {late}{last_words(self._log)}")
             chunk = os.read(source, 1 << 16)
             if not chunk:
                 raise ConversionError(self._epitaph())
@@ -207,32 +204,11 @@ class Worker:
         try:
             code = self._process.wait(QUIT_S)
         except subprocess.TimeoutExpired:
-            self._kill()
-            return f"{self._name}: its bench worker closed its output without an answer{self._last_words()}"
-        if code < 0:
-            cause = f"was killed by {signal.Signals(-code).name}"
-            hint = "; is there enough memory?" if code == -signal.SIGKILL else ""
-            return f"{self._name}: its bench worker {cause}{hint}{self._last_words()}"
-        return f"{self._name}: its bench worker ended with code {code}{self._last_words()}"
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return f" (its last line: {lines[-1][:200]})" if lines else ""
-
-    def _kill(self) -> None:
-        """Ends the worker and whatever it started, and reaps it; once it is reaped its number may be another's."""
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of one that ended by itself
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            end_group(self._process)
+            return f"{self._name}: its bench worker closed its output without an answer{last_words(self._log)}"
+        return f"{self._name}: its bench worker {how_it_ended(code, self._log)}"
 
 
 def worker_environment(threads: int) -> dict[str, str]:
     """This process's environment, with every thread pool at `threads` and this very package importable."""
-    environment = dict(os.environ) | dict.fromkeys(THREAD_VARIABLES, str(threads))
-    root = Path(__file__).resolve().parents[2]
-    if root.name not in ("site-packages", "dist-packages"):  # run from a checkout, from whatever folder
-        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
+    return own_environment() | dict.fromkeys(THREAD_VARIABLES, str(threads))

@@ -17,19 +17,19 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.errors import DualTokenError
+from dualtoken_deploy.processes import own_streams
 from dualtoken_deploy.spec import InputContract, TensorSpec
 from dualtoken_deploy.targets.load import load_runner
 from dualtoken_deploy.targets.runner import Array, AsyncRunner, Runner, RunnerOptions
@@ -268,20 +268,9 @@ class _Session:
         return found | {"peak_rss_mib": peak_rss_mib()}
 
 
-def _own_streams() -> tuple[TextIO, TextIO]:
-    """Takes stdin and stdout for the protocol; what a library prints goes to stderr, and it reads nothing."""
-    requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    sys.stdout.flush()
-    os.dup2(2, 1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    return requests, answers
-
-
 def main() -> int:
     """Serves requests until stdin ends (0) or something fails (1)."""
-    requests, answers = _own_streams()
+    requests, answers = own_streams()
     session = _Session()
     for line in requests:
         failed = False
