@@ -12,7 +12,7 @@ from dualtoken_deploy.targets.nvidia.binding import RTX
 from dualtoken_deploy.targets.nvidia.builder import BuildOptions
 from dualtoken_deploy.targets.nvidia.engine import ENGINE, Host, this_host
 from dualtoken_deploy.targets.nvidia.network import Tell
-from dualtoken_deploy.targets.tensorrt_rtx.compile import CompileOptions, EngineBuild, compile_engine, describe
+from dualtoken_deploy.targets.tensorrt_rtx.compile import CompileOptions, EngineBuild, compile_apart, describe
 
 FILES: tuple[str, ...] = ()  # the engine is there already
 # The network is strongly typed, so its types are the ONNX's. The inspector's words for them in this library are not
@@ -44,7 +44,7 @@ def make(folder: Path, manifest: Manifest, options: BuildOptions, host: Host, re
     before = manifest.build.typed(EngineBuild)
     batches = options.batches if options.batches != BuildOptions.batches else before.batches
     chosen = CompileOptions(before.compute_capabilities, before.weightless, batches)
-    compiled = compile_engine((folder / "model.onnx").read_bytes(), (manifest.input.tensor,), chosen, tell)
+    compiled = compile_apart((folder / "model.onnx").read_bytes(), (manifest.input.tensor,), chosen, tell)
     (folder / ENGINE).write_bytes(compiled.plan)
     made = describe(compiled, chosen)
     return replace(made, details={**manifest.build.details, **made.details, **host_said})

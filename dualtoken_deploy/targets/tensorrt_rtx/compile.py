@@ -12,6 +12,7 @@ from dualtoken_deploy.bundle.blocks import Build
 from dualtoken_deploy.errors import ConversionError, MissingError, UsageError
 from dualtoken_deploy.machine import library_versions
 from dualtoken_deploy.spec import TensorSpec
+from dualtoken_deploy.targets.apart import run_apart
 from dualtoken_deploy.targets.nvidia.binding import RTX, complaint, load_library, make_logger, version_tuple
 from dualtoken_deploy.targets.nvidia.cuda import find_gpu
 from dualtoken_deploy.targets.nvidia.engine import ENGINE
@@ -130,6 +131,16 @@ def compute_capabilities(trt: Any) -> dict[str, Any]:
         if name.startswith("SM") and name[2:].isdecimal()
     }
     return dict(sorted(named.items(), key=lambda item: version_tuple(item[0])))
+
+
+def compile_apart(onnx: bytes, inputs: tuple[TensorSpec, ...], options: CompileOptions, tell: Tell) -> Compiled:
+    """As `compile_engine`, in a process of its own: the builder of 1.6 reads beyond its memory on some INT4 networks.
+
+    Raises ConversionError on that as well.
+    """
+    what = f"{RTX.title} cannot compile this network: its builder"
+    mend = "that is a fault of the builder's: take another --precision, or another version of it"
+    return run_apart(compile_engine, onnx, inputs, options, tell=tell, what=what, mend=mend)
 
 
 def compile_engine(onnx: bytes, inputs: tuple[TensorSpec, ...], options: CompileOptions, tell: Tell) -> Compiled:

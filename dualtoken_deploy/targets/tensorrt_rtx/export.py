@@ -22,7 +22,7 @@ from dualtoken_deploy.targets.tensorrt.export import PRODUCTS, type_onnx
 from dualtoken_deploy.targets.tensorrt_rtx.compile import (
     CompileOptions,
     check_options,
-    compile_engine,
+    compile_apart,
     describe,
     left_out,
 )
@@ -63,7 +63,7 @@ def compile_files(folder: Path, manifest: Manifest, settings: Mapping[str, str],
     data = (folder / "model.onnx").read_bytes()
     graph = onnx.load_from_string(data).graph
     tell("compiling the engine")
-    compiled = compile_engine(data, (manifest.input.tensor,), options, tell)
+    compiled = compile_apart(data, (manifest.input.tensor,), options, tell)
     lost = left_out(compiled, (node.name for node in graph.node if node.op_type in PRODUCTS))
     if lost:
         raise ConversionError(f"{RTX.title} made no layer of {', '.join(lost[:3])}: {len(lost)} products are missing")
