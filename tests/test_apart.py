@@ -95,7 +95,7 @@ def test_an_interrupt_here_ends_it_there() -> None:
 
 
 def test_a_builder_that_falls_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder of TensorRT for RTX 1.6 does, on some networks in INT4."""
+    """The builder of TensorRT for RTX 1.7 does, on some networks in INT4."""
     pytest.importorskip("tensorrt_rtx_bindings", exc_type=ImportError)
     from dualtoken_deploy import export
     from tests.small import SMALL

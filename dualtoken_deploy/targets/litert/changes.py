@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
 
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.litert.flat import (
+    WEIGHTED,
     WIDENED,
     Operator,
     is_constant,
@@ -91,6 +93,25 @@ def name_dequantized(model: Any) -> int:
             graph.tensors[op.outputs[0]].name = name.encode()
             count += 1
     return count
+
+
+def part_weights(model: Any) -> int:
+    """A constant that products and other operators read, as a codebook that is searched and looked up, becomes two over
+    one buffer: ai-edge-quantizer fails on a tensor that it would have to part itself. Returns how many were parted."""
+    graph = model.subgraphs[0]
+    ops = list(operators(model))
+    weights = {i for op in ops if op.kind in WEIGHTED for i in op.inputs[1:2] if i >= 0 and is_constant(model, i)}
+    copies: dict[int, int] = {}
+    for op, made in zip(ops, graph.operators, strict=True):
+        if op.kind in WEIGHTED:
+            continue
+        for index in weights.intersection(op.inputs) - set(copies):
+            other = copy(graph.tensors[index])
+            other.name = f"{tensor_name(model, index)}.value".encode()
+            graph.tensors.append(other)
+            copies[index] = len(graph.tensors) - 1
+        made.inputs = np.array([copies.get(i, i) for i in op.inputs], np.int32)
+    return len(copies)
 
 
 def equal_ranks(model: Any) -> int:

@@ -11,8 +11,6 @@ from dualtoken_deploy.errors import ConversionError, first_line
 from dualtoken_deploy.targets.litert import changes, flat
 from dualtoken_deploy.targets.request import quiet
 
-KINDS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")  # products with weights
-
 
 def to_half(path: Path) -> Any:
     """The model of a float32 file with weights of products in float16, widened as they are read. ConversionError."""
@@ -25,7 +23,7 @@ def to_half(path: Path) -> Any:
         compute_precision=qtyping.ComputePrecision.FLOAT,
         explicit_dequantize=True,
     )
-    for kind in KINDS:
+    for kind in flat.WEIGHTED:
         recipe.add_quantization_config(
             ".*", qtyping.TFLOperationName[kind], half, algorithm_key=AlgorithmName.FLOAT_CASTING
         )

@@ -69,6 +69,7 @@ def finish(path: Path, request: Request, source: Source) -> Source:
     fewer = take_away(converted)
     names = list(source.names.values())
     changes.name_values(converted, names, source.biased, (request.contract.tensor,), request.outputs)
+    changes.part_weights(converted)
     if request.precision == "fp16":
         flat.write(converted, path)
         from dualtoken_deploy.targets.litert.compress import to_half

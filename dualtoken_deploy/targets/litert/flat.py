@@ -17,6 +17,7 @@ IDENTIFIER = b"TFL3"
 SCHEMA = 3  # the version of TensorFlow Lite's schema that there has been since 2017
 WIDENED = "/int8"  # ends the name of a product's value whose dequantized form has the product's own
 ALIGNED = 16  # bytes; what the schema asks of the data of a buffer
+WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")  # products with weights
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dualtoken_deploy.quantize.histogram import BINS, METHODS, Range, add_counts
 from dualtoken_deploy.quantize.latest import Latest, fingerprint
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.litert import export, flat
-from dualtoken_deploy.targets.litert.compress import KINDS, apply
+from dualtoken_deploy.targets.litert.compress import apply
 from dualtoken_deploy.targets.litert.metadata import add_metadata
 from dualtoken_deploy.targets.litert.products import read_products
 from dualtoken_deploy.targets.litert.runner import MODEL, open_interpreter
@@ -85,7 +85,7 @@ class LiteRtBackend:
         self._made, self._request, self._inputs = made, request, calibration.inputs
         self._bits = WEIGHTS.get(request.precision)
         self._static = self._bits is None and quantizer == STATIC
-        kinds = KINDS if self._static or self._bits else ROUNDED_AS_THEY_COME
+        kinds = flat.WEIGHTED if self._static or self._bits else ROUNDED_AS_THEY_COME
         self.products = read_products(made.model, kinds)
         how = f"{self._bits}-bit weights" if self._bits else f"{quantizer} int8"
         self.described = f"ai-edge-quantizer {how}, a scale for each output channel"

@@ -134,7 +134,7 @@ def compute_capabilities(trt: Any) -> dict[str, Any]:
 
 
 def compile_apart(onnx: bytes, inputs: tuple[TensorSpec, ...], options: CompileOptions, tell: Tell) -> Compiled:
-    """As `compile_engine`, in a process of its own: the builder of 1.6 reads beyond its memory on some INT4 networks.
+    """As `compile_engine`, in a process of its own: the builder of 1.7 reads beyond its memory on some INT4 networks.
 
     Raises ConversionError on that as well.
     """
