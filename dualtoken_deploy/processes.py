@@ -46,13 +46,12 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def how_it_ended(code: int, log: IO[bytes]) -> str:
-    """ "was killed by SIGSEGV" or "ended with code 1", and the last line of what it printed."""
-    lines = last_words(log)
+def how_it_ended(code: int) -> str:
+    """ "was killed by SIGSEGV" or "ended with code 1"."""
     if code >= 0:
-        return f"ended with code {code}{lines}"
+        return f"ended with code {code}"
     hint = "; is there enough memory?" if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}{lines}"
+    return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
 def last_words(log: IO[bytes]) -> str:

@@ -314,16 +314,21 @@ def test_a_converter_that_is_not_there_is_said_with_its_command(
         environment.converter_python()
 
 
-@pytest.mark.parametrize("ends", ["raise SystemExit('LLVM ERROR: no such thing')", "print('done')"])
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [("raise SystemExit('LLVM ERROR: no such thing')", "LLVM ERROR: no such thing"),
+     ("print('done')", "ended with code 0"),
+     ("import os, sys; print('I0000 ops', file=sys.stderr, flush=True); os.abort()", "was killed by SIGABRT")],
+)  # fmt: skip
 def test_a_converter_that_fails_is_one_line(
-    made: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+    made: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, words: str
 ) -> None:
     made()
     worker = tmp_path / "worker.py"
     worker.write_text(ends)
     monkeypatch.setattr(litert, "WORKER", worker)
     monkeypatch.setattr(litert, "convert", litert.convert.__wrapped__)  # type: ignore[attr-defined] # not the kept one
-    with pytest.raises(ConversionError, match="litert-torch cannot convert"):
+    with pytest.raises(ConversionError, match=f"litert-torch cannot convert the model: .*{words}$"):
         export("tiny-mix", "litert", output=tmp_path / "b", image_size=64, num_classes=10)
     assert not (tmp_path / "b").exists()
 

@@ -206,7 +206,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             end_group(self._process)
             return f"{self._name}: its bench worker closed its output without an answer{last_words(self._log)}"
-        return f"{self._name}: its bench worker {how_it_ended(code, self._log)}"
+        return f"{self._name}: its bench worker {how_it_ended(code)}{last_words(self._log)}"
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dualtoken_deploy.errors import ConversionError, DualTokenError
-from dualtoken_deploy.processes import end_group, how_it_ended, own_command, own_environment, own_streams
+from dualtoken_deploy.processes import end_group, how_it_ended, last_words, own_command, own_environment, own_streams
 
 ASKED, ANSWER = "asked", "answer"  # pickles, in a folder that is this process's alone
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def run_apart(function: Callable[..., T], *arguments: Any, tell: Tell, what: str
             if process.stdout:
                 process.stdout.close()
         if code != 0:
-            raise ConversionError(f"{what} {how_it_ended(code, log)}; {mend}")
+            raise ConversionError(f"{what} {how_it_ended(code)}{last_words(log)}; {mend}")
         answer = pickle.loads((folder / ANSWER).read_bytes())  # noqa: S301 - of the process started above
     if isinstance(answer, DualTokenError):
         raise answer

@@ -14,6 +14,7 @@ from torch import nn
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
+from dualtoken_deploy.processes import how_it_ended
 from dualtoken_deploy.targets.apple.torch_program import PixelInput, trace
 from dualtoken_deploy.targets.coreai.form import HalfPrecision, to_coreai_form
 from dualtoken_deploy.targets.coreml.package import AUTHOR, LICENSE, input_text
@@ -78,8 +79,10 @@ def _convert(
 
 def _reason(text: str, code: int) -> str:
     """The line that says why: its compiler's own error, or the last line of a traceback."""
+    if code < 0:  # what it printed last is no reason
+        return f"its process {how_it_ended(code)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     fatal = [n for n, line in enumerate(lines) if "ERROR" in line]
     if fatal:
         return " ".join(lines[fatal[0] : fatal[0] + 2])[:300]
-    return lines[-1][:300] if lines else f"it ended with {code}"
+    return lines[-1][:300] if lines else f"it {how_it_ended(code)}"

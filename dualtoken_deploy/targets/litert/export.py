@@ -18,6 +18,7 @@ from torch import fx, nn
 from dualtoken_deploy.deploy.traced import TRACED_RULES
 from dualtoken_deploy.deploy.traced_products import PRODUCT_RULES
 from dualtoken_deploy.errors import ConversionError
+from dualtoken_deploy.processes import how_it_ended
 from dualtoken_deploy.targets.litert import changes, flat
 from dualtoken_deploy.targets.litert.environment import converter_python
 from dualtoken_deploy.targets.litert.fewer import take_away
@@ -131,6 +132,8 @@ def check_operators(model: object) -> None:
 
 
 def _reason(text: str, code: int) -> str:
+    if code < 0:  # what it printed last is no reason
+        return f"its process {how_it_ended(code)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if "Error" in line or "error:" in line]
-    return (said or lines or [f"it ended with {code}"])[-1][:300]
+    return (said or lines or [f"it {how_it_ended(code)}"])[-1][:300]
