@@ -79,10 +79,8 @@ def _convert(
 
 def _reason(text: str, code: int) -> str:
     """The line that says why: its compiler's own error, or the last line of a traceback."""
-    if code < 0:  # what it printed last is no reason
-        return f"its process {how_it_ended(code)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     fatal = [n for n, line in enumerate(lines) if "ERROR" in line]
     if fatal:
         return " ".join(lines[fatal[0] : fatal[0] + 2])[:300]
-    return lines[-1][:300] if lines else f"it {how_it_ended(code)}"
+    return lines[-1][:300] if lines and code > 0 else f"its process {how_it_ended(code)}"

@@ -132,8 +132,8 @@ def check_operators(model: object) -> None:
 
 
 def _reason(text: str, code: int) -> str:
-    if code < 0:  # what it printed last is no reason
-        return f"its process {how_it_ended(code)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if "Error" in line or "error:" in line]
+    if code < 0 and not said:  # what it printed last is no reason
+        return f"its process {how_it_ended(code)}"
     return (said or lines or [f"it {how_it_ended(code)}"])[-1][:300]
