@@ -105,17 +105,16 @@ def keys() -> Iterator[tuple[Model, str, str]]:
 
 
 def export_words(model: Model, target: str, precision: str, folder: Path) -> list[str]:
-    """Random weights have no accuracy to lose: their INT8 is judged by SQNR, on 64 x 64. None is raced against float:
-    --latency times all of a model's bundles side by side, on a machine that does nothing else."""
+    """Random weights have no accuracy to lose: what is calibrated is judged by SQNR there, on 64 x 64. None is raced
+    against float: --latency times all of a model's bundles side by side, on a machine that does nothing else."""
     words = ["export", *model.words, "--target", target, "--precision", precision, "--output", str(folder), "--force"]
     row = TARGETS[target].precision(precision)
-    if row.calibration != "none":
+    if row.calibration != NO_CALIBRATION:
         searched = row.calibration == SEARCH
         if model.data is not None:
             words += ["--calibration", model.data, *(("--max-drop", MAX_DROP) if searched else ())]
         else:
-            words += ["--image-size", "64", "--calibration", "photographs"]
-            words += ["--metric", "sqnr", "--max-drop", "10"] if searched else []
+            words += ["--image-size", "64", "--calibration", "photographs", "--metric", "sqnr", "--max-drop", "10"]
         words += ["--no-race"] if searched else []
     return words
 
