@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results/scorecard.json", ROOT / "docs/scorecard.md"
 README = ROOT / "README.md"
 BUNDLES = Path("bundles/scorecard")
+SMALL = 64  # pixels a side
 SLOW_IMAGES = 40  # for what stands in for a runtime, a second and more each
 MAX_DROP = "0.5"  # points, of models with trained weights
 
@@ -52,11 +53,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """`words`: of export. `data`: where it can be scored, and what calibrates it; None: random weights of seed 0."""
+    """`words`: of export. `data`: where it can be scored, and what calibrates it; None: random weights of seed 0.
+    `small`: of SMALL pixels in every cell, since its scans of 196 tokens take a stand-in minutes."""
 
     name: str
     words: tuple[str, ...]
     data: str | None = None
+    small: bool = False
 
 
 MODELS: Mapping[str, Model] = {
@@ -68,7 +71,7 @@ MODELS: Mapping[str, Model] = {
         Model("pspnet-scenes", ("--head", "pspnet", "--weights", "scenes-segment"), "scenes"),
         Model("tokenizer-shapes", ("--variant", "dualtoken-tokenizer-s", "--weights", "shapes-tokens"), "shapes"),
         Model("tsm2-lorenz", ("--variant", "tsm2", "--weights", "lorenz"), "lorenz"),
-        *(Model(name, ("--variant", name)) for name in VARIANTS),
+        *(Model(name, ("--variant", name), small=name.startswith("vim2")) for name in VARIANTS),
     )
 }
 
@@ -105,18 +108,18 @@ def keys() -> Iterator[tuple[Model, str, str]]:
 
 
 def export_words(model: Model, target: str, precision: str, folder: Path) -> list[str]:
-    """Random weights have no accuracy to lose: what is calibrated is judged by SQNR there, on 64 x 64. None is raced
-    against float: --latency times all of a model's bundles side by side, on a machine that does nothing else."""
+    """Random weights have no accuracy to lose: what is calibrated is judged by SQNR there, on SMALL pixels. None is
+    raced against float: --latency times all of a model's bundles side by side, on a machine that does nothing else."""
     words = ["export", *model.words, "--target", target, "--precision", precision, "--output", str(folder), "--force"]
-    row = TARGETS[target].precision(precision)
-    if row.calibration != NO_CALIBRATION:
-        searched = row.calibration == SEARCH
-        if model.data is not None:
-            words += ["--calibration", model.data, *(("--max-drop", MAX_DROP) if searched else ())]
-        else:
-            words += ["--image-size", "64", "--calibration", "photographs", "--metric", "sqnr", "--max-drop", "10"]
-        words += ["--no-race"] if searched else []
-    return words
+    calibration = TARGETS[target].precision(precision).calibration
+    calibrated, searched = calibration != NO_CALIBRATION, calibration == SEARCH
+    if model.small or (calibrated and model.data is None):
+        words += ["--image-size", str(SMALL)]
+    if calibrated and model.data is not None:
+        words += ["--calibration", model.data, *(("--max-drop", MAX_DROP) if searched else ())]
+    elif calibrated:
+        words += ["--calibration", "photographs", "--metric", "sqnr", "--max-drop", "10"]
+    return [*words, "--no-race"] if searched else words
 
 
 def shown(words: Sequence[str]) -> str:

@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scorecard import MODELS, PAGE, README, RESULTS, Ask, Card, asked_for, fill, keys, latency, measure
+from benchmarks.scorecard import (
+    MODELS,
+    PAGE,
+    README,
+    RESULTS,
+    Ask,
+    Card,
+    asked_for,
+    export_words,
+    fill,
+    keys,
+    latency,
+    measure,
+)
 from benchmarks.scorecard_page import page, summary
 from benchmarks.scorecard_process import Answer, GivenUpError, Own, Shared
 from dualtoken_deploy.models.registry import VARIANTS
@@ -163,6 +176,19 @@ def test_cells_come_in_the_order_asked_for_and_of_cost() -> None:
     floats = place["t-mix-digits openvino bf16"], place["t-mix-digits coreai fp16"]
     assert 4 <= floats[0] < floats[1] < place["t-mix-digits onnxruntime int8"] < place["t onnxruntime fp32"]
     assert len(asked_for(())) == len(list(keys()))
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "words"),
+    [("t", "fp32", ""), ("t-mix-digits", "fp32", ""), ("vim2-t", "fp32", "--image-size 64"),
+     ("t", "int8", "--image-size 64 --calibration photographs --metric sqnr --max-drop 10 --no-race"),
+     ("t-mix-digits", "int8", "--calibration digits --max-drop 0.5 --no-race")],
+)  # fmt: skip
+def test_random_weights_are_judged_by_sqnr_and_trained_ones_by_what_they_lose(
+    model: str, precision: str, words: str
+) -> None:
+    said = " ".join(export_words(MODELS[model], "openvino", precision, Path("b")))
+    assert said.partition("--force")[2].strip() == words
 
 
 @pytest.mark.timeout(900)
