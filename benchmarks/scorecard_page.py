@@ -23,7 +23,8 @@ one interleaved bench. The same as data, with each cell's commands and library v
 A reference execution, a prepared file and a compiled engine are no execution on a device: the column *executed* says
 which it was. "lost" are points against eager on the same held-out pictures; SQNR is to eager on the photographs of the
 export check. Models without a data set in their name have random weights of seed 0: what is calibrated is of 64 x 64
-there and judged by SQNR, and so are all cells of vim2, whose scans take a stand-in minutes at 224 x 224. Latency: one thread, p50, and speed against eager with the slowest and fastest round.
+there and judged by SQNR, and so are all cells of vim2, whose scans take a stand-in minutes at 224 x 224. Latency: one
+thread, p50, and speed against eager with the slowest and fastest round.
 """
 
 
