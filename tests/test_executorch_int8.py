@@ -17,6 +17,8 @@ from dualtoken_deploy.models.own_sources import rebuild
 from dualtoken_deploy.numerics import compare
 from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.gate import Int8Options
+from dualtoken_deploy.targets.executorch.contents import by_name
+from dualtoken_deploy.targets.executorch.program import Node
 from dualtoken_deploy.targets.executorch.quantize import PteBackend, prepare, quantize
 from dualtoken_deploy.targets.request import Request
 from dualtoken_deploy.tasks.table import TASKS
@@ -121,3 +123,16 @@ def test_layers_in_float_have_no_pairs(backend: PteBackend) -> None:
     wanted = {n.name: backend._ranges[n.name] for n in (node.all_input_nodes[0], node)}
     scales = sorted((max(high, 0.0) - min(low, 0.0)) / 255 for low, high in wanted.values())
     assert sorted({float(n.args[1]) for n in pairs}) == pytest.approx(scales, rel=1e-4)
+
+
+def test_products_are_told_apart_where_branches_changed_places() -> None:
+    """DualFormer's: in the program one half of the channels is first, in XNNPACK's file the other."""
+    names = {"stem": 40, "attention": 8, "conv.expand": 20, "conv.project": 20, "head": 3}
+    stem, attention, expand, project, head = (
+        Node("XNNConv2d", dtype, macs)
+        for dtype, macs in (("int8", 40), ("float32", 8), ("int8", 20), ("float32", 20), ("int8", 3))
+    )
+    found = by_name(names, [stem, expand, project, attention, head])
+    assert found == dict(zip(names, (stem, attention, expand, project, head), strict=True))
+    assert by_name(names, [stem, expand, project, head]) == {}
+    assert by_name(names, [stem, expand, project, attention, replace(head, macs=4)]) == {}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from dualtoken_deploy.targets.executorch.backends import Backend
-from dualtoken_deploy.targets.executorch.program import Contents
+from dualtoken_deploy.targets.executorch.program import Contents, Node
 from dualtoken_deploy.targets.runner import Execution
 
 REFERENCE = "reference"  # behind the dtypes of what a stand-in executes, and its name as a device
+NAMELESS: Mapping[str, int] = MappingProxyType({})
 
 
-def execution_of(found: Contents, backend: Backend, names: Sequence[str] = ()) -> Execution:
+def execution_of(found: Contents, backend: Backend, names: Mapping[str, int] = NAMELESS) -> Execution:
     """Operators by kind with the dtype that they compute in; those that are left to the plain kernels say so in it.
-    `names`: of the products, in the order that they run in, by the model's names."""
+    `names`: MACs of the products by the model's names."""
     mark = f" ({REFERENCE})" if backend.stand_in else ""
     kinds: Counter[str] = Counter(node.kind for node in found.nodes)
     dtypes: dict[str, Counter[str]] = {}
@@ -31,7 +33,17 @@ def execution_of(found: Contents, backend: Backend, names: Sequence[str] = ()) -
         notes.append(f"outside it: {', '.join(f'{n} {kind}' for kind, n in counts.most_common())}")
     if backend.stand_in:
         notes.append(f"lowered to {backend.title}, not run by it: that takes {backend.where}")
-    products = found.products
-    named = len(names) == len(products)  # else one cannot be told from another, and none is vouched for
-    nodes = {name: p.dtype for name, p in zip(names, products, strict=True)} if named else {}
+    nodes = {name: node.dtype for name, node in by_name(names, found.products).items()}
     return Execution(dict(sorted(kinds.items())), precision, nodes, notes=tuple(notes))
+
+
+def by_name(names: Mapping[str, int], products: Sequence[Node]) -> dict[str, Node]:
+    """The products of a file, in its order, by the model's names, each with its MACs and in the order of the program.
+
+    Branches that do not depend on each other may have changed places in the file, so the n-th name of so many MACs is
+    the n-th product of as many. None is vouched for where the file has others: a part is left to plain kernels.
+    """
+    if Counter(names.values()) != Counter(node.macs for node in products):
+        return {}
+    left = {macs: iter([node for node in products if node.macs == macs]) for macs in set(names.values())}
+    return {name: next(left[macs]) for name, macs in names.items()}

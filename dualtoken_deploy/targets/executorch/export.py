@@ -25,11 +25,12 @@ from dualtoken_deploy.targets.executorch.backends import (
     check_promise,
     find_backend,
 )
+from dualtoken_deploy.targets.executorch.contents import by_name
 from dualtoken_deploy.targets.executorch.partition import PARTITIONERS
+from dualtoken_deploy.targets.executorch.products import every_product
 from dualtoken_deploy.targets.executorch.program import Contents, read
 from dualtoken_deploy.targets.executorch.reference import ReferenceProgram
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
-from dualtoken_deploy.targets.mobile.noise import PRODUCTS
 from dualtoken_deploy.targets.mobile.torch_program import Source, check_fixed, make_source
 from dualtoken_deploy.targets.request import Artifact, Request, Tell, quiet
 
@@ -104,12 +105,6 @@ def describe(path: Path, source: Source, backend: Backend) -> Artifact:
 
 
 def name_products(found: Contents, source: Source) -> dict[str, int]:
-    """MACs of the file's products by the model's names; both are in the order of the program.
-
-    None where a part of them is left to plain kernels, so that one cannot be told from another.
-    """
-    wanted = [node.name for node in source.program.graph.nodes if node.target in PRODUCTS]
-    products = found.products
-    if len(wanted) != len(products):
-        return {}
-    return {source.names[name]: node.macs for name, node in zip(wanted, products, strict=True)}
+    """MACs of the file's products by the model's names; none where they cannot be told from one another."""
+    names = every_product(source)
+    return names if by_name(names, found.products) else {}

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import io
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import BINS, METHODS, Range, add_counts, check_method
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.executorch.export import lower, trace
+from dualtoken_deploy.targets.executorch.products import LAYERS, every_product, macs_of
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
 from dualtoken_deploy.targets.mobile import noise
 from dualtoken_deploy.targets.mobile.torch_program import Source
@@ -37,7 +37,6 @@ from dualtoken_deploy.targets.request import Artifact, Prepared, Request, Tell, 
 
 aten = torch.ops.aten
 STATIC, DYNAMIC = "static", "dynamic"
-LAYERS = (aten.linear.default, aten.conv2d.default)  # what XNNPACK has in 8 bits of what this project quantizes
 ROUNDED_AS_THEY_COME = (aten.linear.default,)  # XNNPACK's convolutions of ExecuTorch take calibrated ranges alone
 MEANS = "b_mean_"  # begins the name of a column that a mean is taken by: no product of the model's
 
@@ -176,20 +175,6 @@ def is_product(node: fx.Node) -> bool:
     if node.target not in noise.PRODUCTS:
         return False
     return not any(given.name.startswith(MEANS) for given in node.all_input_nodes)
-
-
-def every_product(source: Source) -> dict[str, int]:
-    """MACs of everything that is a product in the file, in its order; means too, which are none of the model's."""
-    nodes = [node for node in source.program.graph.nodes if node.target in noise.PRODUCTS]
-    return {source.names[node.name]: macs_of(node) for node in nodes}
-
-
-def macs_of(node: fx.Node) -> int:
-    """Multiplications of a product."""
-    out: int = math.prod(node.meta["val"].shape)
-    left, right = (given.meta["val"].shape for given in node.all_input_nodes[:2])
-    inner: int = math.prod(right[1:]) if node.target in LAYERS else left[-1]
-    return out * inner
 
 
 def collect_ranges(

@@ -18,12 +18,12 @@ from dualtoken_deploy.errors import BundleError, MissingError, first_line, missi
 from dualtoken_deploy.spec import TensorSpec
 from dualtoken_deploy.targets.executorch import program
 from dualtoken_deploy.targets.executorch.backends import BACKENDS, XNNPACK, backend_of
-from dualtoken_deploy.targets.executorch.contents import REFERENCE, execution_of
+from dualtoken_deploy.targets.executorch.contents import NAMELESS, REFERENCE, execution_of
 from dualtoken_deploy.targets.runner import Array, Bordered, Execution, Runner, RunnerOptions
 
 MODEL = "model.pte"
 METHOD = "forward"
-NAMES = "products"  # in a manifest's operators: the products in the order that they run in, by the model's names
+NAMES = "products"  # in a manifest's operators: MACs of the products by the model's names
 
 
 def load(bundle: Bundle, options: RunnerOptions) -> Runner:
@@ -45,7 +45,7 @@ def load(bundle: Bundle, options: RunnerOptions) -> Runner:
         except ImportError as error:
             raise missing_extra("executorch", "running an ExecuTorch bundle") from error
         return ReferenceRunner(bundle.path / MODEL, *specs, backend)
-    names = tuple(bundle.manifest.operators.get(NAMES, {}))
+    names = bundle.manifest.operators.get(NAMES, NAMELESS)
     return ExecuTorchRunner(bundle.path / MODEL, *specs, names, options.threads)
 
 
@@ -68,7 +68,7 @@ class ExecuTorchRunner(Bordered):
         path: Path,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
-        names: tuple[str, ...] = (),
+        names: Mapping[str, int] = NAMELESS,
         threads: int | None = None,
     ) -> None:
         self._path, self._inputs, self._outputs, self._names = path, inputs, outputs, names
