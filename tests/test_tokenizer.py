@@ -27,6 +27,8 @@ from dualtoken_deploy.models.registry import randomise
 from dualtoken_deploy.models.systems import create_system
 from dualtoken_deploy.models.tokenizer import ResidualQuantizer
 from dualtoken_deploy.models.weights import BUILT_IN_WEIGHTS, describe_weights
+from dualtoken_deploy.pipeline.plan import plan
+from dualtoken_deploy.quantize.gate import Int8Options
 from dualtoken_deploy.targets.onnx.moves import without_idle_moves
 from dualtoken_deploy.targets.onnx.quantize import float_graph
 from dualtoken_deploy.targets.request import Request
@@ -52,6 +54,23 @@ def tiny_tokenizer(tiny_variant: None) -> Iterator[None]:
     systems.SYSTEMS = MappingProxyType({**real, NAME: row})
     yield
     systems.SYSTEMS = real
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "int8", "wanted"),
+    [("onnxruntime", "fp32", False, (100.0, 0.999)), ("litert", "fp16", False, (15.0, 0.9)),
+     ("openvino", "bf16", False, (5.0, 0.5)), ("coreml", "palettized8", False, (15.0, 0.9)),
+     ("coreml", "palettized4", False, (3.0, 0.0)), ("coreml", "palettized4", True, (-300.0, 0.0)),
+     *((target, precision, True, (-300.0, 0.0)) for target, precision in
+       (("onnxruntime", "int8"), ("tensorrt-rtx", "fp8"), ("tensorrt-rtx", "int4"), ("litert", "int8-weights")))],
+)  # fmt: skip
+def test_what_is_judged_by_its_loss_has_no_other_limit(
+    target: str, precision: str, int8: bool, wanted: tuple[float, float]
+) -> None:
+    """Held to float32's equal codes as well, FP8 and weights in few bits were refused after their search."""
+    planned = plan(other_source(NAME), target, precision, int8=Int8Options("shapes") if int8 else None)
+    found = planned.tolerance(("reconstruction", "pixel_codes", "semantic_codes", "logits"))
+    assert (found.sqnr_db, found.top1_agreement) == wanted
 
 
 def quantizer(codes: int = 20, width: int = 6, depth: int = 4) -> ResidualQuantizer:

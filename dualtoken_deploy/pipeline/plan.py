@@ -63,7 +63,8 @@ class Plan:
 
     def tolerance(self, outputs: tuple[str, ...]) -> Tolerance:
         """What the saved files must reach; `outputs` are their names."""
-        return self.task.tolerance(self.precision.tolerance, self.precision.name, outputs)
+        gated = self.int8 is not None  # by its loss on held-out pictures
+        return self.task.tolerance(self.precision.tolerance, self.precision.name, gated, outputs)
 
 
 def plan(

@@ -163,8 +163,9 @@ class Task:
     `score(pairs, classes)`: {metric: value in 0..1}. `score_classes(pairs, labels)`: the first metric of each class.
     `describe(found, labels, size, ask)`: the answers for one picture, best first, and what of `found` they are.
     `paint(picture, found, answers)`: the answers drawn over the picture; None where there is nothing to draw.
-    `tolerance(base, precision, outputs)`: what a saved file must reach, from that of its target and precision and the
-    names of the outputs. `outputs`: of a model of the user's, in the alternatives that the task takes; empty: any.
+    `tolerance(base, precision, gated, outputs)`: what a saved file must reach, from that of its target and precision
+    and the names of the outputs; `gated`: what it loses on held-out pictures has a limit of its own.
+    `outputs`: of a model of the user's, in the alternatives that the task takes; empty: any.
     `check_images`: photographs that export checks
     on, where outputs are large; None: all. `held_out`: pictures that the loss of int8 is measured on at most.
     `most_classes`: that outputs can tell apart; None: any number. `level(expected, step)`: (N,), whether the two best
@@ -196,7 +197,7 @@ class Task:
     score_classes: Callable[[Sequence[Pair], Sequence[str]], dict[str, float]]
     describe: Callable[[Found, Sequence[str], Size, Ask], tuple[tuple[Answer, ...], Found]]
     paint: Callable[[Pixels, Found, Sequence[Any]], Pixels] | None
-    tolerance: Callable[[Tolerance, str, Sequence[str]], Tolerance]
+    tolerance: Callable[[Tolerance, str, bool, Sequence[str]], Tolerance]
     outputs: tuple[tuple[OutputKind, ...], ...] = ()
     check_images: int | None = None
     held_out: int | None = None
@@ -242,14 +243,14 @@ def _thin(array: Array) -> Array:
     return array if array.size <= GOLDEN_VALUES else array.ravel()[:: -(-array.size // GOLDEN_VALUES)]
 
 
-def same_tolerance(base: Tolerance, _precision: str, _outputs: Sequence[str]) -> Tolerance:
+def same_tolerance(base: Tolerance, _precision: str, _gated: bool, _outputs: Sequence[str]) -> Tolerance:
     """What the target asks for, whatever the outputs."""
     return base
 
 
-def gated_or(wanted: Tolerance, precision: str) -> Tolerance:
-    """`wanted`, but nothing of int8: its accuracy on held-out pictures gates it instead."""
-    return Tolerance(-SQNR_LIMIT_DB, 0.0) if precision == "int8" else wanted
+def gated_or(wanted: Tolerance, gated: bool) -> Tolerance:
+    """`wanted`, but nothing of what is gated by its accuracy on held-out pictures."""
+    return Tolerance(-SQNR_LIMIT_DB, 0.0) if gated else wanted
 
 
 def check_labels(data: SampleSet, labels: Sequence[str]) -> SampleSet:

@@ -166,11 +166,11 @@ def _take(objects: Objects, chosen: NDArray[np.int64]) -> Objects:
     return Objects(objects.shapes[chosen], objects.classes[chosen], scores)
 
 
-def tolerance(base: Tolerance, precision: str, outputs: Sequence[str]) -> Tolerance:
+def tolerance(base: Tolerance, precision: str, gated: bool, outputs: Sequence[str]) -> Tolerance:
     """SQNR over raw outputs as for classifiers, whatever the largest logit; detections by agreement too."""
     if "boxes" not in outputs:
         return Tolerance(base.sqnr_db, 0.0)
-    return gated_or(NEAREST if precision == "fp32" else NARROWER, precision)
+    return gated_or(NEAREST if precision == "fp32" else NARROWER, gated)
 
 
 def _open(data: str | Path, part: str) -> SampleSet:

@@ -98,11 +98,11 @@ def describe(found: Found, labels: Sequence[str], _size: Size, _ask: Ask) -> tup
     return tuple(Area(i, labels[i], float(counts[i] / counts.sum())) for i in order), found
 
 
-def tolerance(base: Tolerance, precision: str, outputs: Sequence[str]) -> Tolerance:
+def tolerance(base: Tolerance, precision: str, gated: bool, outputs: Sequence[str]) -> Tolerance:
     """SQNR over logits as for classifiers, whatever the largest one; label maps by agreement alone."""
     if "labels" not in outputs:
         return Tolerance(base.sqnr_db, 0.0)
-    return gated_or(NEAREST if precision == "fp32" else NARROWER, precision)
+    return gated_or(NEAREST if precision == "fp32" else NARROWER, gated)
 
 
 def _open(data: str | Path, part: str) -> SampleSet:

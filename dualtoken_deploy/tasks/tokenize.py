@@ -34,8 +34,7 @@ CODES = ("pixel_codes", "semantic_codes")
 DRAWN, LOGITS = "reconstruction", "logits"
 GOLDEN_ANGLE = 0.618034  # of a turn: neighbouring codes get distant colours
 # A code that flips changes its patch whole, so beyond float32 there is no use in decibels near those of logits.
-_TOLERANCES = {"fp16": Tolerance(15.0, 0.9), "bf16": Tolerance(5.0, 0.5)}
-FP32_EQUAL = 0.999
+NARROWER, BF16, FP32_EQUAL = Tolerance(15.0, 0.9), Tolerance(5.0, 0.5), 0.999
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,11 @@ def code_map(codes: Array, size: Size) -> Pixels:
     return np.array(grid.resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
-def tolerance(base: Tolerance, precision: str, _outputs: Sequence[str]) -> Tolerance:
-    """In float32 nearly every code has to be the same; int8 is gated by what it loses on held-out pictures."""
-    return gated_or(_TOLERANCES.get(precision, Tolerance(base.sqnr_db, FP32_EQUAL)), precision)
+def tolerance(base: Tolerance, precision: str, gated: bool, _outputs: Sequence[str]) -> Tolerance:
+    """In float32 nearly every code has to be the same, otherwise at most what NARROWER says."""
+    narrower = Tolerance(min(base.sqnr_db, NARROWER.sqnr_db), min(base.top1_agreement, NARROWER.top1_agreement))
+    wanted = {"fp32": Tolerance(base.sqnr_db, FP32_EQUAL), "bf16": BF16}.get(precision, narrower)
+    return gated_or(wanted, gated)
 
 
 TOKENIZE = Task(
