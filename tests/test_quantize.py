@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+from dualtoken_deploy import export
 from dualtoken_deploy.bundle.store import Bundle
 from dualtoken_deploy.cli import main
 from dualtoken_deploy.data.folders import open_dataset
@@ -43,6 +44,7 @@ from dualtoken_deploy.targets.openvino.nncf import NncfQuantizer
 from dualtoken_deploy.tasks.classify import CLASSIFY
 from dualtoken_deploy.use.inspect import check_promise, inspect_bundle, int8_share
 from tests.contracts import make_contract
+from tests.small import SMALL
 
 LABELS = tuple("0123456789")
 CONTRACT = make_contract("image", (64, 64), 1)
@@ -387,6 +389,16 @@ def test_the_search_can_be_drawn(int8_bundle: Bundle, small_bundle: Callable[...
     with pytest.raises(SystemExit) as ended:
         main(["inspect", str(small_bundle()), "--search", str(tmp_path / "t.png")])
     assert ended.value.code == 2
+
+
+def test_a_bundle_with_every_layer_in_float_is_no_int8_bundle(int8_bundle: Bundle, tmp_path: Path) -> None:
+    found = inspect_bundle(int8_bundle)
+    assert found.manifest.calibration is not None
+    layers = {layer_of(name) for name in set(found.manifest.calibration.macs or {}) - set(found.float_products)}
+    none = dataclasses.replace(INT8, in_float=tuple(layers))
+    with pytest.raises(ToleranceError, match=r"60 points of agreement with every layer in float alone: raise --max-dr"):
+        export(target=found.manifest.target, precision="int8", output=tmp_path / "b", int8=none, **SMALL)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_promise_fails(int8_bundle: Bundle) -> None:

@@ -91,6 +91,11 @@ def quantize_within_budget(
                 f"{100 * result.int8_share:.1f} % of the MACs in INT8: {more}raise --max-drop, "
                 "give more calibration images, or another --calibrator"
             )
+        if result.int8_share == 0.0:  # it would be a float file by another name
+            raise ToleranceError(
+                f"{target} loses at most {options.max_drop:g} points of {judge.metric} with every layer in float "
+                "alone: raise --max-drop, give more calibration images, or take a float --precision"
+            )
         final = scorer.deliver(frozenset(result.in_float), folder)
     if final.drop > options.max_drop:
         raise ToleranceError(
