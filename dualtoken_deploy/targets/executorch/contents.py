@@ -41,9 +41,11 @@ def by_name(names: Mapping[str, int], products: Sequence[Node]) -> dict[str, Nod
     """The products of a file, in its order, by the model's names, each with its MACs and in the order of the program.
 
     Branches that do not depend on each other may have changed places in the file, so the n-th name of so many MACs is
-    the n-th product of as many. None is vouched for where the file has others: a part is left to plain kernels.
+    the n-th product of as many. Where the file has more or fewer of them, as those left to plain kernels, none is
+    vouched for.
     """
-    if Counter(names.values()) != Counter(node.macs for node in products):
-        return {}
-    left = {macs: iter([node for node in products if node.macs == macs]) for macs in set(names.values())}
-    return {name: next(left[macs]) for name, macs in names.items()}
+    asked, there = Counter(names.values()), Counter(node.macs for node in products)
+    left = {
+        macs: iter([node for node in products if node.macs == macs]) for macs in asked if asked[macs] == there[macs]
+    }
+    return {name: next(left[macs]) for name, macs in names.items() if macs in left}

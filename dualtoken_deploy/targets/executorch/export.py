@@ -105,6 +105,5 @@ def describe(path: Path, source: Source, backend: Backend) -> Artifact:
 
 
 def name_products(found: Contents, source: Source) -> dict[str, int]:
-    """MACs of the file's products by the model's names; none where they cannot be told from one another."""
-    names = every_product(source)
-    return names if by_name(names, found.products) else {}
+    """MACs of the file's products by the model's names, but of those that cannot be told from one another."""
+    return {name: node.macs for name, node in by_name(every_product(source), found.products).items()}
