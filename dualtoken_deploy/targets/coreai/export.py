@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 from dualtoken_deploy.deploy import deploy_form
 from dualtoken_deploy.deploy.rewrite import DEFAULT_RULES
 from dualtoken_deploy.errors import ConversionError, UsageError
-from dualtoken_deploy.processes import how_it_ended
+from dualtoken_deploy.processes import how_it_ended, own_command, own_environment
 from dualtoken_deploy.targets.apple.torch_program import PixelInput, trace
 from dualtoken_deploy.targets.coreai.form import HalfPrecision, to_coreai_form
 from dualtoken_deploy.targets.coreml.package import AUTHOR, LICENSE, input_text
@@ -67,9 +66,11 @@ def _convert(
         f"{request.metadata['weights']}; input: {input_text(request.contract)}",
     }
     wanted.write_text(json.dumps(texts), encoding="utf-8")
-    worker = [sys.executable, "-m", "dualtoken_deploy.targets.coreai.worker", *map(str, (saved, output, wanted))]
+    worker = [*own_command("dualtoken_deploy.targets.coreai.worker"), *map(str, (saved, output, wanted))]
     try:
-        done = subprocess.run(worker, capture_output=True, text=True, timeout=CONVERSION_SECONDS, check=False)
+        done = subprocess.run(
+            worker, capture_output=True, text=True, timeout=CONVERSION_SECONDS, check=False, env=own_environment()
+        )
     except subprocess.TimeoutExpired as error:
         raise ConversionError(f"coreai-torch did not end within {CONVERSION_SECONDS} s") from error
     if done.returncode != 0 or not output.is_dir():
