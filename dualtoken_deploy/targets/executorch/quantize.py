@@ -28,7 +28,7 @@ from dualtoken_deploy.quantize.calibration import CalibrationSet
 from dualtoken_deploy.quantize.histogram import BINS, METHODS, Range, add_counts, check_method
 from dualtoken_deploy.quantize.sensitivity import Sensitivity
 from dualtoken_deploy.targets.executorch.export import lower, trace
-from dualtoken_deploy.targets.executorch.products import LAYERS, every_product, macs_of
+from dualtoken_deploy.targets.executorch.products import LAYERS, every_product, is_product, macs_of
 from dualtoken_deploy.targets.executorch.runner import MODEL, NAMES
 from dualtoken_deploy.targets.mobile import noise
 from dualtoken_deploy.targets.mobile.torch_program import Source
@@ -38,7 +38,6 @@ from dualtoken_deploy.targets.request import Artifact, Prepared, Request, Tell, 
 aten = torch.ops.aten
 STATIC, DYNAMIC = "static", "dynamic"
 ROUNDED_AS_THEY_COME = (aten.linear.default,)  # XNNPACK's convolutions of ExecuTorch take calibrated ranges alone
-MEANS = "b_mean_"  # begins the name of a column that a mean is taken by: no product of the model's
 
 
 def prepare(
@@ -168,13 +167,6 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
         found = getattr(found, part)
     value: Tensor = found
     return value
-
-
-def is_product(node: fx.Node) -> bool:
-    """Whether a node is a product of the model's own."""
-    if node.target not in noise.PRODUCTS:
-        return False
-    return not any(given.name.startswith(MEANS) for given in node.all_input_nodes)
 
 
 def collect_ranges(

@@ -101,16 +101,15 @@ def part_weights(model: Any) -> int:
     graph = model.subgraphs[0]
     ops = list(operators(model))
     weights = {i for op in ops if op.kind in WEIGHTED for i in op.inputs[1:2] if i >= 0 and is_constant(model, i)}
+    others = [place for place, op in enumerate(ops) if op.kind not in WEIGHTED and weights.intersection(op.inputs)]
     copies: dict[int, int] = {}
-    for op, made in zip(ops, graph.operators, strict=True):
-        if op.kind in WEIGHTED:
-            continue
-        for index in weights.intersection(op.inputs) - set(copies):
-            other = copy(graph.tensors[index])
-            other.name = f"{tensor_name(model, index)}.value".encode()
-            graph.tensors.append(other)
-            copies[index] = len(graph.tensors) - 1
-        made.inputs = np.array([copies.get(i, i) for i in op.inputs], np.int32)
+    for index in sorted(weights.intersection(i for place in others for i in ops[place].inputs)):
+        other = copy(graph.tensors[index])
+        other.name = f"{tensor_name(model, index)}.value".encode()
+        graph.tensors.append(other)
+        copies[index] = len(graph.tensors) - 1
+    for place in others:
+        graph.operators[place].inputs = np.array([copies.get(i, i) for i in ops[place].inputs], np.int32)
     return len(copies)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from dualtoken_deploy.targets.litert import flat
 
 MOVES = ("RESHAPE", "TRANSPOSE", "SLICE", "SPLIT", "SPACE_TO_DEPTH", "CONCATENATION", "PAD")
-PRODUCTS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
+PRODUCTS = (*flat.WEIGHTED, "BATCH_MATMUL")
 # What LiteRT's GPU delegate takes, of the operators that models here are made of, and on what terms: its parser,
 # tflite/delegates/gpu/common/model_builder.cc, and tflite/tools/versioning/gpu_compatibility.cc, as of 2026. The
 # analyser of ai-edge-litert's wheel, which claims to know, says yes to every file.
