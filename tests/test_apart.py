@@ -18,8 +18,7 @@ Tell = Callable[[str], None]
 @pytest.fixture(autouse=True)
 def tests_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, where the functions below are looked up by their names."""
-    root = str(Path(__file__).resolve().parents[1])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]), prepend=os.pathsep)
 
 
 def doubles(number: int, tell: Tell) -> int:
